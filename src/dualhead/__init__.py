@@ -1,1 +1,21 @@
 """Recurrent PPO: agents that remember, decide on several things at once and internalise norms."""
+
+from dualhead.agent import DualHeadRecurrentPPO
+from dualhead.config import NetworkConfig, NormConfig, PPOConfig, RunConfig
+from dualhead.norms import NormEnforcer, NormEvents
+from dualhead.storage import CheckpointError
+from dualhead.types import RecurrentState
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CheckpointError",
+    "DualHeadRecurrentPPO",
+    "NetworkConfig",
+    "NormConfig",
+    "NormEnforcer",
+    "NormEvents",
+    "PPOConfig",
+    "RecurrentState",
+    "RunConfig",
+]

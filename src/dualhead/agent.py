@@ -1,0 +1,557 @@
+"""`DualHeadRecurrentPPO`: act, record, learn."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+import torch
+from torch import Tensor
+
+from dualhead.config import NetworkConfig, NormConfig, PPOConfig
+from dualhead.learning.advantages import RewardScale, generalized_advantages
+from dualhead.learning.rollout import Rollout
+from dualhead.learning.update import ppo_update
+from dualhead.networks.encoders import ObservationSpec, check_leaf, non_finite_message
+from dualhead.networks.heads import ActionSpec
+from dualhead.networks.policy import RecurrentPolicy
+from dualhead.norms import NormEnforcer, NormEvents
+from dualhead.storage import CheckpointError, fill, read_tensors, with_prefix, write_tensors
+from dualhead.types import ActionSample, Observations, RecurrentState
+
+_SHAPING_SETTINGS = ("rollout_length", "burn_in", "normalize_observations", "normalize_rewards")
+"""Settings that decide which tensors a checkpoint holds; the others may differ between save and load."""
+
+
+class _FinalObservations(NamedTuple):
+    """Truncated streams of one step, kept until their value is asked for."""
+
+    step: int
+    streams: Tensor
+    observations: Observations
+    state: RecurrentState
+
+
+class DualHeadRecurrentPPO:
+    """PPO with an LSTM or GRU memory over B streams of experience.
+
+        agent = DualHeadRecurrentPPO(envs.single_observation_space, envs.single_action_space, num_streams=8)
+        observations, _ = envs.reset()
+        while True:
+            actions = agent.act(observations)
+            observations, rewards, terminated, truncated, infos = envs.step(agent.to_env(actions))
+            agent.record(rewards, terminated, truncated, final_observations=...)
+            if agent.rollout_is_ready:
+                metrics = agent.learn(observations)
+
+    Args:
+        observation_space, action_space: of one stream.
+        num_streams: B, sequences of experience that step together, each with its own recurrent state.
+        config: PPO settings.
+        network: shape of the policy.
+        norms: add NormEnforcer's guilt to recorded rewards.
+        seed: of weights, sampling and shuffling; the global random state is neither read nor changed.
+        device, dtype: where and as what everything is kept.
+
+    Raises:
+        TypeError: an unsupported space.
+        ValueError: settings that do not fit each other.
+    """
+
+    def __init__(
+        self,
+        observation_space: gym.Space,
+        action_space: gym.Space,
+        *,
+        num_streams: int = 1,
+        config: PPOConfig | None = None,
+        network: NetworkConfig | None = None,
+        norms: NormConfig | None = None,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        if num_streams < 1:
+            raise ValueError(f"num_streams: expected at least 1, got {num_streams}")
+        self.config = config or PPOConfig()
+        self.network = network or NetworkConfig()
+        self.num_streams = num_streams
+        self.device = torch.device(device)
+        self.observation_spec = ObservationSpec(observation_space)
+        self.action_spec = ActionSpec(action_space)
+        self._coefs(0)  # refuses a wrong number of entropy coefficients now, not at the first update
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.policy = RecurrentPolicy(
+                self.observation_spec,
+                self.action_spec,
+                config=self.network,
+                normalize_observations=self.config.normalize_observations,
+            ).to(self.device, dtype)
+        self.optimizer = torch.optim.Adam(
+            self.policy.parameters(), lr=self.config.learning_rate, eps=self.config.adam_eps
+        )
+        self.reward_scale = (
+            RewardScale(num_streams, gamma=self.config.gamma).to(self.device) if self.config.normalize_rewards else None
+        )
+        self.norms = None
+        if norms is not None:
+            self.norms = NormEnforcer(num_streams, **norms.model_dump()).to(self.device)
+        self._sampling = torch.Generator(self.device).manual_seed(seed)
+        self._shuffling = torch.Generator("cpu").manual_seed(seed)
+
+        self.num_steps = 0
+        self.num_updates = 0
+        self._current_hidden: RecurrentState | None = None
+        self._state_before: RecurrentState | None = None
+        self._episode_starts = torch.ones(num_streams, dtype=torch.bool, device=self.device)
+        self._final: list[_FinalObservations] = []
+        self.rollout_memory = Rollout(
+            self.config.rollout_length,
+            num_streams,
+            burn_in=self.config.burn_in,
+            observations={
+                leaf.name: (leaf.space.shape or (), _storage_dtype(leaf.space, dtype))
+                for leaf in self.observation_spec.leaves
+            },
+            state=self.policy.initial_state(1),
+            num_action_columns=self.action_spec.num_columns,
+            action_dtype=dtype if self.action_spec.is_continuous else torch.int64,
+            num_heads=len(self.action_spec.names),
+            device=self.device,
+            dtype=dtype,
+        )
+
+    # The recurrent state, by the names of the specification.
+
+    def _get_hidden_state(self) -> RecurrentState:
+        if self._current_hidden is None:
+            self._current_hidden = self.policy.initial_state(self.num_streams)
+        return self._current_hidden
+
+    def _update_hidden_state(self, new_hidden: RecurrentState) -> None:
+        self._current_hidden = new_hidden
+
+    def reset_state(self) -> None:
+        """Zeroes the recurrent state of all streams: their next step begins an episode.
+
+        Raises:
+            RuntimeError: a step is not recorded yet, or recorded steps of a running episode are not learned from yet
+                (their value would be bootstrapped across the reset).
+        """
+        self._expect_no_pending("reset_state()")
+        if self.rollout_memory.length and not self._episode_starts.all():
+            running = (~self._episode_starts).nonzero()[:, 0].tolist()
+            raise RuntimeError(
+                f"reset_state() in the middle of an episode of streams {running[:8]}: record their last step with "
+                f"truncated=True and its final_observations (which resets them), or learn(..., partial=True) first"
+            )
+        self._current_hidden = None
+        self._episode_starts.fill_(True)
+
+    # Acting and recording.
+
+    @torch.no_grad()
+    def act(self, observations: Any, *, deterministic: bool = False) -> Any:
+        """Chooses actions for all streams and advances the recurrent state.
+
+        Args:
+            observations: [B, ...] arrays or tensors, nested as the observation space is.
+            deterministic: the likeliest actions instead of sampled ones.
+
+        Returns:
+            [B, K] head indices from 0 (or [B, D] Gaussian actions before clipping and scaling): a NumPy array, or a
+            tensor where tensors came in. `to_env` gives them the form of the action space.
+
+        Raises:
+            RuntimeError: the step before is not recorded, or the rollout is full.
+            ValueError: wrong shapes, missing parts, non-finite numbers, a mask without a legal choice.
+        """
+        self._expect_no_pending("act()")
+        if self.rollout_is_ready:
+            raise RuntimeError(
+                f"act() on a full rollout of {self.config.rollout_length} steps: call learn(next_observations) first"
+            )
+        tensors = self._tensors(observations)
+        state = self._get_hidden_state()
+        output, next_state = self.policy.step(tensors, state)
+        distribution = output.distribution
+        actions = distribution.mode() if deterministic else distribution.sample(self._sampling)
+        sample = ActionSample(actions, distribution.log_probs(actions), output.values)
+        self.rollout_memory.put_step(tensors, state, sample, self._episode_starts)
+        self._state_before = state
+        self._update_hidden_state(next_state)
+        return actions if _holds_tensors(observations) else actions.cpu().numpy()
+
+    def to_env(self, actions: Any) -> Any:
+        """Actions of `act` in the form of the (batched) action space: starts added, Dicts built, Boxes scaled."""
+        return self.action_spec.to_env(actions.cpu().numpy() if isinstance(actions, Tensor) else np.asarray(actions))
+
+    @torch.no_grad()
+    def record(
+        self,
+        rewards: Any,
+        terminated: Any,
+        truncated: Any,
+        *,
+        final_observations: Any = None,
+        events: NormEvents | None = None,
+    ) -> None:
+        """Completes the step that `act` began, and resets the state of streams whose episode ended.
+
+        Args:
+            rewards: [B] task rewards.
+            terminated, truncated: [B] bool, the episode ended by the task's rules, or was cut off.
+            final_observations: [B, ...] what was seen after the step and before any reset; read only where an
+                episode was truncated, to bootstrap from.
+            events: punishments and collected resources, where norms are enforced.
+
+        Raises:
+            RuntimeError: nothing to complete.
+            ValueError: wrong shapes, a non-finite reward, a truncation without final observations, missing events.
+        """
+        if self._state_before is None:
+            raise RuntimeError("record() without a step: call act(observations) before it")
+        memory = self.rollout_memory
+        task_rewards = self._stream_tensor(rewards, "rewards", self.policy.dtype)
+        terminated = self._stream_tensor(terminated, "terminated", torch.bool)
+        truncated = self._stream_tensor(truncated, "truncated", torch.bool)
+        if self.device.type == "cpu" and not torch.isfinite(task_rewards).all():
+            raise ValueError(non_finite_message("reward", task_rewards))
+        if (self.norms is None) != (events is None):
+            raise ValueError(
+                "events without norms: construct the agent with norms=NormConfig(...)"
+                if self.norms is None
+                else "norms are enforced but no events came: record(..., events=NormEvents(punished, collected))"
+            )
+        cut_off = truncated & ~terminated
+        final = None
+        if final_observations is not None or cut_off.any():
+            final = self._final_observations(cut_off, final_observations)
+        guilt = torch.zeros_like(task_rewards)
+        if self.norms is not None:
+            guilt = self.norms.update(events, memory.actions[memory.length]).total.to(task_rewards.dtype)
+        if final is not None:
+            self._final.append(final)
+        memory.complete_step(task_rewards, guilt, terminated, truncated)
+        self._state_before = None
+        self.num_steps += self.num_streams
+        ended = terminated | truncated
+        self._episode_starts = ended
+        if self._current_hidden is not None:
+            self._update_hidden_state(self._current_hidden.reset_where(ended))
+
+    @property
+    def rollout_is_ready(self) -> bool:
+        """`rollout_length` steps are recorded: an update is due."""
+        return self.rollout_memory.is_full
+
+    # Learning.
+
+    def learn(self, next_observations: Any = None, *, partial: bool = False) -> dict[str, float]:
+        """One PPO update on the recorded steps; the recurrent state goes on where it was.
+
+        Args:
+            next_observations: [B, ...] what the next `act` will see, to bootstrap from; not needed where
+                `bootstrap_last` is off or every stream's episode has just ended.
+            partial: allow an update before `rollout_length` steps are there.
+
+        Returns:
+            Metrics by name.
+
+        Raises:
+            RuntimeError: the last step is not recorded, nothing is, or too little is.
+            ValueError: missing next_observations, or non-finite numbers in the rollout.
+        """
+        self._expect_no_pending("learn()")
+        memory = self.rollout_memory
+        if memory.length == 0:
+            raise RuntimeError("learn() with nothing recorded: act() and record() come first")
+        if not self.rollout_is_ready and not partial:
+            raise RuntimeError(
+                f"learn() after {memory.length} of rollout_length={memory.rollout_length} steps: go on, or say "
+                f"learn(..., partial=True)"
+            )
+        self._check_finite()
+        T = memory.length
+        ended = memory.terminated[:T] | memory.truncated[:T]
+        rewards = memory.rewards[:T]
+        next_values = self._next_values(next_observations)
+        if self.reward_scale is not None:
+            rewards = self.reward_scale(rewards, ended)
+        advantages = generalized_advantages(
+            rewards,
+            memory.values[:T],
+            next_values,
+            memory.terminated[:T],
+            memory.truncated[:T],
+            gamma=self.config.gamma,
+            gae_lambda=self.config.gae_lambda,
+        )
+        coefs = self._coefs(self.num_updates)
+        rate = self._learning_rate()
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        metrics = ppo_update(
+            self.policy,
+            memory,
+            advantages=advantages,
+            optimizer=self.optimizer,
+            config=self.config,
+            entropy_coefs=coefs,
+            head_names=self.action_spec.names,
+            generator=self._shuffling,
+        )
+        metrics |= {
+            "rollout/task_reward": memory.task_rewards[:T].mean().item(),
+            "rollout/value": memory.values[:T].mean().item(),
+            "update/learning_rate": rate,
+        }
+        metrics |= {f"update/entropy_coef/{name}": coef for name, coef in zip(self.action_spec.names, coefs)}
+        if self.norms is not None:
+            metrics["rollout/guilt"] = memory.guilt[:T].mean().item()
+            metrics |= self.norms.metrics()
+        if self.config.normalize_observations:
+            seen = memory.observations
+            self.policy.encoder.update_normalizers(
+                {name: seen[name][memory.max_tail :][:T].flatten(0, 1) for name in self.policy.encoder.normalizers}
+            )
+        self._final.clear()
+        memory.clear()
+        self.num_updates += 1
+        return metrics
+
+    @torch.no_grad()
+    def _next_values(self, next_observations: Any) -> Tensor:
+        """V(s_{t+1}) [T, B]: the next step's value, the final observation's at truncations, 0 after terminations."""
+        memory = self.rollout_memory
+        T = memory.length
+        running = ~(memory.terminated[T - 1] | memory.truncated[T - 1])
+        next_values = torch.zeros_like(memory.values[:T])
+        next_values[:-1] = memory.values[1:T]
+        if self.config.bootstrap_last and running.any():
+            if next_observations is None:
+                raise ValueError(
+                    "learn() needs next_observations: the last step ended no episode, and its value is bootstrapped "
+                    "from them (or set bootstrap_last=False)"
+                )
+            # The value pass looks at the acting state and leaves it as it is.
+            next_values[-1] = self.policy.values(self._tensors(next_observations), self._get_hidden_state())
+        self._value_final_observations()
+        cut_off = memory.truncated[:T] & ~memory.terminated[:T]
+        return torch.where(cut_off, memory.final_values[:T], next_values)
+
+    def _final_observations(self, cut_off: Tensor, final_observations: Any) -> _FinalObservations | None:
+        """The truncated streams' last sight, with the state that followed their last step."""
+        streams = cut_off.nonzero()[:, 0]
+        if len(streams) == 0:
+            return None
+        if final_observations is None:
+            raise ValueError(
+                f"streams {streams.tolist()[:8]} were truncated: record(..., final_observations=...) is needed to "
+                f"bootstrap from what they saw last (the observation before the reset)"
+            )
+        assert self._current_hidden is not None
+        tensors = self._tensors(final_observations)
+        return _FinalObservations(
+            self.rollout_memory.length,
+            streams,
+            {name: tensor[streams] for name, tensor in tensors.items()},
+            self._current_hidden.select(streams),
+        )
+
+    @torch.no_grad()
+    def _value_final_observations(self) -> None:
+        """V of all truncated streams' final observations in one pass, into the rollout."""
+        if not self._final:
+            return
+        names = self._final[0].observations
+        observations = {name: torch.cat([final.observations[name] for final in self._final]) for name in names}
+        h = torch.cat([final.state.h for final in self._final], dim=1)
+        cs = [final.state.c for final in self._final if final.state.c is not None]
+        values = self.policy.values(observations, RecurrentState(h, torch.cat(cs, dim=1) if cs else None))
+        begin = 0
+        for final in self._final:
+            self.rollout_memory.final_values[final.step, final.streams] = values[begin : begin + len(final.streams)]
+            begin += len(final.streams)
+        self._final.clear()
+
+    def _coefs(self, num_updates: int) -> tuple[float, ...]:
+        """Entropy weight per head after a number of updates: linear from start to end, then constant."""
+        start = self._per_head(self.config.entropy_coef, "entropy_coef")
+        end = start
+        if self.config.entropy_coef_end is not None:
+            end = self._per_head(self.config.entropy_coef_end, "entropy_coef_end")
+        done = min(1.0, num_updates / self.config.entropy_decay_steps) if self.config.entropy_decay_steps else 1.0
+        return tuple(a + (b - a) * done for a, b in zip(start, end))
+
+    def _per_head(self, coef: float | tuple[float, ...], name: str) -> tuple[float, ...]:
+        heads = self.action_spec.names
+        if not isinstance(coef, tuple):
+            return (coef,) * len(heads)
+        if len(coef) != len(heads):
+            raise ValueError(f"{name}: expected one number or {len(heads)}, one per head {heads}, got {coef}")
+        return coef
+
+    def _learning_rate(self) -> float:
+        """Step size of this update, by the environment steps taken before its rollout."""
+        if self.config.learning_rate_schedule == "constant":
+            return self.config.learning_rate
+        if self.config.learning_rate_decay_steps is None:
+            raise ValueError("learning_rate_schedule='linear' needs learning_rate_decay_steps")
+        before = self.num_steps - self.rollout_memory.length * self.num_streams
+        return self.config.learning_rate * max(0.0, 1 - before / self.config.learning_rate_decay_steps)
+
+    # Checks.
+
+    def _tensors(self, observations: Any) -> Observations:
+        tensors = self.observation_spec.to_tensors(
+            observations, self.num_streams, device=self.device, dtype=self.policy.dtype
+        )
+        if self.device.type == "cpu":
+            self.policy.heads.check_mask(tensors)
+        return tensors
+
+    def _stream_tensor(self, values: Any, name: str, dtype: torch.dtype) -> Tensor:
+        tensor = values if isinstance(values, Tensor) else torch.as_tensor(np.asarray(values))
+        tensor = tensor.to(self.device)
+        if tensor.dim() == 0 and self.num_streams == 1:
+            tensor = tensor[None]
+        if tuple(tensor.shape) != (self.num_streams,):
+            raise ValueError(f"{name}: expected shape ({self.num_streams},), one per stream, got {tuple(tensor.shape)}")
+        if dtype == torch.bool and tensor.dtype != torch.bool and not ((tensor == 0) | (tensor == 1)).all():
+            raise ValueError(f"{name}: expected booleans, got {tensor.dtype} with other values than 0 and 1")
+        return tensor.to(dtype)
+
+    def _check_finite(self) -> None:
+        """On an accelerator this is where bad numbers are found: once per rollout."""
+        if self.device.type == "cpu":
+            return
+        memory = self.rollout_memory
+        rows = slice(memory.max_tail, memory.max_tail + memory.length)
+        for leaf in self.observation_spec.leaves:
+            for step in memory.observations[leaf.name][rows].cpu():
+                check_leaf(leaf, step)
+        for step in memory.rewards[: memory.length].cpu():
+            if not torch.isfinite(step).all():
+                raise ValueError(non_finite_message("reward", step))
+
+    def _expect_no_pending(self, call: str) -> None:
+        if self._state_before is not None:
+            raise RuntimeError(f"{call} before the last step is complete: call record(rewards, terminated, truncated)")
+
+    # Saving and loading.
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything the agent is: tensors by name, and JSON metadata. `restore` takes them back.
+
+        Raises:
+            RuntimeError: a step is not recorded yet.
+        """
+        self._expect_no_pending("save()")
+        self._value_final_observations()
+        memory = self.rollout_memory
+        return self._tensors_to_save(), {
+            "network": self.network.model_dump(),
+            "config": self.config.model_dump(),
+            "observation_space": str(self.observation_spec.space),
+            "action_space": str(self.action_spec.space),
+            "num_streams": self.num_streams,
+            "num_steps": self.num_steps,
+            "num_updates": self.num_updates,
+            "rollout": [memory.length, memory.tail_length],
+        }
+
+    def restore(self, tensors: dict[str, Tensor], metadata: dict[str, Any], *, source: str = "checkpoint") -> None:
+        """Takes back what `state` gave; nothing changes where it does not fit.
+
+        Raises:
+            CheckpointError: it was made by another architecture, for other spaces, or another number of streams.
+        """
+        ours = {
+            "network": self.network.model_dump(),
+            "observation_space": str(self.observation_spec.space),
+            "action_space": str(self.action_spec.space),
+            "num_streams": self.num_streams,
+            "config": {name: getattr(self.config, name) for name in _SHAPING_SETTINGS},
+        }
+        for name, mine in ours.items():
+            # Through JSON, where a tuple is a list.
+            given = metadata.get(name)
+            if name == "config" and isinstance(given, dict):
+                given = {key: given.get(key) for key in _SHAPING_SETTINGS}
+            if _plain(given) != _plain(mine):
+                raise CheckpointError(f"{source} is of another architecture: its {name} is {given}, expected {mine}")
+        self._init_optimizer_state()
+        fill(self._tensors_to_save(), tensors, what=source)
+        self._sampling.set_state(tensors["rng/sampling"])
+        self._shuffling.set_state(tensors["rng/shuffling"])
+        self.num_steps, self.num_updates = int(metadata["num_steps"]), int(metadata["num_updates"])
+        self.rollout_memory.length, self.rollout_memory.tail_length = map(int, metadata["rollout"])
+        self._state_before = None
+        self._final.clear()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes one checkpoint file, whole or not at all.
+
+        Raises:
+            RuntimeError: a step is not recorded yet.
+            OSError: it cannot be written.
+        """
+        write_tensors(path, *self.state())
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Goes on exactly where the agent that saved this file was.
+
+        Raises:
+            CheckpointError: unreadable, truncated, or of another architecture; the agent is unchanged.
+        """
+        self.restore(*read_tensors(path), source=str(path))
+
+    def _init_optimizer_state(self) -> None:
+        """Gives Adam its (zero) moments now, so that there is something to load into."""
+        for parameter in self.policy.parameters():
+            state = self.optimizer.state[parameter]
+            if not state:
+                state["step"] = torch.zeros((), dtype=torch.float32)
+                state["exp_avg"] = torch.zeros_like(parameter)
+                state["exp_avg_sq"] = torch.zeros_like(parameter)
+
+    def _tensors_to_save(self) -> dict[str, Tensor]:
+        """Live tensors, not copies, but for the generators' states."""
+        self._init_optimizer_state()
+        hidden = self._get_hidden_state()
+        tensors = with_prefix("policy", self.policy.state_dict(keep_vars=True))
+        for name, parameter in self.policy.named_parameters():
+            tensors |= with_prefix(f"optimizer/{name}", self.optimizer.state[parameter])
+        tensors |= {"state/h": hidden.h, "state/episode_starts": self._episode_starts}
+        if hidden.c is not None:
+            tensors["state/c"] = hidden.c
+        for prefix, module in (("norms", self.norms), ("reward_scale", self.reward_scale)):
+            if module is not None:
+                tensors |= with_prefix(prefix, module.state_dict(keep_vars=True))
+        tensors |= with_prefix("rollout", self.rollout_memory.tensors())
+        tensors |= {"rng/sampling": self._sampling.get_state(), "rng/shuffling": self._shuffling.get_state()}
+        return tensors
+
+
+def _storage_dtype(space: gym.Space, dtype: torch.dtype) -> torch.dtype:
+    """Observations are kept in their own dtype, floats in the policy's."""
+    assert space.dtype is not None
+    own = torch.from_numpy(np.empty(0, dtype=space.dtype)).dtype
+    return dtype if own.is_floating_point else own
+
+
+def _holds_tensors(observations: Any) -> bool:
+    while isinstance(observations, dict | tuple) and len(observations):
+        observations = next(iter(observations.values() if isinstance(observations, dict) else observations))
+    return isinstance(observations, Tensor)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(part) for key, part in value.items()}
+    return [_plain(part) for part in value] if isinstance(value, tuple | list) else value

@@ -1,0 +1,168 @@
+"""Steps of all streams and the recurrent states stored beside them, in buffers allocated once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dualhead.learning.segments import IntArray, Segments, lay_out
+from dualhead.types import ActionSample, Layout, Observations, RecurrentState
+
+
+class Rollout:
+    """The rollout memory: time-major, T steps of B streams, after a tail of the steps that came before.
+
+    The tail (the last `burn_in` steps of the previous rollout) lets a rollout's first segments burn in. Arrays with a
+    tail have P + T rows, step t in row P + t; the others T rows.
+
+    Attributes:
+        observations: leaves [P + T, B, ...] in their own dtype.
+        h_states: [L, P + T, B, H], the state *before* each step; `c_states` likewise, or None for a GRU.
+        episode_starts: [P + T, B] bool.
+        actions [T, B, K or D], log_probs [T, B, K], values, rewards, task_rewards, guilt, final_values [T, B]:
+            rewards are task reward plus guilt; final_values hold V(final observation) at truncations.
+        terminated, truncated: [T, B] bool.
+        length: steps recorded so far.
+        tail_length: rows of the tail that hold steps.
+    """
+
+    def __init__(
+        self,
+        rollout_length: int,
+        num_streams: int,
+        *,
+        burn_in: int,
+        observations: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+        state: RecurrentState,
+        num_action_columns: int,
+        action_dtype: torch.dtype,
+        num_heads: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.rollout_length = rollout_length
+        self.num_streams = num_streams
+        self.max_tail = burn_in
+        self.device = device
+        self.length = 0
+        self.tail_length = 0
+
+        def zeros(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        rows, steps = burn_in + rollout_length, (rollout_length, num_streams)
+        self.observations: Observations = {
+            name: zeros(rows, num_streams, *shape, dtype=leaf_dtype)
+            for name, (shape, leaf_dtype) in observations.items()
+        }
+        layers, _, hidden = state.h.shape
+        self.h_states = zeros(layers, rows, num_streams, hidden)
+        self.c_states = None if state.c is None else zeros(layers, rows, num_streams, hidden)
+        self.episode_starts = zeros(rows, num_streams, dtype=torch.bool)
+        self.actions = zeros(*steps, num_action_columns, dtype=action_dtype)
+        self.log_probs = zeros(*steps, num_heads)
+        self.values = zeros(*steps)
+        self.rewards = zeros(*steps)
+        self.task_rewards = zeros(*steps)
+        self.guilt = zeros(*steps)
+        self.final_values = zeros(*steps)
+        self.terminated = zeros(*steps, dtype=torch.bool)
+        self.truncated = zeros(*steps, dtype=torch.bool)
+
+    @property
+    def is_full(self) -> bool:
+        return self.length == self.rollout_length
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every buffer by name, for checkpoints."""
+        named = {f"observations/{name}": buffer for name, buffer in self.observations.items()}
+        named |= {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return named
+
+    def put_step(
+        self, observations: Observations, state: RecurrentState, sample: ActionSample, episode_starts: Tensor
+    ) -> Observations:
+        """Writes what is known before the environment answers; gives the stored observations [B, ...]."""
+        t = self.length
+        row = self.max_tail + t
+        stored = {}
+        for name, buffer in self.observations.items():
+            stored[name] = buffer[row].copy_(observations[name])
+        self.h_states[:, row] = state.h
+        if self.c_states is not None:
+            assert state.c is not None
+            self.c_states[:, row] = state.c
+        self.episode_starts[row] = episode_starts
+        self.actions[t] = sample.actions
+        self.log_probs[t] = sample.log_probs
+        self.values[t] = sample.values
+        return stored
+
+    def complete_step(self, task_rewards: Tensor, guilt: Tensor, terminated: Tensor, truncated: Tensor) -> None:
+        """Writes the environment's answer, [B] each, and counts the step."""
+        t = self.length
+        self.task_rewards[t] = task_rewards
+        self.guilt[t] = guilt
+        self.rewards[t] = task_rewards + guilt
+        self.terminated[t] = terminated
+        self.truncated[t] = truncated
+        self.length += 1
+
+    def state_at(self, rows: Tensor) -> RecurrentState:
+        """States [L, S, H] before the steps at flat rows [S] (row * B + stream, the tail counted)."""
+        flat = RecurrentState(self.h_states, self.c_states)
+        return RecurrentState(*(None if part is None else part.flatten(1, 2) for part in flat)).select(rows)
+
+    def write_states(self, rows: Tensor, state: RecurrentState) -> None:
+        """Replaces the states before the steps at flat rows [S]."""
+        for buffer, part in ((self.h_states, state.h), (self.c_states, state.c)):
+            if buffer is not None:
+                assert part is not None
+                buffer.flatten(1, 2)[:, rows] = part
+
+    def observations_at(self, rows: Tensor) -> Observations:
+        """Leaves [N, ...] at flat rows [N]."""
+        return {name: buffer.flatten(0, 1).index_select(0, rows) for name, buffer in self.observations.items()}
+
+    def flat_rows(self, stream: IntArray, step: IntArray) -> Tensor:
+        """Flat rows of steps (negative: in the tail) of streams."""
+        return torch.from_numpy((step + self.max_tail) * self.num_streams + stream).to(self.device)
+
+    def stretch(
+        self, segments: Segments, start: IntArray, length: IntArray, *, max_padding: float
+    ) -> tuple[IntArray, Tensor, Layout]:
+        """Packs the steps start .. start + length - 1 of each segment's stream.
+
+        Returns:
+            the order of the segments in the layout (long ones first), flat rows [N] of its steps, and the layout.
+        """
+        order = np.argsort(-length, kind="stable")
+        segment, step, layout = lay_out(length[order], max_padding=max_padding, device=self.device)
+        which = order[segment]
+        return order, self.flat_rows(segments.stream[which], start[which] + step), layout
+
+    def tail_lengths(self) -> IntArray:
+        """[B] kept steps of the episode that was running when this rollout began."""
+        starts = self.episode_starts[self.max_tail - self.tail_length : self.max_tail].flip(0).cpu().numpy()
+        lengths = np.full(self.num_streams, self.tail_length, dtype=np.int64)
+        has_start = starts.any(axis=0)
+        if has_start.any():
+            lengths[has_start] = starts.argmax(axis=0)[has_start] + 1
+        return lengths
+
+    def clear(self) -> None:
+        """Starts the next rollout; the last steps become its tail."""
+        kept = min(self.max_tail, self.tail_length + self.length)
+        if kept:
+            begin = self.max_tail + self.length - kept
+            buffers = [*self.observations.values(), self.episode_starts]
+            for buffer in buffers:
+                buffer[self.max_tail - kept : self.max_tail] = buffer[begin : begin + kept].clone()
+            for states in (self.h_states, self.c_states):
+                if states is not None:
+                    states[:, self.max_tail - kept : self.max_tail] = states[:, begin : begin + kept].clone()
+        self.tail_length = kept
+        self.length = 0

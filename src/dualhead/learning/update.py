@@ -1,0 +1,255 @@
+"""One PPO update: epochs, minibatches of segments, burn-in, state refresh, optimiser."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dualhead.config import PPOConfig
+from dualhead.learning.losses import clipped_surrogate, explained_variance, normalize, value_loss
+from dualhead.learning.rollout import Rollout
+from dualhead.learning.segments import MAX_PADDING, IntArray, Segments, cut, minibatches
+from dualhead.networks.memory import concatenate_states
+from dualhead.networks.policy import PolicyOutput, RecurrentPolicy
+from dualhead.types import RecurrentState, SegmentBatch
+
+DRIFT_SEGMENTS = 64
+
+
+def ppo_update(
+    policy: RecurrentPolicy,
+    rollout: Rollout,
+    *,
+    advantages: Tensor,
+    optimizer: torch.optim.Optimizer,
+    config: PPOConfig,
+    entropy_coefs: tuple[float, ...],
+    head_names: tuple[str, ...],
+    generator: torch.Generator,
+) -> dict[str, float]:
+    """Improves the policy by one rollout.
+
+    Args:
+        policy, rollout: what learns, from what.
+        advantages: [T, B], not normalised; T is the rollout's length.
+        optimizer: over the policy's parameters.
+        config: epochs, minibatches, clipping and the rest.
+        entropy_coefs: weight of each head's entropy, K of them.
+        head_names: K names for the metrics.
+        generator: shuffles the segments (on the CPU).
+
+    Returns:
+        Metrics by name; means over minibatches unless their name says otherwise.
+    """
+    returns = advantages + rollout.values[: rollout.length]
+    values_explained = explained_variance(rollout.values[: rollout.length], returns)
+    if config.normalize_advantages == "rollout":
+        advantages = normalize(advantages)
+    episode_starts = rollout.episode_starts[rollout.max_tail :][: rollout.length].cpu().numpy()
+    segments = cut(
+        episode_starts,
+        config.sequence_length,
+        burn_in=config.burn_in,
+        tail_lengths=rollout.tail_lengths() if config.burn_in else None,
+    )
+    joint = config.ratio == "joint"
+    weights = torch.tensor(entropy_coefs, dtype=policy.dtype, device=policy.device)
+    parameters = list(policy.parameters())
+    sums: dict[str, Tensor] = {}
+    metrics: dict[str, float] = {}
+    num_minibatches = 0
+    stopped = False
+
+    for epoch in range(config.num_epochs):
+        if epoch == 1 and config.state_refresh == "epoch":
+            metrics |= refresh(policy, rollout, segments, config=config)
+        for chosen in minibatches(segments.length, config.batch_size, generator=generator):
+            batch = gather(policy, rollout, segments.take(chosen), advantages=advantages, returns=returns)
+            output = policy.evaluate(batch)
+            minibatch_advantages = batch.advantages
+            if config.normalize_advantages == "minibatch":
+                minibatch_advantages = normalize(minibatch_advantages)
+            surrogate = clipped_surrogate(
+                output.distribution.log_probs(batch.actions),
+                batch.log_probs,
+                minibatch_advantages,
+                clip_coef=config.clip_coef,
+                joint=joint,
+            )
+            if num_minibatches == 0:
+                # Nothing has moved yet: anything but 1 is a bug or rounding.
+                metrics["policy/first_ratio_error"] = (surrogate.ratio - 1).abs().max().item()
+            if config.target_kl is not None and surrogate.approx_kl.item() > config.target_kl:
+                stopped = True
+                break
+            entropies = output.distribution.entropies().mean(0)
+            squared_error = value_loss(output.values, batch.returns, batch.values, value_clip=config.value_clip)
+            loss = surrogate.loss - (weights * entropies).sum() + config.value_coef * squared_error
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf)
+            optimizer.step()
+            num_minibatches += 1
+            with torch.no_grad():
+                measured = {
+                    "loss/total": loss,
+                    "loss/policy": surrogate.loss,
+                    "loss/value": squared_error,
+                    "policy/approx_kl": surrogate.approx_kl,
+                    "policy/clip_fraction": surrogate.clip_fraction,
+                    "policy/grad_norm": norm,
+                }
+                measured |= {f"entropy/{name}": value for name, value in zip(head_names, entropies)}
+                for name, value in measured.items():
+                    sums[name] = sums.get(name, 0.0) + value.detach()
+        if stopped:
+            break
+    if config.state_refresh == "never" or config.num_epochs == 1:
+        metrics |= refresh(policy, rollout, segments, config=config, write=False)
+
+    metrics |= {name: total.item() / num_minibatches for name, total in sums.items()}
+    metrics["policy/explained_variance"] = values_explained.item()
+    metrics["update/optimizer_steps"] = num_minibatches
+    return metrics
+
+
+def gather(
+    policy: RecurrentPolicy, rollout: Rollout, segments: Segments, *, advantages: Tensor, returns: Tensor
+) -> SegmentBatch:
+    """A minibatch of segments, packed, each with the state it begins from."""
+    order, rows, layout = rollout.stretch(segments, segments.start, segments.length, max_padding=MAX_PADDING)
+    steps = rows - rollout.max_tail * rollout.num_streams
+
+    def pick(buffer: Tensor) -> Tensor:
+        return buffer[: rollout.length].flatten(0, 1).index_select(0, steps)
+
+    return SegmentBatch(
+        observations=rollout.observations_at(rows),
+        state=initial_states(policy, rollout, segments.take(order)),
+        layout=layout,
+        actions=pick(rollout.actions),
+        log_probs=pick(rollout.log_probs),
+        values=pick(rollout.values),
+        advantages=pick(advantages),
+        returns=pick(returns),
+    )
+
+
+@torch.no_grad()
+def initial_states(policy: RecurrentPolicy, rollout: Rollout, segments: Segments) -> RecurrentState:
+    """The state [L, S, H] each segment begins from: stored, and unrolled through its burn-in by today's weights.
+
+    Source: Kapturowski et al. 2019 (R2D2) §3, "stored state" and "burn-in".
+    """
+    state = rollout.state_at(rollout.flat_rows(segments.stream, segments.start - segments.burn_in))
+    (warm,) = np.nonzero(segments.burn_in)
+    if len(warm) == 0:
+        return state
+    prefix = segments.take(warm)
+    order, rows, layout = rollout.stretch(prefix, prefix.start - prefix.burn_in, prefix.burn_in, max_padding=0.0)
+    which = torch.from_numpy(warm[order]).to(rollout.device)
+    warmed = policy.advance(rollout.observations_at(rows), state.select(which), layout)
+    for part, new in zip(state, warmed):
+        if part is not None:
+            assert new is not None
+            part[:, which] = new
+    return state
+
+
+@torch.no_grad()
+def refresh(
+    policy: RecurrentPolicy, rollout: Rollout, segments: Segments, *, config: PPOConfig, write: bool = True
+) -> dict[str, float]:
+    """Recomputes the states that segments (and their burn-ins) begin from with today's weights, and measures drift.
+
+    Every run of steps is unrolled from its own beginning, all runs side by side, `sequence_length` steps at a time.
+    Drift is what R2D2 calls ΔQ, said for PPO: how far values (root mean square, in deviations of the rollout's values)
+    and action distributions (KL in nats) move between stored and refreshed state, at the first and last step of
+    segments.
+
+    Args:
+        write: rewrite the rollout's states; otherwise only a sample of streams is unrolled, for the drift.
+
+    Returns:
+        Metrics `state_drift/*`; none for a memoryless policy or where no segment begins inside a run.
+    """
+    if rollout.h_states.shape[-1] == 0:
+        return {}
+    inside = segments.offset > 0
+    if not write:
+        (candidates,) = np.nonzero(inside)
+        if len(candidates):
+            inside &= segments.stream <= segments.stream[candidates[:DRIFT_SEGMENTS][-1]]
+    if not inside.any():
+        return {}
+    rows, states = _unroll_runs(policy, rollout, segments, streams=segments.stream[inside], config=config)
+    (measured,) = np.nonzero(inside)
+    measured = measured[np.linspace(0, len(measured) - 1, min(DRIFT_SEGMENTS, len(measured))).astype(np.int64)]
+    sample = segments.take(measured)
+    before = _first_and_last(policy, rollout, sample)
+    stored = rollout.state_at(rows)
+    rollout.write_states(rows, states)
+    after = _first_and_last(policy, rollout, sample)
+    if not write:
+        rollout.write_states(rows, stored)
+
+    spread = rollout.values[: rollout.length].std(unbiased=False) + 1e-8
+    metrics = {}
+    for place, (old, old_values), (new, new_values) in zip(("first", "last"), before, after):
+        metrics[f"state_drift/value_{place}"] = ((new_values - old_values).square().mean().sqrt() / spread).item()
+        metrics[f"state_drift/kl_{place}"] = new.kl_from(old).mean().item()
+    return metrics
+
+
+def _unroll_runs(
+    policy: RecurrentPolicy, rollout: Rollout, segments: Segments, *, streams: IntArray, config: PPOConfig
+) -> tuple[Tensor, RecurrentState]:
+    """Fresh states at every inner cut of the runs of some streams: flat rows [S] and states [L, S, H]."""
+    of_streams = segments.take(np.flatnonzero(np.isin(segments.stream, streams)))
+    first = of_streams.offset == 0
+    run = np.cumsum(first) - 1
+    run_length = np.bincount(run, weights=of_streams.length).astype(np.int64)
+    runs = of_streams.take(np.flatnonzero(first))
+    remainder = config.burn_in % config.sequence_length
+    pieces = [config.sequence_length - remainder, remainder] if remainder else [config.sequence_length]
+    state = rollout.state_at(rollout.flat_rows(runs.stream, runs.start))
+    rows, states = [], []
+    position = turn = 0
+    while True:
+        piece = pieces[turn % len(pieces)]
+        alive = np.flatnonzero(run_length > position + piece)
+        if len(alive) == 0:
+            break
+        runs, run_length = runs.take(alive), run_length[alive]
+        lengths = np.full(len(alive), piece)
+        _, steps, layout = rollout.stretch(runs, runs.start + position, lengths, max_padding=0.0)
+        state = state.select(torch.from_numpy(alive).to(rollout.device))
+        state = policy.advance(rollout.observations_at(steps), state, layout)
+        position += piece
+        turn += 1
+        rows.append(rollout.flat_rows(runs.stream, runs.start + position))
+        states.append(state)
+    return torch.cat(rows), concatenate_states(states)
+
+
+def _first_and_last(policy: RecurrentPolicy, rollout: Rollout, segments: Segments) -> tuple[PolicyOutput, PolicyOutput]:
+    """Distribution and values at the first and at the last step of segments, from the states stored now."""
+    state = rollout.state_at(rollout.flat_rows(segments.stream, segments.start))
+    first, _ = policy.step(rollout.observations_at(rollout.flat_rows(segments.stream, segments.start)), state)
+    longer = np.flatnonzero(segments.length > 1)
+    last = first
+    if len(longer):
+        lead = segments.take(longer)
+        lead_order, lead_rows, lead_layout = rollout.stretch(lead, lead.start, lead.length - 1, max_padding=0.0)
+        which = torch.from_numpy(longer[lead_order]).to(rollout.device)
+        moved = policy.advance(rollout.observations_at(lead_rows), state.select(which), lead_layout)
+        for part, new in zip(state, moved):
+            if part is not None:
+                assert new is not None
+                part[:, which] = new
+        ends = segments.start + segments.length - 1
+        last, _ = policy.step(rollout.observations_at(rollout.flat_rows(segments.stream, ends)), state)
+    return first, last

@@ -1,0 +1,340 @@
+"""From observations to features: one part per leaf of the observation space, joined by ReLU layers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium import spaces
+from torch import Tensor, nn
+
+from dualhead.types import Observations
+
+ACTION_MASK = "action_mask"
+WHOLE = "observation"
+NATURE_MIN_PIXELS = 36
+_SUPPORTED = "Box, Discrete, MultiDiscrete, MultiBinary, and Dict or Tuple of them"
+
+
+class Leaf(NamedTuple):
+    """One array of an observation: its name (`part/subpart`), space, and whether it is an action mask."""
+
+    name: str
+    space: gym.Space
+    is_mask: bool
+
+
+class ObservationSpec:
+    """Turns what environments give (arrays, numbers, dicts, tuples, batched) into named tensors, checking on the way.
+
+    A Dict part called `action_mask` (one array, or a Dict of one array per head) is kept apart for the heads.
+
+    Raises:
+        TypeError: the space, or a part of it, is of an unsupported kind.
+    """
+
+    def __init__(self, space: gym.Space) -> None:
+        self.space = space
+        self.leaves = tuple(_leaves(space, ""))
+        if all(leaf.is_mask for leaf in self.leaves):
+            raise TypeError(f"observation space {space} has no part that a policy could look at")
+
+    @property
+    def masks(self) -> tuple[Leaf, ...]:
+        return tuple(leaf for leaf in self.leaves if leaf.is_mask)
+
+    @property
+    def inputs(self) -> tuple[Leaf, ...]:
+        return tuple(leaf for leaf in self.leaves if not leaf.is_mask)
+
+    def to_tensors(self, observations: Any, batch: int, *, device: torch.device, dtype: torch.dtype) -> Observations:
+        """Batched observations as tensors on `device`: floats as `dtype`, integers and bools in their own dtype.
+
+        A single stream may come without its batch axis.         No copy is made where none is needed: the tensors may share memory with what was given.
+
+        Raises:
+            ValueError: a part is missing, has another shape than [batch, *space.shape], is not finite, or is out of
+                a Discrete range.
+        """
+        tensors = {}
+        for leaf in self.leaves:
+            tensor = _tensor(_pick(observations, leaf.name), leaf.name).to(device)
+            expected = (batch, *(leaf.space.shape or ()))
+            if batch == 1 and tuple(tensor.shape) == expected[1:]:
+                tensor = tensor[None]
+            if tuple(tensor.shape) != expected:
+                raise ValueError(
+                    f"observation {leaf.name!r}: expected shape {expected} ({batch} streams of {leaf.space}), "
+                    f"got {tuple(tensor.shape)}"
+                )
+            if tensor.is_floating_point():
+                if np.issubdtype(leaf.space.dtype, np.floating):
+                    tensor = tensor.to(dtype)
+                elif not leaf.is_mask:
+                    raise ValueError(f"observation {leaf.name!r}: expected {leaf.space.dtype}, got {tensor.dtype}")
+            # On an accelerator the check would wait for the device each step; learn() makes it there.
+            if tensor.device.type == "cpu":
+                check_leaf(leaf, tensor)
+            tensors[leaf.name] = tensor
+        return tensors
+
+
+def check_leaf(leaf: Leaf, tensor: Tensor) -> None:
+    """Refuses numbers [B, ...] that are not finite, and indices outside a Discrete space."""
+    if tensor.is_floating_point():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(non_finite_message(f"observation {leaf.name!r}", tensor))
+    elif isinstance(leaf.space, spaces.Discrete | spaces.MultiDiscrete):
+        low = torch.as_tensor(leaf.space.start, device=tensor.device)
+        high = low + torch.as_tensor(
+            leaf.space.n if isinstance(leaf.space, spaces.Discrete) else leaf.space.nvec, device=tensor.device
+        )
+        outside = (tensor < low) | (tensor >= high)
+        if outside.any():
+            where = outside.nonzero()[0].tolist()
+            raise ValueError(
+                f"observation {leaf.name!r} of stream {where[0]} is {tensor[tuple(where)].item()}: expected {leaf.space}"
+            )
+
+
+def _tensor(values: Any, name: str) -> Tensor:
+    if isinstance(values, Tensor):
+        return values
+    array = np.asarray(values)
+    if array.dtype == object:
+        raise ValueError(f"observation {name!r}: expected numbers, got an array of objects")
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
+
+
+def non_finite_message(what: str, tensor: Tensor) -> str:
+    """Says which stream has the first non-finite value of a [B, ...] tensor."""
+    bad = (~torch.isfinite(tensor)).nonzero()[0].tolist()
+    return f"{what} of stream {bad[0]} is {tensor[tuple(bad)].item()}: expected finite numbers"
+
+
+def _leaves(space: gym.Space, name: str) -> list[Leaf]:
+    is_mask = ACTION_MASK in name.split("/")
+    if isinstance(space, spaces.Dict):
+        return [leaf for key, part in space.items() for leaf in _leaves(part, f"{name}/{key}".lstrip("/"))]
+    if isinstance(space, spaces.Tuple):
+        return [leaf for i, part in enumerate(space) for leaf in _leaves(part, f"{name}/{i}".lstrip("/"))]
+    if isinstance(space, spaces.Box | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary):
+        return [Leaf(name or WHOLE, space, is_mask)]
+    where = f" (part {name!r})" if name else ""
+    raise TypeError(f"unsupported observation space {space}{where}: expected {_SUPPORTED}")
+
+
+def _pick(observations: Any, name: str) -> Any:
+    """The part of a nested observation that a leaf's name leads to."""
+    if name == WHOLE and not isinstance(observations, Mapping):
+        return observations
+    if isinstance(observations, Mapping) and name in observations:
+        return observations[name]
+    for key in name.split("/"):
+        if isinstance(observations, Mapping) and key in observations:
+            observations = observations[key]
+        elif isinstance(observations, tuple) and key.isdigit() and int(key) < len(observations):
+            observations = observations[int(key)]
+        else:
+            raise ValueError(f"observation part {name!r} is missing: got {_outline(observations)}")
+    return observations
+
+
+def _outline(observations: Any) -> str:
+    if isinstance(observations, Mapping):
+        return f"a dict with keys {sorted(map(str, observations))}"
+    if isinstance(observations, tuple):
+        return f"a tuple of {len(observations)}"
+    return f"a {type(observations).__name__}"
+
+
+class RunningNormalizer(nn.Module):
+    """Scales by running mean and deviation, kept in float64 and updated between rollouts only.
+
+    Because the statistics stand still while a rollout is collected and learned from, acting and evaluation see the
+    same features and the first probability ratio is exactly 1.
+
+    Source: Chan, Golub & LeVeque 1983, parallel mean and variance.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    count: Tensor
+
+    def __init__(self, shape: Sequence[int], *, clip: float = 10.0) -> None:
+        super().__init__()
+        self.clip = clip
+        self.register_buffer("mean", torch.zeros(tuple(shape), dtype=torch.float64))
+        self.register_buffer("variance", torch.ones(tuple(shape), dtype=torch.float64))
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+
+    def update(self, batch: Tensor) -> None:
+        """Takes in a batch [N, *shape]."""
+        batch = batch.to(torch.float64)
+        count = batch.shape[0]
+        total = self.count + count
+        delta = batch.mean(0) - self.mean
+        spread = self.variance * self.count + batch.var(0, unbiased=False) * count
+        self.mean += delta * count / total
+        self.variance.copy_((spread + delta.square() * self.count * count / total) / total)
+        self.count.copy_(total)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, deviation = self.mean.to(x.dtype), (self.variance + 1e-8).sqrt().to(x.dtype)
+        return ((x - mean) / deviation).clamp(-self.clip, self.clip)
+
+
+class _Flat(nn.Module):
+    """Numbers as they are, flattened; optionally normalised."""
+
+    def __init__(self, space: gym.Space, *, normalize: bool) -> None:
+        super().__init__()
+        self.num_features = int(np.prod(space.shape or (1,)))
+        self.normalizer = RunningNormalizer((self.num_features,)) if normalize else None
+
+    def flat(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return x.reshape(x.shape[0], -1).to(dtype)
+
+    def forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        x = self.flat(x, dtype)
+        return x if self.normalizer is None else self.normalizer(x)
+
+
+class _OneHot(nn.Module):
+    """`Discrete` and `MultiDiscrete`: one-hot codes side by side."""
+
+    starts: Tensor
+    offsets: Tensor
+
+    def __init__(self, space: spaces.Discrete | spaces.MultiDiscrete) -> None:
+        super().__init__()
+        sizes = np.atleast_1d(space.n if isinstance(space, spaces.Discrete) else space.nvec).ravel()
+        self.num_features = int(sizes.sum())
+        self.register_buffer(
+            "starts", torch.from_numpy(np.atleast_1d(space.start).ravel().astype(np.int64)), persistent=False
+        )
+        self.register_buffer("offsets", torch.from_numpy(np.cumsum(sizes) - sizes), persistent=False)
+
+    def forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        index = x.reshape(x.shape[0], -1).long() - self.starts + self.offsets
+        return torch.zeros(x.shape[0], self.num_features, dtype=dtype, device=x.device).scatter_(1, index, 1.0)
+
+
+class _Image(nn.Module):
+    """Convolutions over an image or grid; integer pixels are divided by the space's upper bound.
+
+    `small`: 3x3 C→32→64 with padding 1, for grids. `nature`: Mnih et al. 2015, for large frames.
+    """
+
+    def __init__(self, space: spaces.Box, *, kind: str, channels_last: bool) -> None:
+        super().__init__()
+        shape = space.shape if len(space.shape) == 3 else (1, *space.shape)
+        if channels_last and len(space.shape) == 3:
+            shape = (shape[2], shape[0], shape[1])
+        self.channels_last = channels_last
+        self.shape = shape
+        integer = np.issubdtype(space.dtype, np.integer)
+        self.scale = 1.0 / max(float(np.max(space.high)), 1.0) if integer else 1.0
+        channels = shape[0]
+        if kind == "nature":
+            convolutions = [
+                nn.Conv2d(channels, 32, 8, stride=4),
+                nn.Conv2d(32, 64, 4, stride=2),
+                nn.Conv2d(64, 64, 3),
+            ]
+        else:
+            convolutions = [nn.Conv2d(channels, 32, 3, padding=1), nn.Conv2d(32, 64, 3, padding=1)]
+        self.convolutions = nn.Sequential(*(m for conv in convolutions for m in (conv, nn.ReLU())))
+        with torch.no_grad():
+            self.num_features = self.convolutions(torch.zeros(1, *shape)).numel()
+
+    def forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        x = x.to(dtype)
+        if self.scale != 1.0:
+            x = x * self.scale
+        x = x.permute(0, 3, 1, 2) if self.channels_last and x.dim() == 4 else x.reshape(x.shape[0], *self.shape)
+        return self.convolutions(x).flatten(1)
+
+
+def _is_image(space: gym.Space) -> bool:
+    return isinstance(space, spaces.Box) and len(space.shape) in (2, 3) and min(space.shape) > 0
+
+
+class Encoder(nn.Module):
+    """Features of an observation: each leaf encoded, all joined, then Linear + ReLU layers.
+
+    Args:
+        spec: which leaves there are.
+        encoder_sizes: widths of the joining layers.
+        image_encoder, image_layout: see `NetworkConfig`.
+        normalize: give vectors of floats a running normaliser.
+    """
+
+    def __init__(
+        self,
+        spec: ObservationSpec,
+        *,
+        encoder_sizes: Sequence[int],
+        image_encoder: str,
+        image_layout: str,
+        normalize: bool,
+    ) -> None:
+        super().__init__()
+        self.names = tuple(leaf.name for leaf in spec.inputs)
+        self.parts = nn.ModuleList()
+        for leaf in spec.inputs:
+            self.parts.append(_part(leaf.space, image_encoder, image_layout, normalize))
+        sizes = [sum(int(part.num_features) for part in self.parts), *encoder_sizes]
+        layers: list[nn.Module] = []
+        for given, wanted in zip(sizes[:-1], sizes[1:]):
+            layers += [nn.Linear(given, wanted), nn.ReLU()]
+        self.joined = nn.Sequential(*layers)
+        self.num_features = sizes[-1]
+
+    @property
+    def normalizers(self) -> dict[str, RunningNormalizer]:
+        return {
+            name: part.normalizer
+            for name, part in zip(self.names, self.parts)
+            if isinstance(part, _Flat) and part.normalizer is not None
+        }
+
+    def update_normalizers(self, observations: Observations) -> None:
+        """Takes observations [N, ...] into the running statistics."""
+        for name, normalizer in self.normalizers.items():
+            normalizer.update(observations[name].flatten(1))
+
+    def forward(self, observations: Observations, dtype: torch.dtype) -> Tensor:
+        parts = [part(observations[name], dtype) for name, part in zip(self.names, self.parts)]
+        return self.joined(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
+
+
+def _part(space: gym.Space, image_encoder: str, image_layout: str, normalize: bool) -> nn.Module:
+    if isinstance(space, spaces.Discrete | spaces.MultiDiscrete):
+        return _OneHot(space)
+    if isinstance(space, spaces.Box) and _is_image(space):
+        shape = space.shape
+        channels_last = len(shape) == 3 and (image_layout == "hwc" or (image_layout == "auto" and shape[2] < shape[0]))
+        pixels = min(shape) if len(shape) == 2 else min(shape[:2] if channels_last else shape[1:])
+        if image_encoder == "auto":
+            image_encoder = "nature" if pixels >= NATURE_MIN_PIXELS else "small"
+        if image_encoder == "nature" and pixels < NATURE_MIN_PIXELS:
+            raise ValueError(
+                f"image_encoder='nature' needs images of at least {NATURE_MIN_PIXELS} pixels a side, got {shape}: "
+                f"use image_encoder='small'"
+            )
+        return _Image(space, kind=image_encoder, channels_last=channels_last)
+    floats = isinstance(space, spaces.Box) and np.issubdtype(space.dtype, np.floating)
+    return _Flat(space, normalize=normalize and floats)
+
+
+def init_layer(layer: nn.Module, gain: float = math.sqrt(2)) -> None:
+    """Orthogonal weight with `gain`, zero bias, for a linear or convolutional layer."""
+    assert isinstance(layer, nn.Linear | nn.Conv2d)
+    nn.init.orthogonal_(layer.weight, gain)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)

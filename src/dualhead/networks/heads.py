@@ -1,0 +1,264 @@
+"""From features to actions: factored categorical heads with masks, or a diagonal Gaussian."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Protocol
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium import spaces
+from torch import Tensor, nn
+
+from dualhead.networks.encoders import ACTION_MASK, Leaf
+from dualhead.types import Observations
+
+_SUPPORTED = "Discrete, MultiDiscrete (one axis), a Dict of those, or a one-axis Box"
+
+
+class ActionSpec:
+    """Which heads an action space has, and how [B, K] head indices become what the environment takes.
+
+    Attributes:
+        names: one per head; K of them.
+        nvec: choices per head, or empty for a Box.
+        num_columns: width of the actions tensor: K, or D for a Box of D numbers.
+
+    Raises:
+        TypeError: an unsupported action space.
+    """
+
+    def __init__(self, space: gym.Space) -> None:
+        self.space = space
+        self.is_continuous = isinstance(space, spaces.Box)
+        self.names: tuple[str, ...]
+        self.nvec: tuple[int, ...] = ()
+        if isinstance(space, spaces.Box):
+            if len(space.shape) != 1 or not np.issubdtype(space.dtype, np.floating):
+                raise TypeError(f"unsupported action space {space}: expected {_SUPPORTED} of floats")
+            self.names = ("action",)
+            self.num_columns = space.shape[0]
+            bounded = np.isfinite(space.low) & np.isfinite(space.high)
+            low, high = np.where(bounded, space.low, -1.0), np.where(bounded, space.high, 1.0)
+            self._bounded, self._centre, self._half = bounded, (low + high) / 2, (high - low) / 2
+            return
+        heads = _heads(space, "action", nested=False)
+        self.names = tuple(name for name, _, _ in heads)
+        self.nvec = tuple(n for _, n, _ in heads)
+        self._starts = np.array([start for _, _, start in heads], dtype=np.int64)
+        self.num_columns = len(heads)
+
+    def to_env(self, actions: np.ndarray) -> Any:
+        """Actions [B, K] (or [B, D] in the policy's units) in the form of the batched action space.
+
+        A Gaussian acts in units in which a bounded Box spans [-1, 1]: its actions are clipped there and scaled.
+        """
+        if self.is_continuous:
+            scaled = np.where(self._bounded, actions.clip(-1.0, 1.0), actions) * self._half + self._centre
+            return scaled.astype(self.space.dtype)
+        actions = actions + self._starts
+        return _split(self.space, actions)[0]
+
+    def check_masks(self, masks: tuple[Leaf, ...]) -> None:
+        """Checks that the `action_mask` parts of an observation space fit the heads.
+
+        Raises:
+            ValueError: expected one array of sum(nvec) entries, or one of n_k entries for each head by name.
+        """
+        if not masks:
+            return
+        if self.is_continuous:
+            raise ValueError(f"an {ACTION_MASK!r} needs discrete heads, the action space is {self.space}")
+        sizes = {leaf.name.rpartition("/")[2]: int(np.prod(leaf.space.shape)) for leaf in masks}
+        whole = len(masks) == 1 and sizes == {ACTION_MASK: sum(self.nvec)}
+        per_head = all(name in self.names and n == self.nvec[self.names.index(name)] for name, n in sizes.items())
+        if not (whole or per_head):
+            heads = dict(zip(self.names, self.nvec))
+            raise ValueError(
+                f"{ACTION_MASK!r} does not fit the heads {heads}: expected one array of {sum(self.nvec)} entries or "
+                f"a Dict with one array per head, got sizes {sizes}"
+            )
+
+
+def _heads(space: gym.Space, name: str, *, nested: bool) -> list[tuple[str, int, int]]:
+    """Name, number of choices and lowest index of each head."""
+    if isinstance(space, spaces.Discrete):
+        return [(name, int(space.n), int(space.start))]
+    if isinstance(space, spaces.MultiDiscrete) and len(space.shape) == 1:
+        prefix = name if nested else "head"
+        return [(f"{prefix}_{i}", int(n), int(s)) for i, (n, s) in enumerate(zip(space.nvec, space.start))]
+    if isinstance(space, spaces.Dict) and not nested:
+        return [head for key, part in space.items() for head in _heads(part, key, nested=True)]
+    raise TypeError(f"unsupported action space {space}: expected {_SUPPORTED}")
+
+
+def _split(space: gym.Space, actions: np.ndarray) -> tuple[Any, np.ndarray]:
+    """The first columns in the form of `space`, and the columns left over."""
+    if isinstance(space, spaces.Discrete):
+        return actions[:, 0], actions[:, 1:]
+    if isinstance(space, spaces.MultiDiscrete):
+        return actions[:, : len(space.nvec)], actions[:, len(space.nvec) :]
+    assert isinstance(space, spaces.Dict)
+    parts = {}
+    for key, part in space.items():
+        parts[key], actions = _split(part, actions)
+    return parts, actions
+
+
+class Distribution(Protocol):
+    """Distribution over actions of N states; K heads."""
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """Actions [N, K] (or [N, D])."""
+
+    def mode(self) -> Tensor:
+        """The likeliest actions [N, K] (or [N, D])."""
+
+    def log_probs(self, actions: Tensor) -> Tensor:
+        """Log-probability per head, [N, K]."""
+
+    def entropies(self) -> Tensor:
+        """Entropy per head in nats, [N, K]."""
+
+    def kl_from(self, other: Distribution) -> Tensor:
+        """KL(other || self) summed over heads, [N]; `other` of the same kind."""
+
+
+class FactoredCategorical:
+    """Independent categorical heads. Masked choices have probability zero and add nothing to the entropy.
+
+    Args:
+        logits: [N, sum(nvec)], heads side by side.
+        nvec: choices per head.
+        mask: [N, sum(nvec)] bool, true where a choice is allowed; None: everything is.
+    """
+
+    def __init__(self, logits: Tensor, nvec: tuple[int, ...], mask: Tensor | None = None) -> None:
+        if mask is not None:
+            logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
+        self._log_probs = [head.log_softmax(-1) for head in logits.split(nvec, dim=-1)]
+
+    @property
+    def logits(self) -> list[Tensor]:
+        """Normalised logits per head, [N, n_k]."""
+        return self._log_probs
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        # The exponential race: argmin of Exp(1)/p is a draw from p.
+        actions = []
+        for log_p in self._log_probs:
+            race = torch.empty_like(log_p).exponential_(generator=generator)
+            actions.append((log_p - race.log()).argmax(-1))
+        return torch.stack(actions, dim=-1)
+
+    def mode(self) -> Tensor:
+        return torch.stack([log_p.argmax(-1) for log_p in self._log_probs], dim=-1)
+
+    def log_probs(self, actions: Tensor) -> Tensor:
+        chosen = [log_p.gather(-1, action[:, None])[:, 0] for log_p, action in zip(self._log_probs, actions.unbind(-1))]
+        return torch.stack(chosen, dim=-1)
+
+    def entropies(self) -> Tensor:
+        return torch.stack([-(log_p.exp() * log_p).sum(-1) for log_p in self._log_probs], dim=-1)
+
+    def kl_from(self, other: Distribution) -> Tensor:
+        assert isinstance(other, FactoredCategorical)
+        return torch.stack(
+            [(p.exp() * (p - q)).sum(-1) for p, q in zip(other._log_probs, self._log_probs)], dim=-1
+        ).sum(-1)
+
+
+class DiagonalGaussian:
+    """Independent normal distributions over D numbers, one head.
+
+    Args:
+        mean: [N, D].
+        log_std: [D].
+    """
+
+    def __init__(self, mean: Tensor, log_std: Tensor) -> None:
+        self.mean = mean
+        self.log_std = log_std
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        noise = torch.empty_like(self.mean).normal_(generator=generator)
+        return self.mean + self.log_std.exp() * noise
+
+    def mode(self) -> Tensor:
+        return self.mean
+
+    def log_probs(self, actions: Tensor) -> Tensor:
+        z = (actions - self.mean) * (-self.log_std).exp()
+        return -(0.5 * z.square() + self.log_std + 0.5 * math.log(2 * math.pi)).sum(-1, keepdim=True)
+
+    def entropies(self) -> Tensor:
+        entropy = (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum()
+        return entropy.expand(self.mean.shape[0], 1)
+
+    def kl_from(self, other: Distribution) -> Tensor:
+        assert isinstance(other, DiagonalGaussian)
+        ratio = (2 * (other.log_std - self.log_std)).exp()
+        shift = ((other.mean - self.mean) * (-self.log_std).exp()).square()
+        return 0.5 * (ratio + shift - 1 - 2 * (other.log_std - self.log_std)).sum(-1)
+
+
+class Heads(nn.Module):
+    """One `Linear(H, n_k)` per categorical head, or mean and free log-deviation of a Gaussian."""
+
+    def __init__(self, num_features: int, spec: ActionSpec, masks: tuple[Leaf, ...]) -> None:
+        super().__init__()
+        spec.check_masks(masks)
+        self.nvec = spec.nvec
+        self.names = spec.names
+        self._mask_names = self._order_masks(masks)
+        if spec.is_continuous:
+            self.linears = nn.ModuleList([nn.Linear(num_features, spec.num_columns)])
+            self.log_std = nn.Parameter(torch.zeros(spec.num_columns))
+        else:
+            self.linears = nn.ModuleList([nn.Linear(num_features, n) for n in spec.nvec])
+        self.is_continuous = spec.is_continuous
+
+    def _order_masks(self, masks: tuple[Leaf, ...]) -> tuple[str | None, ...]:
+        """Leaf name of each head's mask, or the single whole mask."""
+        if not masks:
+            return ()
+        if len(masks) == 1 and masks[0].name.rpartition("/")[2] == ACTION_MASK:
+            return (masks[0].name,)
+        by_head: dict[str, str] = {leaf.name.rpartition("/")[2]: leaf.name for leaf in masks}
+        return tuple(by_head.get(name) for name in self.names)
+
+    def mask(self, observations: Observations) -> Tensor | None:
+        """The mask [N, sum(nvec)] that the observations carry, or None."""
+        if not self._mask_names:
+            return None
+        if len(self._mask_names) == 1 and self._mask_names[0] is not None:
+            return observations[self._mask_names[0]].flatten(1) != 0
+        some = next(observations[name] for name in self._mask_names if name is not None)
+        parts = [
+            torch.ones(some.shape[0], n, dtype=torch.bool, device=some.device)
+            if name is None
+            else observations[name].flatten(1) != 0
+            for name, n in zip(self._mask_names, self.nvec)
+        ]
+        return torch.cat(parts, dim=1)
+
+    def check_mask(self, observations: Observations) -> None:
+        """Raises ValueError where a head has no legal choice."""
+        mask = self.mask(observations)
+        if mask is None:
+            return
+        for name, allowed in zip(self.names, mask.split(self.nvec, dim=-1)):
+            empty = ~allowed.any(-1)
+            if empty.any():
+                raise ValueError(
+                    f"{ACTION_MASK!r} of stream {int(empty.nonzero()[0])} allows no choice for head {name!r}: "
+                    f"expected at least one"
+                )
+
+    def forward(self, h: Tensor, observations: Observations) -> Distribution:
+        outputs = [linear(h) for linear in self.linears]
+        if self.is_continuous:
+            return DiagonalGaussian(outputs[0], self.log_std)
+        logits = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+        return FactoredCategorical(logits, self.nvec, self.mask(observations))

@@ -1,0 +1,146 @@
+"""LSTM, GRU and the memoryless control behind one interface.
+
+Acting is the one-step case of training: `step` and `unroll` use the weights of the same `nn.LSTM` / `nn.GRU`.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dualhead.types import Layout, RecurrentState
+
+
+class Memory(Protocol):
+    """What the policy asks of a recurrent core."""
+
+    num_features: int
+
+    def initial_state(self, batch: int, *, device: torch.device, dtype: torch.dtype) -> RecurrentState:
+        """Zeros for `batch` streams: what every episode begins from."""
+
+    def step(self, features: Tensor, state: RecurrentState) -> tuple[Tensor, RecurrentState]:
+        """One time step of B streams: features [B, F] -> (h [B, H] of the top layer, next state)."""
+
+    def unroll(self, features: Tensor, state: RecurrentState, layout: Layout) -> tuple[Tensor, RecurrentState]:
+        """Segments from the states they begin with: features [N, F], state [L, S, H] -> (h [N, H], final state).
+
+        The final state [L, S, H] is the one after each segment's last step only where the layout has no padding.
+        """
+
+
+class RecurrentMemory(nn.Module):
+    """`nn.LSTM` or `nn.GRU` (attribute `lstm` or `gru`).
+
+    Args:
+        kind: `lstm` or `gru`.
+        input_size, hidden_size, num_layers: F, H, L.
+        forget_bias: initial forget-gate bias (LSTM).
+        orthogonal_per_gate: initialise every gate's [H, ·] matrix orthogonally on its own; else the stacked one.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        input_size: int,
+        *,
+        hidden_size: int,
+        num_layers: int,
+        forget_bias: float = 0.0,
+        orthogonal_per_gate: bool = False,
+    ) -> None:
+        super().__init__()
+        self.kind = kind
+        self.num_features = hidden_size
+        self.num_layers = num_layers
+        if kind == "lstm":
+            self.lstm = nn.LSTM(input_size, hidden_size, num_layers, batch_first=True)
+        else:
+            self.gru = nn.GRU(input_size, hidden_size, num_layers, batch_first=True)
+        self._init_weights(forget_bias, orthogonal_per_gate)
+
+    @property
+    def cell(self) -> nn.LSTM | nn.GRU:
+        return self.lstm if self.kind == "lstm" else self.gru
+
+    def _init_weights(self, forget_bias: float, per_gate: bool) -> None:
+        hidden = self.num_features
+        for name, parameter in self.cell.named_parameters():
+            if "weight" in name:
+                for matrix in parameter.split(hidden) if per_gate else (parameter,):
+                    nn.init.orthogonal_(matrix, 1.0)
+            else:
+                nn.init.zeros_(parameter)
+                # Gates are stacked input, forget, cell, output; of the two bias vectors one carries the forget bias.
+                if self.kind == "lstm" and name.startswith("bias_ih"):
+                    nn.init.constant_(parameter[hidden : 2 * hidden], forget_bias)
+
+    def initial_state(self, batch: int, *, device: torch.device, dtype: torch.dtype) -> RecurrentState:
+        h = torch.zeros(self.num_layers, batch, self.num_features, device=device, dtype=dtype)
+        return RecurrentState(h, torch.zeros_like(h) if self.kind == "lstm" else None)
+
+    def step(self, features: Tensor, state: RecurrentState) -> tuple[Tensor, RecurrentState]:
+        # The cell functions cost a quarter of the sequence call at one step and share its weights.
+        x, hs, cs = features, [], []
+        for layer in range(self.num_layers):
+            weights = [
+                getattr(self.cell, f"{name}_l{layer}") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+            ]
+            if state.c is None:
+                x = torch.gru_cell(x, state.h[layer], *weights)
+            else:
+                x, c = torch.lstm_cell(x, (state.h[layer], state.c[layer]), *weights)
+                cs.append(c)
+            hs.append(x)
+        return x, RecurrentState(torch.stack(hs), torch.stack(cs) if cs else None)
+
+    def unroll(self, features: Tensor, state: RecurrentState, layout: Layout) -> tuple[Tensor, RecurrentState]:
+        rows = features if layout.padding is None else features.index_select(0, layout.padding)
+        outputs, finals = [], []
+        row = segment = 0
+        for num_segments, num_steps in layout.blocks:
+            steps = rows[row : row + num_segments * num_steps].view(num_steps, num_segments, -1)
+            h, c = (None if part is None else part[:, segment : segment + num_segments].contiguous() for part in state)
+            output, final = self.cell(steps.transpose(0, 1), h if c is None else (h, c))
+            outputs.append(output.transpose(0, 1).reshape(num_steps * num_segments, -1))
+            finals.append(RecurrentState(final, None) if c is None else RecurrentState(*final))
+            row += num_segments * num_steps
+            segment += num_segments
+        h_rows = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        if layout.real is not None:
+            h_rows = h_rows.index_select(0, layout.real)
+        return h_rows, concatenate_states(finals)
+
+
+class NoMemory(nn.Module):
+    """The memoryless control: features pass through, the state has no units.
+
+    A ReLU layer of the memory's width stands where the recurrent core would, so that the control loses memory and not
+    depth.
+    """
+
+    def __init__(self, input_size: int, *, hidden_size: int) -> None:
+        super().__init__()
+        self.num_features = hidden_size
+        self.linear = nn.Linear(input_size, hidden_size)
+
+    def initial_state(self, batch: int, *, device: torch.device, dtype: torch.dtype) -> RecurrentState:
+        return RecurrentState(torch.zeros(1, batch, 0, device=device, dtype=dtype), None)
+
+    def step(self, features: Tensor, state: RecurrentState) -> tuple[Tensor, RecurrentState]:
+        return self.linear(features).relu(), state
+
+    def unroll(self, features: Tensor, state: RecurrentState, layout: Layout) -> tuple[Tensor, RecurrentState]:
+        return self.linear(features).relu(), state
+
+
+def concatenate_states(states: list[RecurrentState]) -> RecurrentState:
+    """States of several groups of streams as one, along the stream axis."""
+    if len(states) == 1:
+        return states[0]
+    h = torch.cat([state.h for state in states], dim=1)
+    return RecurrentState(
+        h, None if states[0].c is None else torch.cat([s.c for s in states if s.c is not None], dim=1)
+    )

@@ -1,0 +1,114 @@
+"""The records that travel between rooms. Letters as in the docs: T time, B streams, S segments, N steps, K heads."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Observations = dict[str, Tensor]
+"""One tensor per leaf of the observation space, batch axes first; a plain space has the single leaf `observation`."""
+
+
+class RecurrentState(NamedTuple):
+    """State of a memory: `h, c = state`. A GRU has `c=None`; the memoryless control has H = 0.
+
+    Fields:
+        h: [L, B, H] output state, the only part that heads and critic see.
+        c: [L, B, H] cell state of an LSTM, or None.
+    """
+
+    h: Tensor
+    c: Tensor | None
+
+    def detach(self) -> RecurrentState:
+        return RecurrentState(*(None if part is None else part.detach() for part in self))
+
+    def to(self, device: torch.device | str) -> RecurrentState:
+        return RecurrentState(*(None if part is None else part.to(device) for part in self))
+
+    def select(self, indices: Tensor) -> RecurrentState:
+        """Streams `indices` ([S] integers or [B] bool), as `mb_h = h_states[:, idx, :]`."""
+        return RecurrentState(*(None if part is None else part[:, indices] for part in self))
+
+    def reset_where(self, mask: Tensor) -> RecurrentState:
+        """Zero both parts of the streams where `mask` [B] is true."""
+        return RecurrentState(*(None if part is None else part.masked_fill(mask[None, :, None], 0.0) for part in self))
+
+
+class Layout(NamedTuple):
+    """How N packed steps fall into dense blocks for the recurrent call. Built by `learning.segments.lay_out`.
+
+    Steps lie block after block, inside a block time-major: step t of all its segments, then step t + 1. A block of S
+    segments and T steps takes S*T rows; where its segments are not equally long, the rows past a segment's end are
+    padding that only the recurrent call sees.
+
+    Fields:
+        blocks: (S, T) of each block; their segments follow one another in the state's stream axis.
+        padding: [rows] indices into the N steps that fill each block row (a padded row repeats a real one), or
+            None where no block is padded and rows are the steps themselves.
+        real: [N] rows that are real steps, or None likewise.
+    """
+
+    blocks: tuple[tuple[int, int], ...]
+    padding: Tensor | None = None
+    real: Tensor | None = None
+
+
+class SegmentBatch(NamedTuple):
+    """A minibatch: N steps of S segments, packed without padding, and the state each segment begins from.
+
+    Fields:
+        observations: leaves [N, ...].
+        state: [L, S, H] before each segment's first step.
+        layout: where the N steps belong.
+        actions: [N, K] (or [N, D] continuous).
+        log_probs: [N, K] per head, of the behaviour policy.
+        values: [N] of the behaviour policy.
+        advantages, returns: [N].
+    """
+
+    observations: Observations
+    state: RecurrentState
+    layout: Layout
+    actions: Tensor
+    log_probs: Tensor
+    values: Tensor
+    advantages: Tensor
+    returns: Tensor
+
+
+class ActionSample(NamedTuple):
+    """What acting produced, before the environment answered.
+
+    Fields:
+        actions: [B, K] head indices, or [B, D] in the policy's units for a continuous space.
+        log_probs: [B, K] per head.
+        values: [B].
+    """
+
+    actions: Tensor
+    log_probs: Tensor
+    values: Tensor
+
+
+class Transition(NamedTuple):
+    """One step of all streams, as the rollout stores it.
+
+    Fields:
+        observations: leaves [B, ...], what the policy saw.
+        state: [L, B, H] *before* this step, detached.
+        sample: actions, log-probs and values.
+        episode_starts: [B] bool, this step is the first of its episode.
+        rewards: [B], shaped (task reward plus guilt).
+        terminated, truncated: [B] bool, caused by this step's action.
+    """
+
+    observations: Observations
+    state: RecurrentState
+    sample: ActionSample
+    episode_starts: Tensor
+    rewards: Tensor
+    terminated: Tensor
+    truncated: Tensor
