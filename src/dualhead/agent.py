@@ -232,7 +232,7 @@ class DualHeadRecurrentPPO:
         if final_observations is not None or cut_off.any():
             final = self._final_observations(cut_off, final_observations)
         guilt = torch.zeros_like(task_rewards)
-        if self.norms is not None:
+        if self.norms is not None and events is not None:
             guilt = self.norms.update(events, memory.actions[memory.length]).total.to(task_rewards.dtype)
         if final is not None:
             self._final.append(final)

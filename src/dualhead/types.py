@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -22,19 +23,22 @@ class RecurrentState(NamedTuple):
     h: Tensor
     c: Tensor | None
 
+    def _map(self, function: Callable[[Tensor], Tensor]) -> RecurrentState:
+        return RecurrentState(function(self.h), None if self.c is None else function(self.c))
+
     def detach(self) -> RecurrentState:
-        return RecurrentState(*(None if part is None else part.detach() for part in self))
+        return self._map(Tensor.detach)
 
     def to(self, device: torch.device | str) -> RecurrentState:
-        return RecurrentState(*(None if part is None else part.to(device) for part in self))
+        return self._map(lambda part: part.to(device))
 
     def select(self, indices: Tensor) -> RecurrentState:
         """Streams `indices` ([S] integers or [B] bool), as `mb_h = h_states[:, idx, :]`."""
-        return RecurrentState(*(None if part is None else part[:, indices] for part in self))
+        return self._map(lambda part: part[:, indices])
 
     def reset_where(self, mask: Tensor) -> RecurrentState:
         """Zero both parts of the streams where `mask` [B] is true."""
-        return RecurrentState(*(None if part is None else part.masked_fill(mask[None, :, None], 0.0) for part in self))
+        return self._map(lambda part: part.masked_fill(mask[None, :, None], 0.0))
 
 
 class Layout(NamedTuple):

@@ -113,8 +113,8 @@ class Rollout:
 
     def state_at(self, rows: Tensor) -> RecurrentState:
         """States [L, S, H] before the steps at flat rows [S] (row * B + stream, the tail counted)."""
-        flat = RecurrentState(self.h_states, self.c_states)
-        return RecurrentState(*(None if part is None else part.flatten(1, 2) for part in flat)).select(rows)
+        c = None if self.c_states is None else self.c_states.flatten(1, 2)
+        return RecurrentState(self.h_states.flatten(1, 2), c).select(rows)
 
     def write_states(self, rows: Tensor, state: RecurrentState) -> None:
         """Replaces the states before the steps at flat rows [S]."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -54,7 +55,8 @@ class ObservationSpec:
     def to_tensors(self, observations: Any, batch: int, *, device: torch.device, dtype: torch.dtype) -> Observations:
         """Batched observations as tensors on `device`: floats as `dtype`, integers and bools in their own dtype.
 
-        A single stream may come without its batch axis.         No copy is made where none is needed: the tensors may share memory with what was given.
+        A single stream may come without its batch axis. Nothing is copied that need not be: tensors may share memory
+        with what was given.
 
         Raises:
             ValueError: a part is missing, has another shape than [batch, *space.shape], is not finite, or is out of
@@ -97,7 +99,8 @@ def check_leaf(leaf: Leaf, tensor: Tensor) -> None:
         if outside.any():
             where = outside.nonzero()[0].tolist()
             raise ValueError(
-                f"observation {leaf.name!r} of stream {where[0]} is {tensor[tuple(where)].item()}: expected {leaf.space}"
+                f"observation {leaf.name!r} of stream {where[0]} is {tensor[tuple(where)].item()}: "
+                f"expected {leaf.space}"
             )
 
 
@@ -285,12 +288,12 @@ class Encoder(nn.Module):
     ) -> None:
         super().__init__()
         self.names = tuple(leaf.name for leaf in spec.inputs)
-        self.parts = nn.ModuleList()
-        for leaf in spec.inputs:
-            self.parts.append(_part(leaf.space, image_encoder, image_layout, normalize))
-        sizes = [sum(int(part.num_features) for part in self.parts), *encoder_sizes]
+        parts = [_part(leaf.space, image_encoder, image_layout, normalize) for leaf in spec.inputs]
+        self.parts = nn.ModuleList(parts)
+        num_joined = sum(part.num_features for part in parts)
+        sizes = [num_joined, *encoder_sizes]
         layers: list[nn.Module] = []
-        for given, wanted in zip(sizes[:-1], sizes[1:]):
+        for given, wanted in itertools.pairwise(sizes):
             layers += [nn.Linear(given, wanted), nn.ReLU()]
         self.joined = nn.Sequential(*layers)
         self.num_features = sizes[-1]
@@ -313,7 +316,7 @@ class Encoder(nn.Module):
         return self.joined(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
 
 
-def _part(space: gym.Space, image_encoder: str, image_layout: str, normalize: bool) -> nn.Module:
+def _part(space: gym.Space, image_encoder: str, image_layout: str, normalize: bool) -> _Flat | _OneHot | _Image:
     if isinstance(space, spaces.Discrete | spaces.MultiDiscrete):
         return _OneHot(space)
     if isinstance(space, spaces.Box) and _is_image(space):

@@ -70,7 +70,7 @@ class ActionSpec:
             return
         if self.is_continuous:
             raise ValueError(f"an {ACTION_MASK!r} needs discrete heads, the action space is {self.space}")
-        sizes = {leaf.name.rpartition("/")[2]: int(np.prod(leaf.space.shape)) for leaf in masks}
+        sizes = {leaf.name.rpartition("/")[2]: int(np.prod(leaf.space.shape or ())) for leaf in masks}
         whole = len(masks) == 1 and sizes == {ACTION_MASK: sum(self.nvec)}
         per_head = all(name in self.names and n == self.nvec[self.names.index(name)] for name, n in sizes.items())
         if not (whole or per_head):
