@@ -4,12 +4,13 @@ from dualhead.agent import DualHeadRecurrentPPO
 from dualhead.config import NetworkConfig, NormConfig, PPOConfig, RunConfig
 from dualhead.norms import NormEnforcer, NormEvents
 from dualhead.storage import CheckpointError
-from dualhead.types import RecurrentState
+from dualhead.types import DataError, RecurrentState
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CheckpointError",
+    "DataError",
     "DualHeadRecurrentPPO",
     "NetworkConfig",
     "NormConfig",

@@ -19,7 +19,7 @@ from dualhead.networks.heads import ActionSpec
 from dualhead.networks.policy import RecurrentPolicy
 from dualhead.norms import NormEnforcer, NormEvents
 from dualhead.storage import CheckpointError, fill, read_tensors, with_prefix, write_tensors
-from dualhead.types import ActionSample, Observations, RecurrentState
+from dualhead.types import ActionSample, DataError, Observations, RecurrentState
 
 _SHAPING_SETTINGS = ("rollout_length", "burn_in", "normalize_observations", "normalize_rewards")
 """Settings that decide which tensors a checkpoint holds; the others may differ between save and load."""
@@ -220,7 +220,7 @@ class DualHeadRecurrentPPO:
         terminated = self._stream_tensor(terminated, "terminated", torch.bool)
         truncated = self._stream_tensor(truncated, "truncated", torch.bool)
         if self.device.type == "cpu" and not torch.isfinite(task_rewards).all():
-            raise ValueError(non_finite_message("reward", task_rewards))
+            raise DataError(non_finite_message("reward", task_rewards))
         if (self.norms is None) != (events is None):
             raise ValueError(
                 "events without norms: construct the agent with norms=NormConfig(...)"
@@ -421,9 +421,9 @@ class DualHeadRecurrentPPO:
         if tensor.dim() == 0 and self.num_streams == 1:
             tensor = tensor[None]
         if tuple(tensor.shape) != (self.num_streams,):
-            raise ValueError(f"{name}: expected shape ({self.num_streams},), one per stream, got {tuple(tensor.shape)}")
+            raise DataError(f"{name}: expected shape ({self.num_streams},), one per stream, got {tuple(tensor.shape)}")
         if dtype == torch.bool and tensor.dtype != torch.bool and not ((tensor == 0) | (tensor == 1)).all():
-            raise ValueError(f"{name}: expected booleans, got {tensor.dtype} with other values than 0 and 1")
+            raise DataError(f"{name}: expected booleans, got {tensor.dtype} with other values than 0 and 1")
         return tensor.to(dtype)
 
     def _check_finite(self) -> None:
@@ -437,7 +437,7 @@ class DualHeadRecurrentPPO:
                 check_leaf(leaf, step)
         for step in memory.rewards[: memory.length].cpu():
             if not torch.isfinite(step).all():
-                raise ValueError(non_finite_message("reward", step))
+                raise DataError(non_finite_message("reward", step))
 
     def _expect_no_pending(self, call: str) -> None:
         if self._state_before is not None:

@@ -6,6 +6,7 @@ import fnmatch
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from tyro.conf import Positional
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -38,7 +39,7 @@ class NetworkConfig(Config):
     )
     image_layout: Literal["auto", "chw", "hwc"] = Field(
         "auto",
-        description="Where an image keeps its channels; `auto` takes the shorter of first and last axis.",
+        description="Which axis of an image holds the channels; `auto`: two equal neighbours are the pixels.",
     )
     head_gain: PositiveFloat = Field(2**0.5, description="Gain of the action heads' orthogonal initialisation.")
     forget_bias: float = Field(0.0, description="Initial bias of the LSTM forget gate.")
@@ -139,7 +140,7 @@ class NormConfig(Config):
 class RunConfig(Config):
     """A training run: which environment, for how long, where."""
 
-    env: str = Field(description="Gymnasium id, as `dualhead envs` lists them.")
+    env: Positional[str] = Field(description="Gymnasium id, as `dualhead envs` lists them.")
     total_steps: PositiveInt = Field(100_000, description="Environment steps over all streams.")
     num_envs: PositiveInt = Field(8, description="Environments stepped side by side.")
     vectorization: Literal["sync", "async"] = Field(
@@ -173,7 +174,51 @@ class RunConfig(Config):
 
 # Settings found by experiment (docs/log.md says how). First matching pattern wins; a field lies in RunConfig, or under
 # `network` / `ppo`.
-TUNED: dict[str, dict[str, Any]] = {}
+TUNED: dict[str, dict[str, Any]] = {
+    "dualhead/CartPoleNoVel-v1": {
+        "total_steps": 50_000,
+        "num_envs": 8,
+        "network": {"hidden_size": 64, "encoder_sizes": (64,)},
+        "ppo": {
+            "rollout_length": 128,
+            "batch_size": 256,
+            "num_epochs": 10,
+            "learning_rate": 1e-3,
+            "learning_rate_schedule": "linear",
+            "gae_lambda": 0.98,
+            "entropy_coef": 0.0,
+            "normalize_advantages": "minibatch",
+            "normalize_observations": True,
+            "normalize_rewards": True,
+        },
+    },
+    "dualhead/RecallCue-v0": {
+        "total_steps": 200_000,
+        "num_envs": 32,
+        "network": {"hidden_size": 128, "encoder_sizes": (64,)},
+        "ppo": {
+            "rollout_length": 64,
+            "sequence_length": 32,
+            "batch_size": 512,
+            "num_epochs": 4,
+            "learning_rate": 1e-3,
+            "learning_rate_schedule": "linear",
+        },
+    },
+    "popgym-RepeatPrevious*": {
+        "total_steps": 1_500_000,
+        "num_envs": 64,
+        "network": {"hidden_size": 128, "encoder_sizes": (64,)},
+        "ppo": {
+            "rollout_length": 64,
+            "batch_size": 1024,
+            "num_epochs": 4,
+            "learning_rate": 1e-3,
+            "learning_rate_schedule": "linear",
+            "gamma": 0.95,
+        },
+    },
+}
 
 
 def tuned_settings(env: str) -> dict[str, Any]:

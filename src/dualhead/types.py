@@ -12,6 +12,10 @@ Observations = dict[str, Tensor]
 """One tensor per leaf of the observation space, batch axes first; a plain space has the single leaf `observation`."""
 
 
+class DataError(ValueError):
+    """What came from an environment cannot be learned from: wrong shape, missing part, not finite."""
+
+
 class RecurrentState(NamedTuple):
     """State of a memory: `h, c = state`. A GRU has `c=None`; the memoryless control has H = 0.
 

@@ -13,7 +13,7 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
-from dualhead.types import Observations
+from dualhead.types import DataError, Observations
 
 ACTION_MASK = "action_mask"
 WHOLE = "observation"
@@ -59,7 +59,7 @@ class ObservationSpec:
         with what was given.
 
         Raises:
-            ValueError: a part is missing, has another shape than [batch, *space.shape], is not finite, or is out of
+            DataError: a part is missing, has another shape than [batch, *space.shape], is not finite, or is out of
                 a Discrete range.
         """
         tensors = {}
@@ -69,7 +69,7 @@ class ObservationSpec:
             if batch == 1 and tuple(tensor.shape) == expected[1:]:
                 tensor = tensor[None]
             if tuple(tensor.shape) != expected:
-                raise ValueError(
+                raise DataError(
                     f"observation {leaf.name!r}: expected shape {expected} ({batch} streams of {leaf.space}), "
                     f"got {tuple(tensor.shape)}"
                 )
@@ -77,7 +77,7 @@ class ObservationSpec:
                 if np.issubdtype(leaf.space.dtype, np.floating):
                     tensor = tensor.to(dtype)
                 elif not leaf.is_mask:
-                    raise ValueError(f"observation {leaf.name!r}: expected {leaf.space.dtype}, got {tensor.dtype}")
+                    raise DataError(f"observation {leaf.name!r}: expected {leaf.space.dtype}, got {tensor.dtype}")
             # On an accelerator the check would wait for the device each step; learn() makes it there.
             if tensor.device.type == "cpu":
                 check_leaf(leaf, tensor)
@@ -89,7 +89,7 @@ def check_leaf(leaf: Leaf, tensor: Tensor) -> None:
     """Refuses numbers [B, ...] that are not finite, and indices outside a Discrete space."""
     if tensor.is_floating_point():
         if not torch.isfinite(tensor).all():
-            raise ValueError(non_finite_message(f"observation {leaf.name!r}", tensor))
+            raise DataError(non_finite_message(f"observation {leaf.name!r}", tensor))
     elif isinstance(leaf.space, spaces.Discrete | spaces.MultiDiscrete):
         low = torch.as_tensor(leaf.space.start, device=tensor.device)
         high = low + torch.as_tensor(
@@ -98,7 +98,7 @@ def check_leaf(leaf: Leaf, tensor: Tensor) -> None:
         outside = (tensor < low) | (tensor >= high)
         if outside.any():
             where = outside.nonzero()[0].tolist()
-            raise ValueError(
+            raise DataError(
                 f"observation {leaf.name!r} of stream {where[0]} is {tensor[tuple(where)].item()}: "
                 f"expected {leaf.space}"
             )
@@ -109,7 +109,7 @@ def _tensor(values: Any, name: str) -> Tensor:
         return values
     array = np.asarray(values)
     if array.dtype == object:
-        raise ValueError(f"observation {name!r}: expected numbers, got an array of objects")
+        raise DataError(f"observation {name!r}: expected numbers, got an array of objects")
     return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
@@ -143,7 +143,7 @@ def _pick(observations: Any, name: str) -> Any:
         elif isinstance(observations, tuple) and key.isdigit() and int(key) < len(observations):
             observations = observations[int(key)]
         else:
-            raise ValueError(f"observation part {name!r} is missing: got {_outline(observations)}")
+            raise DataError(f"observation part {name!r} is missing: got {_outline(observations)}")
     return observations
 
 
@@ -316,12 +316,19 @@ class Encoder(nn.Module):
         return self.joined(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
 
 
+def _has_channels_last(shape: tuple[int, ...], image_layout: str) -> bool:
+    """Two equal neighbours are height and width; where none are, the shorter end holds the channels."""
+    if image_layout != "auto" or shape[1] == shape[2]:
+        return image_layout == "hwc"
+    return shape[0] == shape[1] or shape[2] < shape[0]
+
+
 def _part(space: gym.Space, image_encoder: str, image_layout: str, normalize: bool) -> _Flat | _OneHot | _Image:
     if isinstance(space, spaces.Discrete | spaces.MultiDiscrete):
         return _OneHot(space)
     if isinstance(space, spaces.Box) and _is_image(space):
         shape = space.shape
-        channels_last = len(shape) == 3 and (image_layout == "hwc" or (image_layout == "auto" and shape[2] < shape[0]))
+        channels_last = len(shape) == 3 and _has_channels_last(shape, image_layout)
         pixels = min(shape) if len(shape) == 2 else min(shape[:2] if channels_last else shape[1:])
         if image_encoder == "auto":
             image_encoder = "nature" if pixels >= NATURE_MIN_PIXELS else "small"

@@ -12,7 +12,7 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 from dualhead.networks.encoders import ACTION_MASK, Leaf
-from dualhead.types import Observations
+from dualhead.types import DataError, Observations
 
 _SUPPORTED = "Discrete, MultiDiscrete (one axis), a Dict of those, or a one-axis Box"
 
@@ -244,14 +244,14 @@ class Heads(nn.Module):
         return torch.cat(parts, dim=1)
 
     def check_mask(self, observations: Observations) -> None:
-        """Raises ValueError where a head has no legal choice."""
+        """Raises DataError where a head has no legal choice."""
         mask = self.mask(observations)
         if mask is None:
             return
         for name, allowed in zip(self.names, mask.split(self.nvec, dim=-1)):
             empty = ~allowed.any(-1)
             if empty.any():
-                raise ValueError(
+                raise DataError(
                     f"{ACTION_MASK!r} of stream {int(empty.nonzero()[0])} allows no choice for head {name!r}: "
                     f"expected at least one"
                 )

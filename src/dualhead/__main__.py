@@ -1,0 +1,5 @@
+import sys
+
+from dualhead.cli import main
+
+sys.exit(main())

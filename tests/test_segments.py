@@ -1,0 +1,278 @@
+"""Segments, minibatches, blocks and the kept tail: hand-drawn examples, and properties against loops over single steps."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dualhead.learning.rollout import Rollout
+from dualhead.learning.segments import MAX_PADDING, cut, lay_out, minibatches, run_starts
+from dualhead.types import ActionSample, RecurrentState
+
+quick = settings(max_examples=60, deadline=None)
+
+
+@st.composite
+def rollouts(draw, max_steps=24, max_streams=4):
+    """Episode starts [T, B], from none to one at every step."""
+    num_steps, num_streams = draw(st.integers(1, max_steps)), draw(st.integers(1, max_streams))
+    rate = draw(st.sampled_from([0.0, 0.1, 0.4, 1.0]))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    return rng.random((num_steps, num_streams)) < rate
+
+
+def as_rows(segments):
+    return list(zip(*(field.tolist() for field in segments)))
+
+
+def starts_at(*steps, num_steps, num_streams=1):
+    starts = np.zeros((num_steps, num_streams), dtype=bool)
+    starts[list(steps)] = True
+    return starts
+
+
+def test_the_worked_example():
+    segments = cut(starts_at(5, num_steps=8), 3)
+    #                            stream, start, length, offset, burn_in
+    assert as_rows(segments) == [(0, 0, 3, 0, 0), (0, 3, 2, 3, 0), (0, 5, 3, 0, 0)]
+
+
+def test_an_example_with_burn_in_and_tail():
+    # Stream 0 goes on with an episode of which 2 steps are kept; stream 1 begins one at 0 although 3 steps are kept;
+    # both begin another at 4.
+    starts = starts_at(4, num_steps=7, num_streams=2)
+    starts[0, 1] = True
+    segments = cut(starts, 3, burn_in=4, tail_lengths=np.array([2, 3]))
+    assert as_rows(segments) == [
+        (0, 0, 3, 0, 2),
+        (0, 3, 1, 3, 4),  # 3 steps of the rollout and 2 of the tail are there, 4 are wanted
+        (0, 4, 3, 0, 0),
+        (1, 0, 3, 0, 0),
+        (1, 3, 1, 3, 3),
+        (1, 4, 3, 0, 0),
+    ]
+
+
+def test_an_episode_in_every_step_gives_a_segment_per_step():
+    assert as_rows(cut(np.ones((3, 1), dtype=bool), 16, burn_in=5)) == [(0, t, 1, 0, 0) for t in range(3)]
+
+
+@quick
+@given(rollouts(), st.integers(1, 30))
+def test_every_step_is_in_exactly_one_segment_and_none_crosses_an_episode_start(starts, sequence_length):
+    segments = cut(starts, sequence_length)
+    times_seen = np.zeros(starts.shape, dtype=int)
+    for stream, start, length, offset, _ in as_rows(segments):
+        assert 1 <= length <= sequence_length
+        times_seen[start : start + length, stream] += 1
+        assert not starts[start + 1 : start + length, stream].any()
+        # It begins a run, or full segments of the same run lie before it.
+        assert offset % sequence_length == 0
+        begin = start - offset
+        assert begin == 0 or starts[begin, stream]
+        assert not starts[begin + 1 : start + 1, stream].any()
+    assert (times_seen == 1).all()
+
+
+@quick
+@given(rollouts())
+def test_run_starts_against_a_loop(starts):
+    expected = np.zeros(starts.shape, dtype=int)
+    for t, b in np.ndindex(*starts.shape):
+        expected[t, b] = t if starts[t, b] or t == 0 else expected[t - 1, b]
+    np.testing.assert_array_equal(run_starts(starts), expected)
+
+
+@quick
+@given(rollouts(), st.integers(1, 8), st.integers(0, 9), st.integers(0, 2**32 - 1))
+def test_burn_in_is_as_long_as_the_episode_and_the_tail_allow(starts, sequence_length, burn_in, seed):
+    tail_lengths = np.random.default_rng(seed).integers(0, burn_in + 1, size=starts.shape[1])
+    for stream, start, _, _, given_burn_in in as_rows(
+        cut(starts, sequence_length, burn_in=burn_in, tail_lengths=tail_lengths)
+    ):
+        # Walk back one step at a time; the step walked away from must not be the first of its episode.
+        step, walked = start, 0
+        while walked < burn_in and step > -tail_lengths[stream] and not (step >= 0 and starts[step, stream]):
+            step, walked = step - 1, walked + 1
+        assert given_burn_in == walked
+
+
+@quick
+@given(rollouts(), st.integers(1, 8), st.integers(0, 5), st.randoms(use_true_random=False))
+def test_permuting_streams_permutes_segments(starts, sequence_length, burn_in, random):
+    num_streams = starts.shape[1]
+    order = random.sample(range(num_streams), num_streams)
+    tails = np.arange(num_streams) % (burn_in + 1)
+    plain = as_rows(cut(starts, sequence_length, burn_in=burn_in, tail_lengths=tails))
+    permuted = as_rows(cut(starts[:, order], sequence_length, burn_in=burn_in, tail_lengths=tails[order]))
+    assert sorted((order[stream], *rest) for stream, *rest in permuted) == sorted(plain)
+
+
+@quick
+@given(
+    st.lists(st.integers(1, 9), min_size=1, max_size=60), st.integers(9, 40), st.integers(0, 2**31)
+)
+def test_minibatches_partition_the_segments_evenly(lengths, batch_size, seed):
+    lengths = np.array(lengths)
+    parts = minibatches(lengths, batch_size, generator=torch.Generator().manual_seed(seed))
+    assert sorted(np.concatenate(parts).tolist()) == list(range(len(lengths)))
+    total = lengths.sum()
+    num_wanted = max(1, round(total / batch_size))
+    share = total / num_wanted
+    # Each boundary is off by half a segment at most, so only segments as long as a share can swallow one.
+    assert len(parts) == num_wanted or (len(parts) < num_wanted and lengths.max() >= share)
+    for part in parts:
+        assert abs(lengths[part].sum() - share) <= lengths.max()
+
+
+def test_minibatches_of_equal_segments_have_exactly_batch_size_steps():
+    parts = minibatches(np.full(12, 4), 16, generator=torch.Generator().manual_seed(0))
+    assert [4 * len(part) for part in parts] == [16, 16, 16]
+
+
+def test_minibatches_are_shuffled_by_the_generator_alone():
+    lengths = np.ones(50, dtype=np.int64)
+
+    def order(seed):
+        return np.concatenate(minibatches(lengths, 7, generator=torch.Generator().manual_seed(seed))).tolist()
+
+    assert order(1) == order(1)
+    assert order(1) != order(2)
+    # A generator goes on: the next epoch has another order.
+    generator = torch.Generator().manual_seed(1)
+    first, second = (np.concatenate(minibatches(lengths, 7, generator=generator)).tolist() for _ in range(2))
+    assert first != second
+    assert first != list(range(50))
+
+
+def fill_blocks(segment, step, layout):
+    """Reads a layout as `types.Layout` describes it: for each block row (segment, step in segment, is it real)."""
+    rows = []
+    first_segment = 0
+    for num_segments, num_steps in layout.blocks:
+        rows += [(first_segment + s, t) for t in range(num_steps) for s in range(num_segments)]
+        first_segment += num_segments
+    filled_by = range(len(rows)) if layout.padding is None else layout.padding.tolist()
+    real = range(len(rows)) if layout.real is None else layout.real.tolist()
+    real_set = set(real)
+    assert len(real_set) == len(segment)
+    for n, row in enumerate(real):
+        assert rows[row] == (segment[n], step[n])
+        assert filled_by[row] == n
+    return [(*rows[row], row in real_set) for row in range(len(rows))]
+
+
+@quick
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=40), st.sampled_from([0.0, MAX_PADDING, 0.3, 10.0]))
+def test_a_layout_places_every_step_and_keeps_the_padding_bound(lengths, max_padding):
+    lengths = np.array(sorted(lengths, reverse=True))
+    segment, step, layout = lay_out(lengths, max_padding=max_padding)
+    assert sorted(zip(segment.tolist(), step.tolist())) == [(s, t) for s, n in enumerate(lengths) for t in range(n)]
+    assert sum(num_segments for num_segments, _ in layout.blocks) == len(lengths)
+    rows = fill_blocks(segment, step, layout)
+    for s, t, is_real in rows:
+        assert is_real == (t < lengths[s])
+    num_padded = len(rows) - lengths.sum()
+    assert num_padded <= max_padding * lengths.sum()
+    assert (layout.padding is None) == (layout.real is None) == (num_padded == 0)
+    if max_padding == 0.0:
+        assert [num_steps for _, num_steps in layout.blocks] == sorted(set(lengths.tolist()), reverse=True)
+    if max_padding == 10.0 and lengths.max() <= 10:
+        assert len(layout.blocks) == 1
+
+
+def test_a_layout_drawn_by_hand():
+    # Segments of 3, 3, 2 and 1 steps; a tenth of the 9 steps is no room for padding, a half of them is.
+    segment, step, layout = lay_out(np.array([3, 3, 2, 1]), max_padding=0.1)
+    assert layout.blocks == ((2, 3), (1, 2), (1, 1))
+    assert list(zip(segment, step)) == [(0, 0), (1, 0), (0, 1), (1, 1), (0, 2), (1, 2), (2, 0), (2, 1), (3, 0)]
+    segment, step, layout = lay_out(np.array([3, 3, 2, 1]), max_padding=0.5)
+    assert layout.blocks == ((4, 3),)
+    assert list(zip(segment, step)) == [(0, 0), (1, 0), (2, 0), (3, 0), (0, 1), (1, 1), (2, 1), (0, 2), (1, 2)]
+    assert layout.real.tolist() == [0, 1, 2, 3, 4, 5, 6, 8, 9]
+    assert [layout.padding[row].item() for row in layout.real] == list(range(9))
+
+
+def empty_rollout(rollout_length, num_streams, burn_in):
+    return Rollout(
+        rollout_length,
+        num_streams,
+        burn_in=burn_in,
+        observations={"observation": ((), torch.float64)},
+        state=RecurrentState(torch.zeros(1, 1, 2), torch.zeros(1, 1, 2)),
+        num_action_columns=1,
+        action_dtype=torch.int64,
+        num_heads=1,
+        device=torch.device("cpu"),
+        dtype=torch.float64,
+    )
+
+
+def put(rollout, number, starts):
+    """A step whose observation and states are recognised by `number` [B]."""
+    number = torch.as_tensor(number, dtype=torch.float64)
+    state = RecurrentState(number.expand(2, -1).T[None], -number.expand(2, -1).T[None])
+    sample = ActionSample(torch.zeros(len(number), 1, dtype=torch.int64), number[:, None], number)
+    rollout.put_step({"observation": number}, state, sample, torch.as_tensor(starts))
+    rollout.complete_step(number, 0 * number, *(torch.zeros(len(number), dtype=torch.bool) for _ in range(2)))
+
+
+@quick
+@given(
+    st.lists(st.integers(1, 6), min_size=1, max_size=6),
+    st.integers(0, 9),
+    st.sampled_from([0.0, 0.2, 0.6]),
+    st.integers(0, 2**32 - 1),
+)
+def test_the_tail_keeps_the_last_steps_of_the_rollouts_before(rollout_lengths, burn_in, rate, seed):
+    rng = np.random.default_rng(seed)
+    num_streams = 3
+    rollout = empty_rollout(6, num_streams, burn_in)
+    history = []
+    for length in rollout_lengths:
+        for _ in range(length):
+            starts = rng.random(num_streams) < rate
+            number = len(history) * num_streams + np.arange(num_streams)
+            put(rollout, number, starts)
+            history.append((number, starts))
+        rollout.clear()
+        kept = history[max(0, len(history) - burn_in) :]
+        assert (rollout.length, rollout.tail_length) == (0, len(kept))
+        expected = []
+        for b in range(num_streams):
+            steps = 0
+            for _, starts in reversed(kept):
+                steps += 1
+                if starts[b]:
+                    break
+            expected.append(steps)
+        assert rollout.tail_lengths().tolist() == expected
+        for back, (number, starts) in enumerate(reversed(kept), start=1):
+            streams = np.arange(num_streams)
+            rows = rollout.flat_rows(streams, np.full(num_streams, -back))
+            np.testing.assert_array_equal(rollout.observations_at(rows)["observation"], number)
+            h, c = rollout.state_at(rows)
+            np.testing.assert_array_equal(h[0, :, 0], number)
+            np.testing.assert_array_equal(c[0, :, 1], -number)
+            np.testing.assert_array_equal(rollout.episode_starts[burn_in - back], starts)
+
+
+def test_a_full_rollout_reads_back_every_step_where_it_was_put():
+    rollout = empty_rollout(4, 3, 2)
+    for t in range(4):
+        assert not rollout.is_full
+        put(rollout, [10 * t, 10 * t + 1, 10 * t + 2], [False] * 3)
+    assert rollout.is_full
+    streams, steps = np.array([2, 0, 1]), np.array([3, 1, 0])
+    rows = rollout.flat_rows(streams, steps)
+    assert rollout.observations_at(rows)["observation"].tolist() == [32, 10, 1]
+    assert rollout.state_at(rows).h[0, :, 0].tolist() == [32, 10, 1]
+    rollout.write_states(rows[:1], RecurrentState(5 * torch.ones(1, 1, 2).double(), 6 * torch.ones(1, 1, 2).double()))
+    assert rollout.state_at(rows).h[0, :, 0].tolist() == [5, 10, 1]
+    assert rollout.state_at(rows).c[0, :, 0].tolist() == [6, -10, -1]
+
+
+def test_segments_out_of_order_are_refused():
+    with pytest.raises(AssertionError, match="long to short"):
+        lay_out(np.array([1, 2]))
