@@ -13,7 +13,5 @@ for step in range(1, 201):
     guilt = norms.update(NormEvents(punished=punished, collected=takes_a))
     if step in (1, 5, 6, 20, 100, 200):
         print(f"step {step:>3}: strength {norms.strengths[0, 0]:.2f}  guilt for taking A {guilt.total.item():.2f}")
-half_life = steps_until(
-    config.max_norm_strength, config.internalization_threshold, decay_rate=config.decay_rate
-)
+half_life = steps_until(config.max_norm_strength, config.internalization_threshold, decay_rate=config.decay_rate)
 print(f"from the cap to the threshold without punishment: {half_life:.1f} steps")

@@ -8,11 +8,9 @@ import sys
 import warnings
 from typing import Annotated, Any
 
-import gymnasium as gym
 import tyro
-from pydantic import ValidationError
 
-from dualhead.config import RunConfig, explain, tuned_settings
+from dualhead.config import RunConfig, tuned_settings
 from dualhead.running.checkpoint import RunError
 from dualhead.running.evaluation import EVALUATION_SEED, evaluate_run
 from dualhead.running.trainer import train
@@ -47,18 +45,23 @@ class Envs:
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; errors that a user can mend come as one message and exit status 1 or 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
-    try:
-        command = _parse(arguments)
-        if isinstance(command, RunConfig):
-            return _train(command)
-        return _eval(command) if isinstance(command, Eval) else _envs(command)
-    except ValidationError as error:
-        return _fail(explain(error))
-    except (RunError, CheckpointError, UnavailableEnvironment, TypeError, ValueError, gym.error.Error) as error:
-        return _fail(str(error))
-    except KeyboardInterrupt:
-        return _fail("interrupted")
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+        try:
+            return _run(_parse(arguments))
+        except (RunError, CheckpointError, UnavailableEnvironment) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
+
+
+def _run(command: RunConfig | Eval | Envs) -> int:
+    if isinstance(command, RunConfig):
+        return _train(command)
+    return _eval(command) if isinstance(command, Eval) else _envs(command)
 
 
 def _parse(arguments: list[str]) -> RunConfig | Eval | Envs:
@@ -126,11 +129,6 @@ def _flat(settings: dict[str, Any]) -> dict[str, Any]:
     for name, value in settings.items():
         flat |= _flat(value) if isinstance(value, dict) else {name: value}
     return flat
-
-
-def _fail(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    return 1
 
 
 if __name__ == "__main__":

@@ -20,6 +20,12 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    def __init__(self, **settings: Any) -> None:
+        try:
+            super().__init__(**settings)
+        except ValidationError as error:
+            raise ValueError(explain(error)) from None
+
 
 class NetworkConfig(Config):
     """Shape of the policy: encoder, memory, heads."""

@@ -8,9 +8,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from torch import Tensor
 
-from dualhead.config import RunConfig
+from dualhead.config import RunConfig, explain
 from dualhead.storage import CheckpointError, read_tensors, write_bytes, write_tensors
 
 KEPT_CHECKPOINTS = 2
@@ -59,8 +60,8 @@ def read_config(run_dir: str | os.PathLike[str]) -> RunConfig:
         return RunConfig.model_validate_json(path.read_text())
     except OSError as error:
         raise RunError(f"{run_dir} holds no run: cannot read {path.name} ({error.strerror})") from error
-    except ValueError as error:
-        raise RunError(f"{path} is not a configuration of this version of dualhead: {error}") from error
+    except ValidationError as error:
+        raise RunError(f"{path} is no configuration of this version of dualhead: {explain(error)}") from error
 
 
 def save_checkpoint(run_dir: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> Path:

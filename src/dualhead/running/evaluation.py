@@ -12,7 +12,7 @@ from dualhead.config import RunConfig
 from dualhead.networks.encoders import ObservationSpec
 from dualhead.networks.heads import ActionSpec
 from dualhead.networks.policy import RecurrentPolicy
-from dualhead.running.checkpoint import read_config, read_newest
+from dualhead.running.checkpoint import RunError, read_config, read_newest
 from dualhead.storage import fill, without_prefix
 from dualhead.worlds.streams import Streams, make_streams
 
@@ -87,6 +87,8 @@ def evaluate_run(
         RunError: no run, or no whole checkpoint, is there.
         CheckpointError: the checkpoint does not fit the run's configuration.
     """
+    if episodes < 1:
+        raise RunError(f"episodes: expected at least 1, got {episodes}")
     config = read_config(run_dir)
     streams = make_streams(config.env, min(episodes, EVALUATION_ENVS))
     try:

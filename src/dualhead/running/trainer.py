@@ -32,14 +32,17 @@ def train(config: RunConfig) -> dict[str, Any]:
 
     Raises:
         UnavailableEnvironment: the environment cannot be made.
-        TypeError, ValueError: spaces or settings that do not go together.
-        RunError: the run directory cannot be written, or the environment gave what cannot be learned from.
+        RunError: spaces or settings do not go together, the run directory cannot be written, or the environment gave
+            what cannot be learned from.
     """
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     streams = make_streams(config.env, config.num_envs, vectorization=config.vectorization)
     try:
-        agent = make_agent(config, streams)
+        try:
+            agent = make_agent(config, streams)
+        except (TypeError, ValueError) as error:
+            raise RunError(f"{config.env}: {error}") from error
         run_dir = new_run_dir(config)
         writers: list[Writer] = [CSVWriter(run_dir), TensorBoardWriter(run_dir), ProgressDisplay(config.total_steps)]
         try:

@@ -1,0 +1,287 @@
+"""A run: what it leaves behind, that it repeats to the bit, and that bad input loses nothing."""
+
+import csv
+import errno
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+
+from dualhead.cli import main
+from dualhead.config import NetworkConfig, PPOConfig, RunConfig
+from dualhead.running.checkpoint import RunError, checkpoints, read_newest
+from dualhead.running.metrics import CSVWriter, EpisodeTracker, ProgressDisplay
+from dualhead.running.trainer import train
+from dualhead.storage import read_tensors
+
+SMALL = NetworkConfig(hidden_size=8, encoder_sizes=(8,))
+TINY_OPTIONS = ["--total-steps", "64", "--num-envs", "2", "--rollout-length", "8", "--sequence-length", "4"]
+TINY_OPTIONS += ["--batch-size", "8", "--num-epochs", "1", "--hidden-size", "8", "--encoder-sizes", "8"]
+TINY_OPTIONS += ["--eval-episodes", "2"]
+
+
+class Odd(gym.Env):
+    """An environment that misbehaves at its fifth step, or has a space nobody can learn from."""
+
+    action_space = spaces.Discrete(2)
+
+    def __init__(self, how: str) -> None:
+        self.how = how
+        self.observation_space = spaces.Text(5) if how == "text" else spaces.Box(-1, 1, (2,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t = 0
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):
+        self.t += 1
+        bad = self.t == 5
+        observation = np.array([0.0, np.inf if bad and self.how == "observation" else 0.0], np.float32)
+        return observation, math.nan if bad and self.how == "reward" else 0.0, False, self.t == 9, {}
+
+
+for how in ("reward", "observation", "text"):
+    gym.register(f"test/Odd-{how}-v0", lambda how=how: Odd(how))
+
+
+def tiny_config(run_dir, **changes):
+    settings = {
+        "env": "dualhead/RecallCue-v0",
+        "total_steps": 400,
+        "num_envs": 2,
+        "run_dir": str(run_dir),
+        "eval_episodes": 2,
+        "network": SMALL,
+        "ppo": PPOConfig(
+            rollout_length=50, batch_size=25, burn_in=3, normalize_observations=True, normalize_rewards=True
+        ),
+    }
+    return RunConfig(**{**settings, **changes})
+
+
+def test_run_directory_holds_everything(tmp_path):
+    summary = train(tiny_config(tmp_path / "run"))
+    run = tmp_path / "run"
+    assert summary["steps"] == 400
+    assert json.loads((run / "summary.json").read_text()) == json.loads(json.dumps(summary))
+    assert RunConfig.model_validate_json((run / "config.json").read_text()).total_steps == 400
+    with (run / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["steps"]) for row in rows] == [100, 200, 300, 400]
+    needed = {"loss/policy", "loss/value", "entropy/where", "entropy/what", "policy/approx_kl", "policy/clip_fraction"}
+    needed |= {"policy/explained_variance", "policy/grad_norm", "state_drift/value_last", "state_drift/kl_first"}
+    needed |= {"time/steps_per_s", "episode/mean_return"}
+    assert needed <= rows[0].keys()
+    assert float(rows[0]["policy/first_ratio_error"]) < 1e-5
+    assert list((run / "tensorboard").glob("events*"))
+    assert [path.name for path in checkpoints(run)] == ["step-000000000400.safetensors"]
+    assert summary["evaluation"]["episodes"] == 2
+
+
+def test_same_seed_same_run_to_the_bit(tmp_path):
+    runs = {name: train(tiny_config(tmp_path / name, seed=seed)) for name, seed in (("a", 1), ("b", 1), ("c", 2))}
+    tensors = {name: read_newest(tmp_path / name)[1] for name in runs}
+    assert all(torch.equal(tensors["a"][name], tensors["b"][name]) for name in tensors["a"])
+    assert not torch.equal(tensors["a"]["policy/critic.weight"], tensors["c"]["policy/critic.weight"])
+    timeless = [{k: v for k, v in runs[name]["metrics"].items() if not k.startswith("time/")} for name in ("a", "b")]
+    assert timeless[0] == timeless[1]
+
+
+def test_checkpoints_are_kept_two_and_statistics_belong_to_them(tmp_path):
+    train(tiny_config(tmp_path / "run", checkpoint_every=100))
+    files = checkpoints(tmp_path / "run")
+    assert [path.name for path in files] == ["step-000000000400.safetensors", "step-000000000300.safetensors"]
+    tensors, metadata = read_tensors(files[0])
+    assert tensors["policy/encoder.parts.0.normalizer.count"] == 400
+    assert tensors["reward_scale/statistics.count"] == 400
+    assert metadata["num_steps"] == 400
+
+
+def test_existing_run_is_not_overwritten(tmp_path):
+    train(tiny_config(tmp_path / "run"))
+    before = (tmp_path / "run" / "summary.json").read_bytes()
+    with pytest.raises(RunError, match="holds a run already"):
+        train(tiny_config(tmp_path / "run", seed=5))
+    assert (tmp_path / "run" / "summary.json").read_bytes() == before
+
+
+def test_full_disk_leaves_the_checkpoint_before_whole(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    real, calls = os.fsync, []
+
+    def fsync(descriptor):
+        calls.append(descriptor)
+        if len(calls) == 4:  # config, two checkpoints, then no space
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(RunError, match=r"No space left on device.*newest whole one is .*step-000000000200"):
+        train(tiny_config(run, checkpoint_every=100))
+    assert [path.name for path in (run / "checkpoints").iterdir() if path.suffix != ".safetensors"] == []
+    assert read_newest(run)[2]["num_steps"] == 200
+
+
+def test_broken_newest_checkpoint_gives_way_to_the_one_before(tmp_path, capsys):
+    run = tmp_path / "run"
+    train(tiny_config(run, checkpoint_every=100))
+    newest = checkpoints(run)[0]
+    newest.write_bytes(newest.read_bytes()[:-100])
+    assert main(["eval", str(run), "--episodes", "2", "--json"]) == 0
+    captured = capsys.readouterr()
+    assert "step-000000000400.safetensors is not a whole dualhead checkpoint" in captured.err
+    assert json.loads(captured.out)["episodes"] == 2
+
+
+def test_evaluation_repeats_and_leaves_the_run_alone(tmp_path, capsys):
+    run = tmp_path / "run"
+    train(tiny_config(run))
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    results = []
+    for _ in range(2):
+        capsys.readouterr()
+        assert main(["eval", str(run), "--episodes", "7", "--seed", "3", "--sample", "--json"]) == 0
+        results.append(json.loads(capsys.readouterr().out))
+    assert results[0] == results[1]
+    assert results[0].keys() == {"mean_return", "std_return", "mean_length", "episodes"}
+    assert results[0]["episodes"] == 7
+    assert results[0]["mean_length"] == 22
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "NoSuch-v0"], "unknown environment 'NoSuch-v0'"),
+        (["train", "test/Odd-text-v0"], "unsupported observation space Text"),
+        (["train", "test/Odd-reward-v0"], "reward of stream 0 is nan"),
+        (["train", "test/Odd-observation-v0"], "'observation' of stream 0 is inf"),
+        (["train", "CartPole-v1", "--batch-size", "32"], "2 environments x 8 steps = 16 steps does not fill"),
+        (["train", "CartPole-v1", "--batch-size", "2"], "batch_size=2 cannot hold one segment of 4 steps"),
+        (["train", "CartPole-v1", "--gamma", "1.5"], "gamma: Input should be less than or equal to 1, got 1.5"),
+        (["train", "CartPole-v1", "--total-steps", "9"], "total_steps=9 ends before the first update"),
+        (["train", "CartPole-v1", "--entropy-coef", "0.1", "0.2"], "entropy_coef: expected one number or 1"),
+        (["train", "CartPole-v1", "--device", "cuda"], "torch sees no GPU here"),
+        (["eval", "nowhere"], "nowhere holds no run"),
+    ],
+)
+def test_bad_input_gives_one_clear_message(tmp_path, capsys, monkeypatch, arguments, message):
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU, so asking for one is no mistake")
+    monkeypatch.chdir(tmp_path)
+    if arguments[0] == "train":
+        arguments = [*arguments[:2], *TINY_OPTIONS, "--run-dir", "run", *arguments[2:]]
+    try:
+        status = main(arguments)
+    except SystemExit as stopped:  # settings are refused while arguments are parsed
+        status = stopped.code
+    assert status != 0
+    error = " ".join(capsys.readouterr().err.split())
+    assert message in error
+    assert "Traceback" not in error
+    assert not checkpoints(tmp_path / "run")
+    assert not list(tmp_path.rglob(".*.safetensors.*"))
+
+
+@pytest.mark.parametrize("arguments", [["train", "CartPole-v1", "--no-such", "1"], ["fly"], ["train"], []])
+def test_wrong_usage_exits_with_2(capsys, arguments):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+
+
+def test_unwritable_run_directory(tmp_path, capsys):
+    (tmp_path / "file").write_text("not a folder")
+    assert main(["train", "CartPole-v1", *TINY_OPTIONS, "--run-dir", str(tmp_path / "file" / "run")]) == 1
+    assert "cannot write the run directory" in capsys.readouterr().err
+
+
+def test_checkpoint_of_another_architecture(tmp_path, capsys):
+    run = tmp_path / "run"
+    train(tiny_config(run))
+    config = json.loads((run / "config.json").read_text())
+    config["network"]["memory"] = "gru"
+    (run / "config.json").write_text(json.dumps(config))
+    assert main(["eval", str(run)]) == 1
+    error = capsys.readouterr().err
+    assert "is of another architecture" in error
+    assert "memory.gru" in error
+
+
+def test_tuned_settings_are_said_and_overridable(tmp_path, capsys):
+    options = ["--total-steps", "256", "--num-envs", "2", "--eval-episodes", "0", "--run-dir", str(tmp_path / "run")]
+    assert main(["train", "dualhead/CartPoleNoVel-v1", "--batch-size", "64", *options]) == 0
+    said = capsys.readouterr().out.splitlines()[0]
+    assert said.startswith("tuned for dualhead/CartPoleNoVel-v1:")
+    assert "hidden_size=64" in said
+    assert "batch_size" not in said
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config["network"]["hidden_size"], config["ppo"]["batch_size"]) == (64, 64)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_saves_a_checkpoint_and_says_where(tmp_path, number):
+    command = [sys.executable, "-m", "dualhead", "train", "CartPole-v1", *TINY_OPTIONS]
+    command += ["--total-steps", "10000000", "--run-dir", str(tmp_path / "run")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stderr.readline().startswith("steps")
+    time.sleep(0.3)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    saved = re.search(r"stopped after ([\d,]+) steps; checkpoint: (\S+)", out)
+    _, metadata = read_tensors(saved[2])
+    assert metadata["num_steps"] == int(saved[1].replace(",", ""))
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["stopped_early"]
+
+
+def test_metrics_file_grows_columns(tmp_path):
+    writer = CSVWriter(tmp_path)
+    writer.write(1, {"a": 1.0})
+    writer.write(2, {"a": 2.0, "b": math.nan})
+    writer.write(3, {"b": 3.0})
+    writer.close()
+    assert (tmp_path / "metrics.csv").read_text().split() == ["steps,a,b", "1,1.0,", "2,2.0,nan", "3,,3.0"]
+
+
+def test_episode_tracker_by_hand():
+    tracker = EpisodeTracker(2)
+    tracker.step(np.array([1.0, 2.0]), np.array([False, True]))
+    tracker.step(np.array([1.0, 5.0]), np.array([True, False]))
+    assert tracker.metrics() == {"episode/mean_return": 2.0, "episode/mean_length": 1.5, "episode/count": 2}
+    assert tracker.running_returns.tolist() == [0.0, 5.0]
+
+
+def test_live_display_on_a_terminal():
+    import io
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    stream = Terminal()
+    display = ProgressDisplay(100, stream=stream)
+    display.write(50, {"time/steps_per_s": 1234.0, "episode/mean_return": 7.5})
+    display.close()
+    assert "1,234 steps/s" in stream.getvalue()
+    assert "return 7.5" in stream.getvalue()
+
+
+def test_envs_lists_what_is_here(capsys):
+    assert main(["envs", "dualhead/"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "dualhead/CartPoleNoVel-v1  (tuned settings)" in lines
+    assert "dualhead/PendulumNoVel-v1" in [line.split()[0] for line in lines]

@@ -1,0 +1,140 @@
+"""Streams: SAME_STEP only, final observations where they belong, and the lean vector environment equals Gymnasium's."""
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium import spaces
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+
+from dualhead.worlds.streams import (
+    GymnasiumStreams,
+    LeanSyncVectorEnv,
+    UnavailableEnvironment,
+    environment_ids,
+    make_env,
+    make_streams,
+)
+
+
+class Counter(gym.Env):
+    """Observation: the number of steps in this episode, as a number and inside a Dict; ends after `length` steps."""
+
+    action_space = spaces.Discrete(2)
+
+    def __init__(self, length: int, *, nested: bool = False, truncates: bool = False) -> None:
+        box = spaces.Box(0, 100, (1,), np.float32)
+        self.length, self.nested, self.truncates = length, nested, truncates
+        self.observation_space = (
+            spaces.Dict(count=box, pair=spaces.Tuple((box, spaces.Discrete(99)))) if nested else box
+        )
+
+    def _see(self):
+        count = np.array([self.t], np.float32)
+        return {"count": count, "pair": (count, self.t)} if self.nested else count
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t = 0
+        return self._see(), {}
+
+    def step(self, action):
+        self.t += 1
+        ended = self.t == self.length
+        return self._see(), float(self.t), ended and not self.truncates, ended and self.truncates, {"noise": 1}
+
+
+def test_final_observation_is_the_one_before_the_reset():
+    streams = GymnasiumStreams(LeanSyncVectorEnv([lambda: Counter(2), lambda: Counter(3, truncates=True)]))
+    assert streams.reset(seed=0).tolist() == [[0], [0]]
+    step = streams.step(np.zeros(2, int))
+    assert step.final_observations is None
+    assert step.observations.tolist() == [[1], [1]]
+    step = streams.step(np.zeros(2, int))
+    assert step.observations.tolist() == [[0], [2]]
+    assert step.final_observations.tolist() == [[2], [2]]
+    assert step.terminated.tolist() == [True, False]
+    assert not step.truncated.any()
+    step = streams.step(np.zeros(2, int))
+    assert step.observations.tolist() == [[1], [0]]
+    assert step.final_observations.tolist() == [[1], [3]]
+    assert step.truncated.tolist() == [False, True]
+    assert step.rewards.tolist() == [1.0, 3.0]
+
+
+def test_nested_final_observations():
+    streams = GymnasiumStreams(LeanSyncVectorEnv([lambda: Counter(2, nested=True)] * 2))
+    streams.reset(seed=0)
+    streams.step(np.zeros(2, int))
+    step = streams.step(np.zeros(2, int))
+    assert step.observations["pair"][1].tolist() == [0, 0]
+    assert step.final_observations["count"].tolist() == [[2], [2]]
+    assert step.final_observations["pair"][1].tolist() == [2, 2]
+
+
+@pytest.mark.parametrize("env", ["dualhead/CartPoleNoVel-v1", "dualhead/RecallCue-v0", "popgym-RepeatPreviousEasy-v0"])
+def test_lean_vector_environment_equals_gymnasiums(env):
+    ours = make_streams(env, 3)
+    theirs = SyncVectorEnv([lambda: make_env(env)] * 3, autoreset_mode=AutoresetMode.SAME_STEP)
+    np.testing.assert_array_equal(ours.reset(seed=7), theirs.reset(seed=7)[0])
+    theirs.action_space.seed(1)
+    ended = 0
+    for _ in range(120):
+        actions = theirs.action_space.sample()
+        mine, other = ours.step(actions), theirs.step(actions)
+        for got, expected in zip(mine[:4], other[:4]):
+            np.testing.assert_array_equal(got, expected)
+        finals = other[4].get("final_obs")
+        for stream in np.flatnonzero(mine.terminated | mine.truncated):
+            ended += 1
+            np.testing.assert_array_equal(mine.final_observations[stream], finals[stream])
+    assert ended > 3
+    ours.close()
+    theirs.close()
+
+
+def test_processes_give_what_this_process_gives():
+    here, there = (make_streams("dualhead/RecallCue-v0", 2, vectorization=v, delay=1) for v in ("sync", "async"))
+    try:
+        np.testing.assert_array_equal(here.reset(seed=3), there.reset(seed=3))
+        for _ in range(7):
+            actions = {"where": np.array([0, 1]), "what": np.array([2, 3])}
+            one, other = here.step(actions), there.step(actions)
+            for got, expected in zip(one, other):
+                if expected is not None:
+                    np.testing.assert_array_equal(got, expected)
+    finally:
+        here.close()
+        there.close()
+
+
+def test_filler_steps_are_refused():
+    with pytest.raises(ValueError, match="SAME_STEP"):
+        GymnasiumStreams(SyncVectorEnv([lambda: Counter(2)], autoreset_mode=AutoresetMode.NEXT_STEP))
+
+
+@pytest.mark.parametrize("env", ["NoSuch-v0", "dualhead/NoSuch-v0", "CartPole-v99"])
+def test_unknown_environment(env):
+    with pytest.raises(UnavailableEnvironment, match=env):
+        make_streams(env, 1)
+
+
+def test_missing_extra_says_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "popgym", None)
+    with pytest.raises(UnavailableEnvironment, match=r"pip install 'dualhead\[popgym\]'"):
+        make_streams("popgym-RepeatPreviousEasy-v0", 1)
+
+
+def test_minigrid_comes_without_its_mission():
+    streams = make_streams("MiniGrid-MemoryS7-v0", 2)
+    observations = streams.reset(seed=0)
+    assert observations["image"].shape == (2, 7, 7, 20)
+    assert set(np.unique(observations["image"])) == {0, 1}
+    assert sorted(streams.observation_space.keys()) == ["direction", "image"]
+    streams.close()
+
+
+def test_listing_holds_ours_and_the_extras():
+    ids = environment_ids()
+    assert {"dualhead/CartPoleNoVel-v1", "popgym-RepeatPreviousEasy-v0", "MiniGrid-MemoryS7-v0", "CartPole-v1"} <= set(
+        ids
+    )
