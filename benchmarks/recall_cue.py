@@ -1,6 +1,6 @@
 """The README's figure: recall a cue after 20 steps of noise, with and without gradients through time and memory.
 
-    python benchmarks/recall_cue.py --seeds 5 --figure docs/recall_cue.png
+python benchmarks/recall_cue.py --seeds 5 --figure docs/recall_cue.png
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Segments, minibatches, blocks and the kept tail: hand-drawn examples, and properties against loops over single steps."""
+"""Segments, minibatches, blocks and the kept tail: hand-drawn examples, and properties against loops over steps."""
 
 import numpy as np
 import pytest
@@ -110,9 +110,7 @@ def test_permuting_streams_permutes_segments(starts, sequence_length, burn_in, r
 
 
 @quick
-@given(
-    st.lists(st.integers(1, 9), min_size=1, max_size=60), st.integers(9, 40), st.integers(0, 2**31)
-)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=60), st.integers(9, 40), st.integers(0, 2**31))
 def test_minibatches_partition_the_segments_evenly(lengths, batch_size, seed):
     lengths = np.array(lengths)
     parts = minibatches(lengths, batch_size, generator=torch.Generator().manual_seed(seed))

@@ -357,12 +357,6 @@ def test_forget_bias_fills_the_forget_gate_alone_and_once():
         assert total.sum() == 1.5 * 256
 
 
-def test_a_gru_has_no_forget_bias():
-    gru = make_agent("gru", forget_bias=1.5).policy.memory.gru
-    assert not gru.bias_ih_l0.any()
-    assert not gru.bias_hh_l0.any()
-
-
 def test_defaults_are_those_of_the_existing_class():
     expected = {
         "learning_rate": 3e-4,

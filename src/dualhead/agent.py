@@ -132,8 +132,10 @@ class DualHeadRecurrentPPO:
             self._current_hidden = self.policy.initial_state(self.num_streams)
         return self._current_hidden
 
-    def _update_hidden_state(self, new_hidden: RecurrentState) -> None:
-        self._current_hidden = new_hidden
+    def _update_hidden_state(self, new_hidden: RecurrentState | tuple[Tensor, Tensor] | Tensor) -> None:
+        """Takes what `nn.LSTM` or `nn.GRU` returns as its state, or ours."""
+        parts = (new_hidden, None) if isinstance(new_hidden, Tensor) else new_hidden
+        self._current_hidden = RecurrentState(*parts)
 
     def reset_state(self) -> None:
         """Zeroes the recurrent state of all streams: their next step begins an episode.
@@ -176,6 +178,8 @@ class DualHeadRecurrentPPO:
                 f"act() on a full rollout of {self.config.rollout_length} steps: call learn(next_observations) first"
             )
         tensors = self._tensors(observations)
+        if self._current_hidden is None:  # the specification's reset: whatever comes now begins an episode
+            self._episode_starts = torch.ones_like(self._episode_starts)
         state = self._get_hidden_state()
         output, next_state = self.policy.step(tensors, state)
         distribution = output.distribution

@@ -48,7 +48,9 @@ class NetworkConfig(Config):
         description="Which axis of an image holds the channels; `auto`: two equal neighbours are the pixels.",
     )
     head_gain: PositiveFloat = Field(2**0.5, description="Gain of the action heads' orthogonal initialisation.")
-    forget_bias: float = Field(0.0, description="Initial bias of the LSTM forget gate.")
+    forget_bias: float = Field(
+        0.0, description="Initial bias of the gate that keeps the past: LSTM's forget gate, GRU's update gate."
+    )
     orthogonal_per_gate: bool = Field(
         False, description="Orthogonal initialisation of each gate's matrix instead of the stacked one."
     )
@@ -201,12 +203,14 @@ TUNED: dict[str, dict[str, Any]] = {
     "dualhead/RecallCue-v0": {
         "total_steps": 200_000,
         "num_envs": 32,
-        "network": {"hidden_size": 128, "encoder_sizes": (64,)},
+        "network": {"hidden_size": 128, "encoder_sizes": (64,), "forget_bias": 2.0},
         "ppo": {
             "rollout_length": 64,
             "sequence_length": 32,
             "batch_size": 512,
-            "num_epochs": 4,
+            "num_epochs": 8,
+            "gae_lambda": 0.5,
+            "normalize_advantages": "minibatch",
             "learning_rate": 1e-3,
             "learning_rate_schedule": "linear",
         },

@@ -37,7 +37,7 @@ class RecurrentMemory(nn.Module):
     Args:
         kind: `lstm` or `gru`.
         input_size, hidden_size, num_layers: F, H, L.
-        forget_bias: initial forget-gate bias (LSTM).
+        forget_bias: initial bias of the gate that keeps the past (forget gate of an LSTM, update gate of a GRU).
         orthogonal_per_gate: initialise every gate's [H, ·] matrix orthogonally on its own; else the stacked one.
     """
 
@@ -73,8 +73,8 @@ class RecurrentMemory(nn.Module):
                     nn.init.orthogonal_(matrix, 1.0)
             else:
                 nn.init.zeros_(parameter)
-                # Gates are stacked input, forget, cell, output; of the two bias vectors one carries the forget bias.
-                if self.kind == "lstm" and name.startswith("bias_ih"):
+                # The second of the stacked gates keeps the past: LSTM's i, f, g, o; GRU's r, z, n. One of two biases.
+                if name.startswith("bias_ih"):
                     nn.init.constant_(parameter[hidden : 2 * hidden], forget_bias)
 
     def initial_state(self, batch: int, *, device: torch.device, dtype: torch.dtype) -> RecurrentState:

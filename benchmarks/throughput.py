@@ -1,0 +1,322 @@
+"""How fast we train, beside what this machine's arithmetic allows.
+
+    python benchmarks/throughput.py
+    python benchmarks/throughput.py --workload vector grid --updates 9 --json
+
+Our trainer's whole loop (environments stepped one by one, acting, storing, updating, log files) takes turns with two
+ceilings, update by update in one process, because machines drift; every figure is a median over the turns.
+
+plain torch   What the same arithmetic costs with no PPO around it: encoder, fused `nn.LSTM`, heads; one step at a time
+              without gradient to act, then forward and backward on dense sequences for every minibatch of every epoch;
+              no optimiser, no losses, no resets. Plus the environment's own time. Of several sequence lengths the
+              fastest counts.
+ceiling       What the matrix unit alone would take: FLOPs of a step (see `flops_per_step`) over the rate of the fastest
+              `torch.mm`, plus the environment's own time.
+
+The environment's own time is that of the same plain environments stepped with random actions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium import spaces
+from torch import Tensor, nn
+from workloads import PRECISIONS, WORKLOADS, Timing, Workload, time_ours
+
+from dualhead.worlds.streams import UnavailableEnvironment
+
+PLAIN_SEQUENCE = 16
+MATRICES = ((512, 512, 512), (1024, 1024, 1024), (1024, 256, 1024), (2048, 256, 1024))
+"""Rows, inner and columns of the products that the machine's rate is taken from: large ones that stay in its caches."""
+KEYS = (
+    "workload",
+    "precision",
+    "memory",
+    "steps_per_s",
+    "steps_per_s_min",
+    "steps_per_s_max",
+    "rollout_s",
+    "update_s",
+    "plain_torch",
+    "ceiling",
+    "ratio_to_plain_torch",
+    "ratio_to_ceiling",
+)
+
+
+def input_shape(space: gym.Space) -> tuple[int, ...]:
+    """Of an observation as the network gets it; indices are one-hot."""
+    return (int(space.n),) if isinstance(space, spaces.Discrete) else tuple(space.shape or ())
+
+
+def num_logits(space: gym.Space) -> int:
+    return int(space.n) if isinstance(space, spaces.Discrete) else int(space.nvec.sum())
+
+
+def forward_flops(workload: Workload, shape: tuple[int, ...], *, logits: int, memory: str) -> int:
+    """Multiplications and additions of the network on one observation, biases and activations left out.
+
+    Two per weight and use: convolutions 2·9·C_in·C_out·height·width, a linear layer 2·in·out, the memory
+    2·gates·H·(F + H) with 4 gates (LSTM) or 3 (GRU), all heads and the critic 2·H·(logits + 1).
+    """
+    flops, width = 0, math.prod(shape)
+    if len(shape) == 3:
+        channels, height, across = shape
+        flops += 2 * 9 * (channels * 32 + 32 * 64) * height * across
+        width = 64 * height * across
+    for size in workload.encoder_sizes:
+        flops += 2 * width * size
+        width = size
+    gates = 4 if memory == "lstm" else 3
+    hidden = workload.hidden_size
+    return flops + 2 * gates * hidden * (width + hidden) + 2 * hidden * (logits + 1)
+
+
+def flops_per_step(workload: Workload, forward: int) -> int:
+    """FLOPs of one environment step: one forward pass to act, one to train in each epoch, and twice that backward.
+
+    The gradient with respect to the observation is counted though nobody needs it: 1% of *grid*, less elsewhere.
+    """
+    return (1 + 3 * workload.num_epochs) * forward
+
+
+class PlainPolicy(nn.Module):
+    """Encoder, fused recurrent layer, heads and critic, as one would write them down first."""
+
+    def __init__(self, workload: Workload, shape: tuple[int, ...], *, logits: int, memory: str) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        width = math.prod(shape)
+        if len(shape) == 3:
+            layers += [nn.Conv2d(shape[0], 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 64, 3, padding=1), nn.ReLU()]
+            layers += [nn.Flatten()]
+            width = 64 * shape[1] * shape[2]
+        for size in workload.encoder_sizes:
+            layers += [nn.Linear(width, size), nn.ReLU()]
+            width = size
+        self.encoder = nn.Sequential(*layers)
+        kind = nn.LSTM if memory == "lstm" else nn.GRU
+        self.memory = kind(width, workload.hidden_size, batch_first=True)
+        self.heads = nn.Linear(workload.hidden_size, logits)
+        self.critic = nn.Linear(workload.hidden_size, 1)
+
+    def forward(self, observations: Tensor, state: Tensor | tuple[Tensor, Tensor] | None = None) -> tuple:
+        """Observations [S, T, ...] from zero or given states -> logits, values, state after the last step."""
+        features = self.encoder(observations.flatten(0, 1)).view(*observations.shape[:2], -1)
+        h, state = self.memory(features, state)
+        h = h.flatten(0, 1)
+        return self.heads(h), self.critic(h), state
+
+
+class Ceilings:
+    """Measures, turn by turn, what our trainer is held against.
+
+    Args:
+        workload, memory, precision: what ours trains.
+        sequences: lengths of the dense sequences that plain torch is tried with.
+    """
+
+    def __init__(self, workload: Workload, *, memory: str, precision: str, sequences: tuple[int, ...]) -> None:
+        self.workload = workload
+        self.sequences = sequences
+        self.envs = [workload.make_env() for _ in range(workload.num_envs)]
+        for env in self.envs:
+            env.reset()
+        space = self.envs[0].action_space
+        # Drawn beforehand, because drawing costs more than small environments do.
+        self.actions = [[space.sample() for _ in self.envs] for _ in range(workload.rollout_length)]
+        shape = input_shape(self.envs[0].observation_space)
+        logits = num_logits(space)
+        self.policy = PlainPolicy(workload, shape, logits=logits, memory=memory)
+        self.flops = flops_per_step(workload, forward_flops(workload, shape, logits=logits, memory=memory))
+        self.observations = torch.rand(workload.rollout_length, workload.num_envs, *shape)
+        self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        self.matrices = [
+            tuple(torch.rand(*size, dtype=self.dtype) for size in ((rows, inner), (inner, columns), (rows, columns)))
+            for rows, inner, columns in MATRICES
+        ]
+        self.env_s: list[float] = []
+        self.act_s: list[float] = []
+        self.learn_s: dict[int, list[float]] = {length: [] for length in sequences}
+        self.flops_per_s: list[float] = []
+
+    def measure(self) -> None:
+        """One turn: what one update and its rollout take."""
+        self.flops_per_s.append(self._matrix_rate())
+        self.env_s.append(_seconds(self._step_environments))
+        self.act_s.append(_seconds(self._act))
+        for length in self.sequences:
+            self.learn_s[length].append(_seconds(lambda length=length: self._learn(length)))
+
+    def _matrix_rate(self) -> float:
+        best = 0.0
+        for left, right, out in self.matrices:
+            flops = 2 * left.shape[0] * right.numel()
+            for _ in range(5):
+                began = time.perf_counter()
+                torch.mm(left, right, out=out)
+                best = max(best, flops / (time.perf_counter() - began))
+        return best
+
+    def _step_environments(self) -> None:
+        for actions in self.actions:
+            for env, action in zip(self.envs, actions):
+                _, _, terminated, truncated, _ = env.step(action)
+                if terminated or truncated:
+                    env.reset()
+
+    @contextmanager
+    def _autocast(self) -> Iterator[None]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            yield
+
+    def _act(self) -> None:
+        state = None
+        with torch.inference_mode(), self._autocast():
+            for observations in self.observations:
+                _, _, state = self.policy(observations[:, None], state)
+
+    def _learn(self, length: int) -> None:
+        sequences = self.observations.view(-1, length, *self.observations.shape[2:])
+        for _ in range(self.workload.num_epochs):
+            for minibatch in sequences.tensor_split(self.workload.num_minibatches):
+                self.policy.zero_grad(set_to_none=True)
+                with self._autocast():
+                    logits, values, _ = self.policy(minibatch)
+                    loss = logits.sum() + values.sum()
+                loss.backward()
+
+    def steps_per_s(self, *, skip: int) -> tuple[float, int, float]:
+        """Plain torch's steps/s, the sequence length it took, and the ceiling; medians without the first turns."""
+        learn_s = {length: statistics.median(seconds[skip:]) for length, seconds in self.learn_s.items()}
+        fastest = min(learn_s, key=learn_s.__getitem__)
+        env_s, act_s, rate = (statistics.median(part[skip:]) for part in (self.env_s, self.act_s, self.flops_per_s))
+        num_steps = self.workload.num_steps
+        plain = num_steps / (env_s + act_s + learn_s[fastest])
+        return plain, fastest, num_steps / (env_s + num_steps * self.flops / rate)
+
+    def close(self) -> None:
+        for env in self.envs:
+            env.close()
+
+
+def _seconds(measured: Callable[[], None]) -> float:
+    began = time.perf_counter()
+    measured()
+    return time.perf_counter() - began
+
+
+def measure(workload: Workload, args: argparse.Namespace) -> tuple[dict, str]:
+    """One workload's figures under `KEYS`, and a line that says them."""
+    ceilings = Ceilings(
+        workload, memory=args.memory, precision=args.precision, sequences=plain_sequences(workload, args.plain_sequence)
+    )
+    timings = time_ours(
+        workload,
+        num_updates=args.warm_up + args.updates,
+        between=ceilings.measure,
+        memory=args.memory,
+        precision=args.precision,
+        state_refresh=args.state_refresh,
+        sequence_length=args.sequence_length,
+    )[args.warm_up :]
+    ceilings.close()
+    rates = [workload.num_steps / timing.total for timing in timings]
+    ours = statistics.median(rates)
+    plain, length, ceiling = ceilings.steps_per_s(skip=args.warm_up)
+    seconds = Timing(*(statistics.median(part) for part in zip(*timings)))
+    figures = (
+        *(workload.name, args.precision, args.memory, round(ours, 1), round(min(rates), 1), round(max(rates), 1)),
+        *(round(seconds.rollout, 4), round(seconds.update, 4), round(plain, 1), round(ceiling, 1)),
+        *(round(ours / plain, 3), round(ours / ceiling, 3)),
+    )
+    line = (
+        f"{workload.name:>7} {args.memory} {args.precision}: "
+        f"{ours:,.0f} steps/s ({min(rates):,.0f}-{max(rates):,.0f}), "
+        f"rollout {seconds.rollout:.3f} s, update {seconds.update:.3f} s; "
+        f"plain torch {plain:,.0f} (sequences of {length}), ratio {ours / plain:.2f}; "
+        f"ceiling {ceiling:,.0f}, ratio {ours / ceiling:.2f}"
+    )
+    return dict(zip(KEYS, figures)), line
+
+
+def plain_sequences(workload: Workload, asked: int | None) -> tuple[int, ...]:
+    """Sequence lengths to try plain torch with: the one asked for, or short ones and the whole rollout.
+
+    Raises:
+        ValueError: it does not divide the rollout.
+    """
+    whole = workload.rollout_length
+    if asked is None:
+        return (PLAIN_SEQUENCE, whole) if whole % PLAIN_SEQUENCE == 0 and whole > PLAIN_SEQUENCE else (whole,)
+    if whole % asked:
+        raise ValueError(f"--plain-sequence: expected a divisor of the rollout's {whole} steps, got {asked}")
+    return (asked,)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workload", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of ours and of both ceilings")
+    parser.add_argument("--memory", choices=["lstm", "gru"], default="lstm")
+    parser.add_argument("--updates", type=int, default=5, help="measured updates; default 5")
+    parser.add_argument("--warm-up", type=int, default=2, help="updates before them; default 2")
+    parser.add_argument("--threads", type=int, default=2, help="of torch; default 2")
+    parser.add_argument("--sequence-length", type=int, default=16, help="of our segments; default 16")
+    parser.add_argument(
+        "--state-refresh",
+        choices=["never", "epoch"],
+        default="never",
+        help="`epoch`, the trainer's default, is a pass over the rollout that nobody else makes; default never",
+    )
+    parser.add_argument(
+        "--plain-sequence", type=int, help=f"plain torch's sequences; default the faster of {PLAIN_SEQUENCE} and all"
+    )
+    parser.add_argument("--num-envs-factor", type=float, default=1.0, help="times as many environments")
+    parser.add_argument("--rollout-factor", type=float, default=1.0, help="times as long a rollout")
+    parser.add_argument("--json", action="store_true", help="print a list of objects; the lines go to stderr")
+    args = parser.parse_args()
+    if args.precision not in PRECISIONS:
+        parser.error(f"--precision {args.precision}: this version of dualhead trains in {', '.join(PRECISIONS)} only")
+    if min(args.updates, args.warm_up, args.threads) < 1:
+        parser.error("--updates, --warm-up and --threads: expected at least 1")
+    factors = {"num_envs": args.num_envs_factor, "rollout_length": args.rollout_factor}
+    try:
+        workloads = [WORKLOADS[name].scaled(**factors) for name in args.workload]
+        for workload in workloads:
+            plain_sequences(workload, args.plain_sequence)
+            workload.make_env().close()
+    except (ValueError, UnavailableEnvironment) as error:
+        parser.error(str(error))
+
+    torch.set_num_threads(args.threads)
+    lines = sys.stderr if args.json else sys.stdout
+    print(
+        f"torch {torch.__version__}, NumPy {np.__version__}, {args.threads} of {os.cpu_count()} threads, median of "
+        f"{args.updates} updates after {args.warm_up}; segments of {args.sequence_length}, "
+        f"state_refresh={args.state_refresh}, environments x{args.num_envs_factor:g}, rollout x{args.rollout_factor:g}",
+        file=lines,
+    )
+    results = []
+    for workload in workloads:
+        figures, line = measure(workload, args)
+        results.append(figures)
+        print(line, file=lines, flush=True)
+    if args.json:
+        print(json.dumps(results, indent=2))
+
+
+if __name__ == "__main__":
+    main()

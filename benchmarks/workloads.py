@@ -1,0 +1,200 @@
+"""The three reference workloads, and how long our trainer takes for them. Shared by throughput.py and peers.py."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+
+from dualhead.config import NetworkConfig, PPOConfig, RunConfig
+from dualhead.running.checkpoint import new_run_dir
+from dualhead.running.metrics import CSVWriter, TensorBoardWriter
+from dualhead.running.trainer import make_agent, run_loop
+from dualhead.worlds.streams import make_env, make_streams
+
+PRECISIONS = tuple(["fp32", "bf16"] if "precision" in PPOConfig.model_fields else ["fp32"])
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is trained on, and how much at once.
+
+    Fields:
+        env: a Gymnasium id.
+        num_envs: B, environments stepped one by one in this process.
+        num_minibatches: per epoch; a minibatch has batch_size = rollout_length · num_envs / num_minibatches steps.
+        encoder_sizes: widths of the ReLU layers before the memory (after the two 3x3 convolutions of a grid).
+        rollout_length, num_epochs, hidden_size: T, passes over a rollout, H.
+    """
+
+    name: str
+    env: str
+    num_envs: int
+    num_minibatches: int
+    encoder_sizes: tuple[int, ...]
+    rollout_length: int = 128
+    num_epochs: int = 4
+    hidden_size: int = 256
+
+    @property
+    def num_steps(self) -> int:
+        """Environment steps of one update."""
+        return self.rollout_length * self.num_envs
+
+    @property
+    def batch_size(self) -> int:
+        return self.num_steps // self.num_minibatches
+
+    def scaled(self, *, num_envs: float = 1.0, rollout_length: float = 1.0) -> Workload:
+        """More (or fewer) environments and a longer rollout; as many minibatches as before, so larger ones.
+
+        Raises:
+            ValueError: no whole number of environments or steps, or too few for the minibatches.
+        """
+        sizes = {"num_envs": self.num_envs * num_envs, "rollout_length": self.rollout_length * rollout_length}
+        for name, size in sizes.items():
+            if size < 1 or size != int(size):
+                raise ValueError(f"{self.name}: expected a whole number of {name}, the factor gives {size}")
+        workload = replace(self, **{name: int(size) for name, size in sizes.items()})
+        if workload.num_steps % workload.num_minibatches:
+            raise ValueError(
+                f"{self.name}: {workload.num_steps} steps are not {self.num_minibatches} equal minibatches"
+            )
+        return workload
+
+    def make_env(self) -> gym.Env:
+        return make_env(self.env)
+
+
+class GridNoise(gym.Env[np.ndarray, np.ndarray]):
+    """A grid world that costs next to nothing: it hands out observations and rewards made beforehand.
+
+    Observation: float32 [5, 11, 11], uniform in [0, 1).
+    Action: MultiDiscrete([4, 3]), ignored.
+    Reward: standard normal.
+    Ends: terminated after a number of steps drawn uniformly from 20 .. 120.
+    """
+
+    observation_space = spaces.Box(0.0, 1.0, (5, 11, 11), np.float32)
+    action_space = spaces.MultiDiscrete([4, 3])
+
+    _made = np.random.default_rng(0)
+    _observations = tuple(_made.random((509, 5, 11, 11), dtype=np.float32))
+    _rewards = tuple(_made.standard_normal(509).tolist())
+    _lengths = tuple(_made.integers(20, 120, size=1009, endpoint=True).tolist())
+
+    _at = _episode = -1
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        if seed is not None or self._at < 0:
+            # Environments side by side begin at different places of the same lists.
+            self._at, self._episode = self.np_random.integers(1009, size=2).tolist()
+        self._episode += 1
+        self._left = self._lengths[self._episode % len(self._lengths)]
+        return self._observations[self._at % len(self._observations)], {}
+
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict]:
+        self._at += 1
+        self._left -= 1
+        place = self._at % len(self._observations)
+        return self._observations[place], self._rewards[place], self._left == 0, False, {}
+
+
+gym.register("benchmarks/GridNoise-v0", entry_point=GridNoise, order_enforce=False)
+
+WORKLOADS = {
+    workload.name: workload
+    for workload in (
+        Workload("vector", "dualhead/CartPoleNoVel-v1", num_envs=64, num_minibatches=8, encoder_sizes=(64,)),
+        Workload("grid", "benchmarks/GridNoise-v0", num_envs=16, num_minibatches=4, encoder_sizes=(256,)),
+        Workload("popgym", "popgym-RepeatPreviousEasy-v0", num_envs=64, num_minibatches=8, encoder_sizes=(64,)),
+    )
+}
+
+
+class Timing(NamedTuple):
+    """One update and the rollout before it; seconds. Logging counts as rollout."""
+
+    total: float
+    rollout: float
+    update: float
+
+
+class _Stopwatch:
+    """Comes last among the writers: takes the time of each turn of the loop, then lets something else be measured."""
+
+    def __init__(self, between: Callable[[], None]) -> None:
+        self.timings: list[Timing] = []
+        self._between = between
+        self._began = time.perf_counter()
+
+    def write(self, num_steps: int, metrics: Mapping[str, float]) -> None:
+        total, update = time.perf_counter() - self._began, metrics["time/update_s"]
+        self.timings.append(Timing(total, total - update, update))
+        self._between()
+        self._began = time.perf_counter()
+
+    def close(self) -> None:
+        pass
+
+
+def time_ours(
+    workload: Workload,
+    *,
+    num_updates: int,
+    between: Callable[[], None],
+    memory: str = "lstm",
+    precision: str = "fp32",
+    state_refresh: str = "never",
+    sequence_length: int = 16,
+) -> list[Timing]:
+    """Runs our trainer's own loop, with its log files, for `num_updates` updates.
+
+    Args:
+        between: called after each update while our clock stands still; what is compared with us is measured there, so
+            that a machine that drifts slows both.
+        memory, precision, state_refresh, sequence_length: of the agent.
+
+    Returns:
+        Timings, one per update.
+    """
+    chosen = {"precision": precision} if "precision" in PPOConfig.model_fields else {}
+    total_steps = num_updates * workload.num_steps
+    with tempfile.TemporaryDirectory(prefix="dualhead-benchmark-") as folder:
+        config = RunConfig(
+            env=workload.env,
+            num_envs=workload.num_envs,
+            total_steps=total_steps,
+            run_dir=f"{folder}/run",
+            checkpoint_every=total_steps,
+            device="cpu",
+            network=NetworkConfig(
+                memory=memory, hidden_size=workload.hidden_size, encoder_sizes=workload.encoder_sizes
+            ),
+            ppo=PPOConfig(
+                num_epochs=workload.num_epochs,
+                rollout_length=workload.rollout_length,
+                batch_size=workload.batch_size,
+                sequence_length=sequence_length,
+                state_refresh=state_refresh,
+                **chosen,
+            ),
+        )
+        streams = make_streams(config.env, config.num_envs)
+        run_dir = new_run_dir(config)
+        logs = [CSVWriter(run_dir), TensorBoardWriter(run_dir)]
+        stopwatch = _Stopwatch(between)
+        try:
+            run_loop(config, make_agent(config, streams), streams, [*logs, stopwatch], run_dir, [])
+        finally:
+            for log in logs:
+                log.close()
+            streams.close()
+    return stopwatch.timings

@@ -1,0 +1,735 @@
+"""The agent from outside: order of calls, refusals that lose nothing, schedules, saving in the middle of anything."""
+
+import copy
+import os
+
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from safetensors.torch import save_file
+
+from dualhead import (
+    CheckpointError,
+    DataError,
+    DualHeadRecurrentPPO,
+    NetworkConfig,
+    NormConfig,
+    NormEvents,
+    PPOConfig,
+)
+from dualhead.storage import read_tensors, write_tensors
+
+B = 3
+SPACE = spaces.Dict(x=spaces.Box(-np.inf, np.inf, (2,)), action_mask=spaces.MultiBinary(5))
+HEADS = spaces.Dict(move=spaces.Discrete(3), vote=spaces.Discrete(2))
+NORMS = NormConfig(resources=("A", "B"), internalization_threshold=1.0)
+NOBODY = np.zeros(B, dtype=bool)
+
+
+def make_agent(memory="gru", *, num_streams=B, norms=None, num_layers=1, hidden_size=8, seed=0, **settings):
+    kwargs = {name: settings.pop(name) for name in ("dtype", "observation_space", "action_space") if name in settings}
+    return DualHeadRecurrentPPO(
+        kwargs.pop("observation_space", SPACE),
+        kwargs.pop("action_space", HEADS),
+        num_streams=num_streams,
+        config=PPOConfig(**{"rollout_length": 4, "sequence_length": 2, "batch_size": 4, "num_epochs": 2, **settings}),
+        network=NetworkConfig(memory=memory, num_layers=num_layers, hidden_size=hidden_size, encoder_sizes=(8,)),
+        norms=norms,
+        seed=seed,
+        **kwargs,
+    )
+
+
+EVERYTHING = {
+    "norms": NORMS,
+    "normalize_observations": True,
+    "normalize_rewards": True,
+    "burn_in": 3,
+    "entropy_coef": 0.1,
+    "entropy_coef_end": 0.0,
+    "entropy_decay_steps": 5,
+    "learning_rate": 0.01,
+    "learning_rate_schedule": "linear",
+    "learning_rate_decay_steps": 1000,
+}
+
+
+def masked(x):
+    return {"x": x, "action_mask": np.ones((len(x), 5), dtype=np.int8)}
+
+
+class World:
+    """Random observations, rewards and norm events; episodes end by chance, one in five steps each way."""
+
+    def __init__(self, seed=0):
+        self.rng = np.random.default_rng(seed)
+        self.now = self.look()
+
+    def look(self):
+        mask = self.rng.random((B, 5)) < 0.5
+        mask[:, [0, 4]] = True
+        return {"x": self.rng.normal(3, 2, size=(B, 2)), "action_mask": mask.astype(np.int8)}
+
+    def answer(self, agent):
+        """What `record` gets, positional and by name."""
+        terminated, truncated = self.rng.random((2, B)) < 0.2
+        by_name = {"final_observations": self.look()}
+        punished, collected = self.rng.random((2, B, 2)) < 0.8
+        if agent.norms is not None:
+            by_name["events"] = NormEvents(punished, collected)
+        self.now = self.look()
+        return (self.rng.normal(size=B), terminated, truncated), by_name
+
+    def play(self, agent, num_steps):
+        """So many steps, learning whenever a rollout is full: actions and metrics."""
+        happened = []
+        for _ in range(num_steps):
+            happened.append(agent.act(self.now).tolist())
+            positional, by_name = self.answer(agent)
+            agent.record(*positional, **by_name)
+            if agent.rollout_is_ready:
+                happened.append(agent.learn(self.now))
+        return happened
+
+
+def all_of(agent):
+    """A copy of everything the agent is."""
+    tensors, metadata = agent.state()
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}, copy.deepcopy(metadata)
+
+
+def assert_same(one, other):
+    (tensors, metadata), (other_tensors, other_metadata) = one, other
+    assert metadata == other_metadata
+    assert tensors.keys() == other_tensors.keys()
+    for name in tensors:
+        assert torch.equal(tensors[name], other_tensors[name]), name
+
+
+X = np.ones((B, 2))
+BAD_X = [
+    (np.ones((2, 2)), r"'x': expected shape \(3, 2\).*got \(2, 2\)"),
+    (np.ones((3, 3)), r"'x': expected shape \(3, 2\).*got \(3, 3\)"),
+    (np.array([[1, 1], [np.nan, 1], [1, 1]]), "'x' of stream 1 is nan"),
+    (np.array([[1, 1], [1, 1], [1, -np.inf]]), "'x' of stream 2 is -inf"),
+]
+NO_VOTE = {"x": X, "action_mask": np.array([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])}
+TRUE_1 = np.array([False, True, False])
+PUNISHED = np.ones((B, 2), dtype=bool)
+
+# When (nothing done, acted, recorded once, rollout full), what, the error and what its message says.
+WRONG_CALLS = [
+    ("begin", lambda agent: agent.record(np.ones(B), NOBODY, NOBODY), RuntimeError, r"call act\(observations\)"),
+    ("begin", lambda agent: agent.learn(masked(X)), RuntimeError, "nothing recorded"),
+    ("begin", lambda agent: agent.learn(masked(X), partial=True), RuntimeError, "nothing recorded"),
+    *(("begin", lambda agent, x=x: agent.act(masked(x)), DataError, message) for x, message in BAD_X[1:]),
+    ("begin", lambda agent: agent.act({**masked(X), "x": X[:2]}), DataError, BAD_X[0][1]),
+    ("begin", lambda agent: agent.act({"x": X}), DataError, "'action_mask' is missing"),
+    ("begin", lambda agent: agent.act(X), DataError, "'x' is missing"),
+    ("begin", lambda agent: agent.act(NO_VOTE), DataError, "stream 1 allows no choice for head 'vote'"),
+    ("acted", lambda agent: agent.act(masked(X)), RuntimeError, "call record"),
+    ("acted", lambda agent: agent.learn(masked(X)), RuntimeError, "call record"),
+    ("acted", lambda agent: agent.reset_state(), RuntimeError, "call record"),
+    ("acted", lambda agent: agent.save("never"), RuntimeError, "call record"),
+    ("acted", lambda agent: agent.record(np.ones(2), NOBODY, NOBODY), DataError, r"rewards: expected shape \(3,\)"),
+    ("acted", lambda agent: agent.record(1.0, NOBODY, NOBODY), DataError, r"rewards: expected shape \(3,\).*got \(\)"),
+    ("acted", lambda agent: agent.record(np.ones((3, 1)), NOBODY, NOBODY), DataError, r"rewards.*got \(3, 1\)"),
+    ("acted", lambda agent: agent.record([1, 2, np.nan], NOBODY, NOBODY), DataError, "reward of stream 2 is nan"),
+    ("acted", lambda agent: agent.record([1, np.inf, 2], NOBODY, NOBODY), DataError, "reward of stream 1 is inf"),
+    ("acted", lambda agent: agent.record([1, 2, 3], [False], NOBODY), DataError, "terminated: expected shape"),
+    ("acted", lambda agent: agent.record([1, 2, 3], NOBODY, [0, 1, 2]), DataError, "truncated: expected booleans"),
+    ("acted", lambda agent: agent.record([1, 2, 3], NOBODY, TRUE_1), ValueError, r"streams \[1\] were truncated"),
+    *(
+        (
+            "acted",
+            lambda agent, x=x: agent.record([1, 2, 3], NOBODY, ~NOBODY, final_observations=masked(x)),
+            DataError,
+            message,
+        )
+        for x, message in BAD_X[1:]
+    ),
+    ("recorded", lambda agent: agent.record(np.ones(B), NOBODY, NOBODY), RuntimeError, r"call act\(observations\)"),
+    ("recorded", lambda agent: agent.learn(masked(X)), RuntimeError, "after 1 of rollout_length=4"),
+    ("recorded", lambda agent: agent.learn(partial=True), ValueError, "needs next_observations"),
+    ("recorded", lambda agent: agent.reset_state(), RuntimeError, r"of streams \[0, 2\]"),
+    ("recorded", lambda agent: agent.load("nowhere"), CheckpointError, "nowhere"),
+    ("full", lambda agent: agent.act(masked(X)), RuntimeError, "full rollout of 4 steps"),
+    ("full", lambda agent: agent.learn(), ValueError, "needs next_observations"),
+    *(("full", lambda agent, x=x: agent.learn(masked(x)), DataError, message) for x, message in BAD_X[1:]),
+    ("full", lambda agent: agent.learn(NO_VOTE), DataError, "stream 1 allows no choice for head 'vote'"),
+]
+WRONG_EVENTS = [
+    ("acted", lambda agent: agent.record([1, 2, 3], NOBODY, NOBODY), ValueError, "no events came"),
+    (
+        "acted",
+        lambda agent: agent.record([1, 2, 3], NOBODY, NOBODY, events=NormEvents(PUNISHED[:2], PUNISHED)),
+        ValueError,
+        r"events.punished must have shape \(3, 2\)",
+    ),
+    (
+        "acted",
+        lambda agent: agent.record([1, 2, 3], NOBODY, NOBODY, events=NormEvents(PUNISHED)),
+        ValueError,
+        "events.collected is missing",
+    ),
+    (
+        "acted",
+        lambda agent: agent.record(
+            [1, 2, 3], NOBODY, TRUE_1, final_observations=masked(X), events=NormEvents(PUNISHED, PUNISHED[0])
+        ),
+        ValueError,
+        "events.collected must have shape",
+    ),
+    (
+        "acted",
+        lambda agent: agent.record([1, np.nan, 3], NOBODY, NOBODY, events=NormEvents(PUNISHED, PUNISHED)),
+        DataError,
+        "reward of stream 1",
+    ),
+]
+
+
+LIVING = {
+    "normalize_observations": True,
+    "normalize_rewards": True,
+    "burn_in": 2,
+    "batch_size": 12,
+    "num_epochs": 1,
+}
+
+
+def live_through(agent, moment=None, wrong=None):
+    """Two rollouts by hand; at a moment somebody makes a wrong call. Stream 1 is truncated at every fourth step."""
+    rng = np.random.default_rng(0)
+    for t in range(8):
+        if t == 4 and moment == "begin":
+            wrong(agent)
+        agent.act(masked(rng.normal(size=(B, 2))))
+        if t == 5 and moment == "acted":
+            wrong(agent)
+        by_name = {} if agent.norms is None else {"events": NormEvents(PUNISHED, rng.random((B, 2)) < 0.5)}
+        by_name["final_observations"] = masked(rng.normal(size=(B, 2)))
+        agent.record(rng.normal(size=B), NOBODY, TRUE_1 & (t % 4 == 0), **by_name)
+        if t == 4 and moment == "recorded":
+            wrong(agent)
+        if agent.rollout_is_ready:
+            next_observations = masked(rng.normal(size=(B, 2)))
+            if moment == "full":
+                wrong(agent)
+            agent.learn(next_observations)
+    return all_of(agent)
+
+
+@pytest.fixture(scope="module")
+def lived():
+    """Everything that two rollouts without a wrong call leave behind, without and with norms."""
+    return {norms is not None: live_through(make_agent(norms=norms, **LIVING)) for norms in (None, NORMS)}
+
+
+@pytest.mark.parametrize("case", range(len(WRONG_CALLS) + len(WRONG_EVENTS) + 1))
+def test_a_wrong_call_says_what_was_expected_and_loses_nothing(case, lived, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    events_without_norms = (
+        "acted",
+        lambda agent: agent.record([1, 2, 3], NOBODY, NOBODY, events=NormEvents(PUNISHED, PUNISHED)),
+        ValueError,
+        "events without norms",
+    )
+    moment, call, error, message = (*WRONG_CALLS, events_without_norms, *WRONG_EVENTS)[case]
+    norms = NORMS if case > len(WRONG_CALLS) else None
+    num_refused = 0
+
+    def wrong(agent):
+        nonlocal num_refused
+        with pytest.raises(error, match=message):
+            call(agent)
+        num_refused += 1
+
+    agent = make_agent(norms=norms, **LIVING)
+    after = live_through(agent, moment, wrong)
+    assert num_refused > 0
+    assert_same(after, lived[norms is not None])
+    assert os.listdir() == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"num_streams": 0}, ValueError, "num_streams: expected at least 1, got 0"),
+        ({"observation_space": spaces.Dict(a=spaces.Text(3))}, TypeError, "'a'"),
+        ({"action_space": spaces.MultiBinary(3)}, TypeError, "unsupported action space"),
+        ({"entropy_coef": (0.1, 0.2, 0.3)}, ValueError, "entropy_coef: expected one number or 2"),
+        ({"entropy_coef_end": (0.1,)}, ValueError, "entropy_coef_end: expected one number or 2"),
+        ({"learning_rate_schedule": "linear"}, ValueError, "learning_rate_decay_steps"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_at_once(settings, error, message):
+    with pytest.raises(error, match=message):
+        make_agent(**settings)
+
+
+def test_final_observations_are_read_only_where_an_episode_was_truncated():
+    """Rows of other streams may hold anything: NaN, or masks without a legal choice."""
+    agents = [make_agent(), make_agent()]
+    clean = masked(X)
+    filler = {"x": np.where(TRUE_1[:, None], X, np.nan), "action_mask": np.where(TRUE_1[:, None], 1, 0)}
+    for agent, final in zip(agents, (clean, filler)):
+        for t in range(4):
+            agent.act(masked(X))
+            agent.record(np.arange(3.0), NOBODY, TRUE_1 & (t == 1), final_observations=final)
+        agent.learn(masked(X))
+    assert_same(*map(all_of, agents))
+
+
+def test_where_nothing_was_truncated_final_observations_are_not_looked_at():
+    agent = make_agent()
+    agent.act(masked(X))
+    agent.record(np.ones(B), TRUE_1, TRUE_1, final_observations="anything")
+
+
+def test_read_only_arrays_are_taken():
+    agent = make_agent()
+    agent.act({"x": np.broadcast_to(1.0, (B, 2)), "action_mask": np.broadcast_to(1, (B, 5))})
+    agent.record(np.broadcast_to(1.0, B), np.broadcast_to(False, B), np.broadcast_to(False, B))
+    assert agent.rollout_memory.rewards[0].tolist() == [1, 1, 1]
+
+
+def test_observations_are_copied():
+    """An environment may write every observation into the same arrays."""
+    reused, final = X.copy(), X.copy()
+    agents = [make_agent(), make_agent()]
+    for t in range(8):
+        for agent in agents:
+            if agent is agents[0]:
+                reused[:], final[:] = t, -t
+                agent.act(masked(reused))
+                agent.record(np.ones(B), NOBODY, TRUE_1, final_observations=masked(final))
+                reused[:], final[:] = 99, 99
+            else:
+                agent.act(masked(X * t))
+                agent.record(np.ones(B), NOBODY, TRUE_1, final_observations=masked(X * -t))
+            if agent.rollout_is_ready:
+                agent.learn(masked(X))
+    assert_same(*map(all_of, agents))
+
+
+@pytest.mark.parametrize("given", [np.bool_, np.int64, np.float64])
+def test_masks_and_integers_of_other_kinds_give_the_same_rollout(given):
+    """Flags may come as bools or floats, small integers as large ones: what acts is what is learned from."""
+    space = spaces.Dict(pixels=spaces.Box(0, 255, (2,), np.uint8), action_mask=spaces.MultiBinary(5))
+    agent = make_agent(observation_space=space, dtype=torch.float64)
+    rng = np.random.default_rng(0)
+    for _ in range(4):
+        mask = rng.random((B, 5)) < 0.5
+        mask[:, [0, 4]] = True
+        observations = {"pixels": rng.integers(0, 256, size=(B, 2)), "action_mask": mask.astype(given)}
+        agent.act(observations)
+        agent.record(np.ones(B), NOBODY, NOBODY)
+    assert agent.learn(observations)["policy/first_ratio_error"] < 1e-12
+
+
+@pytest.mark.parametrize("pixel", [256, -1])
+def test_integers_that_the_space_cannot_hold_are_refused(pixel):
+    """Stored they would wrap around, and the rollout would hold something else than what was acted upon."""
+    agent = make_agent(observation_space=spaces.Box(0, 255, (2,), np.uint8))
+    with pytest.raises(DataError, match=f"stream 1 is {pixel}"):
+        agent.act(np.array([[0, 255], [pixel, 0], [0, 0]]))
+
+
+def test_tensors_give_tensors_and_arrays_arrays():
+    agent = make_agent()
+    assert isinstance(agent.act(masked(X)), np.ndarray)
+    agent.record(np.ones(B), NOBODY, NOBODY)
+    actions = agent.act({name: torch.from_numpy(part) for name, part in masked(X).items()})
+    assert isinstance(actions, torch.Tensor)
+    assert (actions.shape, actions.dtype) == ((B, 2), torch.int64)
+    agent.record(torch.ones(B), torch.zeros(B, dtype=torch.bool), torch.zeros(B, dtype=torch.bool))
+    in_env_form = agent.to_env(actions)
+    assert {name: part.tolist() for name, part in in_env_form.items()} == {
+        "move": actions[:, 0].tolist(),
+        "vote": actions[:, 1].tolist(),
+    }
+
+
+def test_deterministic_actions_are_the_likeliest_and_draw_nothing():
+    agent = make_agent()
+    before = agent._sampling.get_state()
+    state = agent.policy.initial_state(B)
+    x = np.random.default_rng(0).normal(size=(B, 2))
+    actions = agent.act(masked(x), deterministic=True)
+    tensors = {"x": torch.from_numpy(x).float(), "action_mask": torch.ones(B, 5)}
+    output, _ = agent.policy.step(tensors, state)
+    assert actions.tolist() == torch.stack([p.argmax(1) for p in output.distribution.logits], dim=1).tolist()
+    assert torch.equal(before, agent._sampling.get_state())
+
+
+def test_actions_follow_the_policy_and_the_seed():
+    def first_actions(seed):
+        world = World()
+        return world.play(make_agent(seed=seed), 3)
+
+    assert first_actions(1) == first_actions(1)
+    assert first_actions(1) != first_actions(2)
+
+
+def test_the_global_random_state_is_neither_read_nor_changed():
+    results = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        np.random.seed(seed)  # noqa: NPY002
+        before = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+        agent = make_agent(**EVERYTHING)
+        World().play(agent, 9)
+        assert torch.equal(before[0], torch.get_rng_state())
+        assert (before[1] == np.random.get_state()[1]).all()  # noqa: NPY002
+        results.append(all_of(agent))
+    assert_same(*results)
+
+
+def test_partial_rollouts_and_the_counters():
+    agent = make_agent()
+    world = World()
+    for num_steps, expected in ((3, (9, 1)), (4, (21, 2))):
+        for _ in range(num_steps):
+            agent.act(world.now)
+            positional, by_name = world.answer(agent)
+            agent.record(*positional, **by_name)
+        metrics = agent.learn(world.now, partial=True)
+        assert agent.rollout_memory.length == 0
+        assert (agent.num_steps, agent.num_updates) == expected
+        assert metrics["update/optimizer_steps"] == 2 * round(3 * num_steps / 4)
+
+
+def test_nothing_is_bootstrapped_from_where_every_episode_ended():
+    agent = make_agent()
+    for _ in range(4):
+        agent.act(masked(X))
+        agent.record(np.ones(B), ~TRUE_1, TRUE_1, final_observations=masked(X))
+    agent.learn()
+    agent = make_agent(bootstrap_last=False)
+    for _ in range(4):
+        agent.act(masked(X))
+        agent.record(np.ones(B), NOBODY, NOBODY)
+    agent.learn()
+
+
+def test_reset_state_begins_new_episodes_where_none_is_cut():
+    agent = make_agent("lstm", burn_in=2)
+    for _ in range(2):
+        for _ in range(4):
+            agent.act(masked(X))
+            agent.record(np.ones(B), NOBODY, NOBODY)
+        agent.learn(masked(X))
+    assert agent._get_hidden_state().h.all()
+    agent.reset_state()
+    assert not agent._get_hidden_state().h.any()
+    assert not agent._get_hidden_state().c.any()
+    agent.act(masked(X))
+    agent.record(np.ones(B), ~NOBODY, NOBODY)
+    memory = agent.rollout_memory
+    assert memory.episode_starts[2].all()
+    assert not memory.h_states[:, 2].any()
+    agent.reset_state()  # all episodes have just ended
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "expected"),
+    [
+        (0.4, 0.1, {"move": [0.4, 0.3, 0.2, 0.1, 0.1], "vote": [0.4, 0.3, 0.2, 0.1, 0.1]}),
+        ((0.4, 0.0), (0.1, 0.3), {"move": [0.4, 0.3, 0.2, 0.1, 0.1], "vote": [0.0, 0.1, 0.2, 0.3, 0.3]}),
+        ((0.4, 0.2), None, {"move": [0.4] * 5, "vote": [0.2] * 5}),
+    ],
+)
+def test_entropy_weights_move_linearly_per_update(start, end, expected):
+    agent = make_agent(entropy_coef=start, entropy_coef_end=end, entropy_decay_steps=3)
+    metrics = [entry for entry in World().play(agent, 20) if isinstance(entry, dict)]
+    for name, numbers in expected.items():
+        assert [entry[f"update/entropy_coef/{name}"] for entry in metrics] == pytest.approx(numbers)
+
+
+def test_the_learning_rate_falls_to_zero_by_environment_steps():
+    agent = make_agent(learning_rate=0.3, learning_rate_schedule="linear", learning_rate_decay_steps=36)
+    world = World()
+    rates = []
+    for _ in range(5):
+        before = copy.deepcopy(agent.policy.state_dict())
+        *_, metrics = world.play(agent, 4)
+        rates.append(metrics["update/learning_rate"])
+        assert agent.optimizer.param_groups[0]["lr"] == rates[-1]
+        moved = any(not torch.equal(before[name], value) for name, value in agent.policy.state_dict().items())
+        assert moved == (rates[-1] > 0)
+    assert rates == pytest.approx([0.3, 0.2, 0.1, 0.0, 0.0])
+    assert len({tuple(group) for group in agent.optimizer.param_groups}) == 1
+
+
+def test_target_kl_stops_an_update_before_the_step_that_goes_too_far():
+    """The first minibatch has moved nothing; the second has gone too far already: one step, as with one epoch."""
+    weights = []
+    for settings in ({"num_epochs": 6, "target_kl": 1e-9}, {"num_epochs": 1}, {"num_epochs": 6, "target_kl": 1e9}):
+        agent = make_agent(batch_size=12, learning_rate=0.01, state_refresh="never", **settings)
+        *_, metrics = World().play(agent, 4)
+        assert metrics["update/optimizer_steps"] == (6 if settings.get("target_kl") == 1e9 else 1)
+        weights.append(list(agent.policy.parameters()))
+    stopped, single, free = weights
+    assert all(torch.equal(a, b) for a, b in zip(stopped, single))
+    assert not all(torch.equal(a, b) for a, b in zip(stopped, free))
+
+
+def test_guilt_is_added_to_the_reward_it_belongs_to():
+    """By hand: no decay, threshold 0, scale −1: the n-th punishment brings the strength to n, collecting costs n."""
+    norms = NormConfig(decay_rate=1.0, internalization_threshold=0.0, intrinsic_scale=-1.0)
+    agent = make_agent(norms=norms, normalize_advantages="none")
+    for t in range(4):
+        agent.act(masked(X))
+        events = NormEvents(np.array([[True], [False], [True]]), np.array([[True], [True], [t == 2]]))
+        agent.record([10, 20, 30], NOBODY, NOBODY, events=events)
+    memory = agent.rollout_memory
+    assert memory.guilt.tolist() == [[-1, 0, 0], [-2, 0, 0], [-3, 0, -3], [-4, 0, 0]]
+    assert memory.task_rewards.tolist() == [[10, 20, 30]] * 4
+    assert memory.rewards.tolist() == [[9, 20, 30], [8, 20, 30], [7, 20, 27], [6, 20, 30]]
+    metrics = agent.learn(masked(X))
+    assert metrics["rollout/guilt"] == pytest.approx(-13 / 12)
+    assert metrics["rollout/task_reward"] == pytest.approx(20)
+    assert metrics["norms/strength/resource"] == pytest.approx(8 / 3)
+
+
+def test_guilt_in_action_mode_looks_at_the_action_just_taken():
+    norms = NormConfig(
+        mode="action", harmful_action=1, harmful_head=1, internalization_threshold=0.0, intrinsic_scale=-1.0
+    )
+    agent = make_agent(norms=norms, rollout_length=20)
+    votes = []
+    for _ in range(20):
+        votes.append(agent.act(masked(X))[:, 1])
+        agent.record(np.zeros(B), NOBODY, NOBODY, events=NormEvents(~NOBODY))
+    strengths = np.minimum(np.arange(1, 21), 10)[:, None]
+    assert agent.rollout_memory.guilt.tolist() == np.where(np.stack(votes) == 1, -strengths, 0).tolist()
+    assert 5 < np.sum(votes) < 55
+
+
+def test_observation_statistics_take_in_every_step_once():
+    """Not the tail, and only after the update: within it acting and learning see the same features."""
+    agent = make_agent(normalize_observations=True, burn_in=0, dtype=torch.float64)
+    tailed = make_agent(normalize_observations=True, burn_in=3, dtype=torch.float64)
+    for each in (agent, tailed):
+        world = World()
+        seen = []
+        for _ in range(3):
+            for _ in range(4):
+                seen.append(world.now["x"])
+                each.act(world.now)
+                positional, by_name = world.answer(each)
+                each.record(*positional, **by_name)
+            metrics = each.learn(world.now)
+            assert each is tailed or metrics["policy/first_ratio_error"] < 1e-10
+            normalizer = each.policy.encoder.normalizers["x"]
+            everything = np.concatenate(seen)
+            assert normalizer.count.item() == len(everything)
+            np.testing.assert_allclose(normalizer.mean, everything.mean(0), rtol=1e-10)
+            np.testing.assert_allclose(normalizer.variance, everything.var(0), rtol=1e-10)
+
+
+def test_continuous_actions():
+    space = spaces.Box(np.array([-1, 5], np.float32), np.array([1, 9], np.float32))
+    agent = make_agent("lstm", action_space=space, observation_space=spaces.Box(-9, 9, (2,)), dtype=torch.float64)
+    rng = np.random.default_rng(0)
+    before = agent.policy.heads.log_std.clone()
+    for _ in range(2):
+        for _ in range(4):
+            actions = agent.act(rng.normal(size=(B, 2)))
+            assert actions.shape == (B, 2)
+            assert all(space.contains(action) for action in agent.to_env(actions))
+            agent.record(rng.normal(size=B), NOBODY, NOBODY)
+        metrics = agent.learn(rng.normal(size=(B, 2)))
+        assert metrics["policy/first_ratio_error"] < 1e-12
+        assert metrics["policy/approx_kl"] > 0
+    # The entropy of a unit normal per dimension is ln √(2πe).
+    assert metrics["entropy/action"] == pytest.approx(2 * 1.41894, abs=0.05)
+    assert not torch.equal(before, agent.policy.heads.log_std)
+
+
+# Saving and loading.
+
+
+@pytest.mark.parametrize(
+    ("memory", "num_layers", "num_steps"),
+    [
+        ("lstm", 1, 0),
+        ("lstm", 1, 6),
+        ("lstm", 2, 11),
+        ("lstm", 1, 8),
+        ("gru", 1, 8),
+        ("gru", 2, 6),
+        ("none", 1, 6),
+    ],
+)
+def test_a_loaded_agent_goes_on_as_the_saved_one(memory, num_layers, num_steps, tmp_path):
+    """Actions, metrics and all tensors, bit for bit, over two more rollouts; what loads had a life of its own."""
+    agent, world = make_agent(memory, num_layers=num_layers, **EVERYTHING), World()
+    world.play(agent, num_steps)
+    agent.save(tmp_path / "agent")
+
+    other, elsewhere = make_agent(memory, num_layers=num_layers, **{**EVERYTHING, "seed": 99}), World(5)
+    elsewhere.play(other, 7)
+    other.act(elsewhere.now)
+    other.load(tmp_path / "agent")
+    assert_same(all_of(agent), all_of(other))
+
+    world_of_other = copy.deepcopy(world)
+    for ours, theirs in zip(world.play(agent, 10), world_of_other.play(other, 10), strict=True):
+        if isinstance(ours, dict):
+            ours, theirs = ({k: v for k, v in m.items() if not k.startswith("norms/guilt/")} for m in (ours, theirs))
+            assert len(ours) > 15
+        assert ours == theirs
+    assert_same(all_of(agent), all_of(other))
+
+
+def test_guilt_metrics_go_on_too(tmp_path):
+    """`norms/guilt/*` is the mean since it was last logged: half of that may lie before the checkpoint."""
+    agent, world = make_agent(**EVERYTHING), World()
+    world.play(agent, 6)
+    agent.save(tmp_path / "agent")
+    other = make_agent(**{**EVERYTHING, "seed": 99})
+    World(5).play(other, 7)
+    other.load(tmp_path / "agent")
+    world_of_other = copy.deepcopy(world)
+    *_, ours = world.play(agent, 2)
+    *_, theirs = world_of_other.play(other, 2)
+    assert ours["norms/guilt/A"] < 0
+    assert {name: ours[name] for name in ours if name.startswith("norms/")} == {
+        name: theirs[name] for name in theirs if name.startswith("norms/")
+    }
+
+
+def test_saving_changes_nothing(tmp_path):
+    """An agent that is saved in the middle of a rollout goes on to the same bits as one that never was."""
+    for seed in range(12):
+        results = []
+        for saves in (False, True):
+            agent, world = make_agent("lstm", rollout_length=12, seed=seed), World(seed)
+            world.play(agent, 6)
+            if saves:
+                agent.save(tmp_path / "agent")
+            world.play(agent, 7)
+            results.append(all_of(agent))
+        assert_same(*results)
+
+
+def test_a_kept_state_does_not_change_with_the_agent():
+    """`state()` in memory is a checkpoint like any other: `restore` goes back to it."""
+    agent, world = make_agent(**EVERYTHING), World()
+    world.play(agent, 6)
+    kept, then = agent.state(), all_of(agent)
+    world.play(agent, 6)
+    agent.restore(*kept)
+    assert_same(all_of(agent), then)
+
+
+def refused(agent, path, message):
+    """Loading fails with a CheckpointError that says so, and the agent is as it was."""
+    before = all_of(agent)
+    with pytest.raises(CheckpointError, match=message):
+        agent.load(path)
+    assert_same(all_of(agent), before)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A file saved in the middle of a rollout."""
+    path = tmp_path_factory.mktemp("saved") / "agent"
+    agent = make_agent(norms=NORMS)
+    World().play(agent, 6)
+    agent.save(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"memory": "lstm"}, "network"),
+        ({"hidden_size": 9}, "network"),
+        ({"num_layers": 2}, "network"),
+        ({"num_streams": 2}, "num_streams is 3, expected 2"),
+        ({"observation_space": spaces.Box(-1, 1, (2,))}, "observation_space"),
+        ({"action_space": spaces.Dict(move=spaces.Discrete(2), vote=spaces.Discrete(3))}, "action_space"),
+        ({"norms": None}, "norms"),
+        ({"norms": NormConfig(resources=("A", "B", "C"))}, "norms"),
+        ({"burn_in": 1}, "burn_in"),
+        ({"rollout_length": 5}, "rollout_length"),
+        ({"normalize_observations": True}, "normalize_observations"),
+        ({"normalize_rewards": True}, "normalize_rewards"),
+        ({"dtype": torch.float64}, "float"),
+    ],
+)
+def test_a_checkpoint_of_another_architecture_is_refused(changes, message, saved):
+    refused(make_agent(**{"norms": NORMS, "seed": 3, **changes}), saved, message)
+
+
+def test_files_that_are_no_checkpoint_are_refused(saved, tmp_path):
+    agent = make_agent(norms=NORMS, seed=3)
+    World(1).play(agent, 5)
+    refused(agent, tmp_path / "nowhere", "nowhere")
+    refused(agent, tmp_path, "cannot read")
+    contents = saved.read_bytes()
+    broken = tmp_path / "broken"
+    for size in (0, 4, 8, 500, len(contents) // 2, len(contents) - 1):
+        broken.write_bytes(contents[:size])
+        refused(agent, broken, "not a whole dualhead checkpoint")
+    broken.write_bytes(b"PK\x03\x04" + bytes(1000))
+    refused(agent, broken, "not a whole dualhead checkpoint")
+    save_file({"weight": torch.ones(3)}, broken)
+    refused(agent, broken, "not a whole dualhead checkpoint")
+    save_file({"weight": torch.ones(3)}, broken, {"format": "pt"})
+    refused(agent, broken, "not a whole dualhead checkpoint")
+    save_file({"weight": torch.ones(3)}, broken, {"format": "dualhead", "version": "2", "json": "{}"})
+    refused(agent, broken, "newer dualhead")
+
+
+@pytest.mark.parametrize("missing", ["num_steps", "num_updates", "rollout"])
+def test_a_checkpoint_without_its_counters_is_refused(missing, saved, tmp_path):
+    tensors, metadata = read_tensors(saved)
+    del metadata[missing]
+    write_tensors(tmp_path / "agent", tensors, metadata)
+    refused(make_agent(norms=NORMS, seed=3), tmp_path / "agent", missing)
+
+
+def test_a_checkpoint_with_other_tensors_is_refused(saved, tmp_path):
+    tensors, metadata = read_tensors(saved)
+    name = next(name for name in tensors if name.startswith("policy/"))
+    without = {key: value for key, value in tensors.items() if key != name}
+    for changed, message in (
+        (without, f"missing .'{name}'"),
+        ({**tensors, "more": torch.ones(1)}, "unexpected .'more'"),
+        ({**tensors, name: torch.ones(3, 5, 7)}, r"\(3, 5, 7\)"),
+    ):
+        write_tensors(tmp_path / "agent", changed, metadata)
+        refused(make_agent(norms=NORMS, seed=3), tmp_path / "agent", message)
+
+
+def test_settings_of_learning_may_change_between_saving_and_loading(saved):
+    agent = make_agent(norms=NORMS, learning_rate=0.5, num_epochs=1, sequence_length=4, entropy_coef=0.5)
+    agent.load(saved)
+    assert agent.num_steps == 18
+    world = World(2)
+    *_, metrics = world.play(agent, 2)
+    assert metrics["update/learning_rate"] == 0.5
+
+
+def test_a_failed_save_leaves_the_old_file(saved, tmp_path, monkeypatch):
+    agent = make_agent(norms=NORMS)
+    agent.save(tmp_path / "agent")
+    before = (tmp_path / "agent").read_bytes()
+    World().play(agent, 2)
+
+    def no_space(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", no_space)
+        with pytest.raises(OSError, match="No space left"):
+            agent.save(tmp_path / "agent")
+    assert os.listdir(tmp_path) == ["agent"]
+    assert (tmp_path / "agent").read_bytes() == before
+    with pytest.raises(FileNotFoundError):
+        agent.save(tmp_path / "no folder" / "agent")

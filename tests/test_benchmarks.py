@@ -1,0 +1,108 @@
+"""The benchmarks run, and count the arithmetic right."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+TINY = ["--updates", "1", "--warm-up", "1", "--threads", "1", "--num-envs-factor", "0.25", "--rollout-factor", "0.125"]
+
+
+def run(script, *options, **environment):
+    return subprocess.run(
+        [sys.executable, str(BENCHMARKS / script), *TINY, *options],
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture
+def throughput(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("throughput")
+
+
+@pytest.mark.parametrize(
+    ("workload", "shape", "logits", "memory", "flops"),
+    [
+        # 2·(2·64) + 2·1024·(64 + 256) + 2·256·3
+        ("vector", (2,), 2, "lstm", 657_152),
+        # 2·(2·64) + 2·768·(64 + 256) + 2·256·3
+        ("vector", (2,), 2, "gru", 493_312),
+        # 2·9·(5·32 + 32·64)·121 + 2·7744·256 + 2·1024·(256 + 256) + 2·256·8
+        ("grid", (5, 11, 11), 7, "lstm", 9_826_624),
+    ],
+)
+def test_counts_the_arithmetic_of_a_forward_pass(throughput, workload, shape, logits, memory, flops):
+    chosen = throughput.WORKLOADS[workload]
+    assert throughput.forward_flops(chosen, shape, logits=logits, memory=memory) == flops
+    assert throughput.flops_per_step(chosen, flops) == 13 * flops
+
+
+def test_workloads_are_those_of_the_design(throughput):
+    sizes = {
+        name: (w.num_envs, w.num_minibatches, w.rollout_length, w.num_epochs, w.hidden_size, w.batch_size)
+        for name, w in throughput.WORKLOADS.items()
+    }
+    assert sizes == {
+        "vector": (64, 8, 128, 4, 256, 1024),
+        "grid": (16, 4, 128, 4, 256, 512),
+        "popgym": (64, 8, 128, 4, 256, 1024),
+    }
+
+
+def test_grid_episodes_last_20_to_120_steps(throughput):
+    env = throughput.WORKLOADS["grid"].make_env()
+    observation, _ = env.reset(seed=3)
+    assert env.observation_space.contains(observation)
+    lengths = []
+    for _ in range(500):
+        length, ended = 0, False
+        while not ended:
+            observation, _, ended, truncated, _ = env.step(env.action_space.sample())
+            assert not truncated
+            length += 1
+        lengths.append(length)
+        env.reset()
+    assert min(lengths) == 20
+    assert max(lengths) == 120
+
+
+@pytest.mark.slow
+def test_throughput_prints_its_figures(throughput):
+    done = run("throughput.py", "--workload", "vector", "grid", "--json")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    assert [row["workload"] for row in rows] == ["vector", "grid"]
+    for row in rows:
+        assert tuple(row) == throughput.KEYS
+        assert 0 < row["steps_per_s_min"] <= row["steps_per_s"] <= row["steps_per_s_max"]
+        assert row["ratio_to_plain_torch"] == pytest.approx(
+            row["steps_per_s"] / row["plain_torch"], rel=0.01, abs=0.001
+        )
+        assert row["ratio_to_ceiling"] == pytest.approx(row["steps_per_s"] / row["ceiling"], rel=0.01, abs=0.001)
+
+
+@pytest.mark.slow
+def test_throughput_refuses_what_it_cannot_measure():
+    done = run("throughput.py", "--workload", "vector", "--plain-sequence", "5")
+    assert done.returncode == 2
+    assert "--plain-sequence: expected a divisor" in done.stderr
+
+
+@pytest.mark.slow
+def test_peers_are_compared():
+    done = run("peers.py", "--workload", "vector", "--json")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    installed = importlib.util.find_spec("sb3_contrib") is not None
+    assert [row["library"] for row in rows] == ["dualhead", *(["sb3-contrib"] if installed else []), "single file"]
+    assert installed or "pip install 'dualhead[bench]'" in done.stderr
+    assert all(row["steps_per_s"] > 0 for row in rows)

@@ -1,0 +1,703 @@
+"""Encoders, memories, heads and masks against NumPy, `torch.distributions` and hand numbers."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.distributions import Categorical, Normal, kl_divergence
+
+from dualhead import DataError, NetworkConfig
+from dualhead.learning.segments import lay_out
+from dualhead.networks.encoders import Encoder, ObservationSpec, RunningNormalizer
+from dualhead.networks.heads import ActionSpec, DiagonalGaussian, FactoredCategorical, Heads
+from dualhead.networks.memory import NoMemory, RecurrentMemory
+from dualhead.networks.policy import RecurrentPolicy
+from dualhead.types import RecurrentState, SegmentBatch
+
+CPU = torch.device("cpu")
+quick = settings(max_examples=40, deadline=None)
+
+
+def make_encoder(space, *, sizes=(), image_encoder="auto", image_layout="auto", normalize=False):
+    """Without joining layers what comes out are the parts' features side by side."""
+    spec = ObservationSpec(space)
+    encoder = Encoder(
+        spec, encoder_sizes=sizes, image_encoder=image_encoder, image_layout=image_layout, normalize=normalize
+    )
+    return spec, encoder.double()
+
+
+def encode(space, observations, batch, **settings):
+    spec, encoder = make_encoder(space, **settings)
+    with torch.no_grad():
+        tensors = spec.to_tensors(observations, batch, device=CPU, dtype=torch.float64)
+        features = encoder(tensors, torch.float64)
+    assert features.shape == (batch, encoder.num_features)
+    return features.tolist()
+
+
+BOX = spaces.Box(-9, 9, (2,), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("space", "observations", "features"),
+    [
+        (BOX, np.array([[1.5, -2.0], [3.0, 4.0]]), [[1.5, -2], [3, 4]]),
+        (spaces.Box(0, 9, (), np.float32), np.array([5.0, 7.0]), [[5], [7]]),
+        (spaces.Box(0, 200, (2,), np.uint8), np.array([[1, 200], [7, 0]], np.uint8), [[1, 200], [7, 0]]),
+        (spaces.Discrete(3), np.array([0, 2]), [[1, 0, 0], [0, 0, 1]]),
+        (spaces.Discrete(3, start=5), np.array([6, 5]), [[0, 1, 0], [1, 0, 0]]),
+        (spaces.Discrete(2, start=-1), np.array([-1, 0]), [[1, 0], [0, 1]]),
+        (spaces.MultiDiscrete([2, 3]), np.array([[1, 0], [0, 2]]), [[0, 1, 1, 0, 0], [1, 0, 0, 0, 1]]),
+        (spaces.MultiDiscrete([2, 2], start=[4, -1]), np.array([[5, -1], [4, 0]]), [[0, 1, 1, 0], [1, 0, 0, 1]]),
+        (
+            spaces.MultiDiscrete([[2, 2], [2, 2]]),
+            np.array([[[0, 1], [1, 0]]] * 2),
+            [[1, 0, 0, 1, 0, 1, 1, 0]] * 2,
+        ),
+        (spaces.MultiBinary(3), np.array([[1, 0, 1], [0, 0, 1]], np.int8), [[1, 0, 1], [0, 0, 1]]),
+        (spaces.MultiBinary([2, 2]), np.array([[[1, 0], [0, 1]]] * 2, bool), [[1, 0, 0, 1]] * 2),
+        (
+            spaces.Dict(a=spaces.Discrete(2), b=BOX, inner=spaces.Dict(x=spaces.Discrete(2))),
+            {"b": np.array([[1.0, 2], [3, 4]]), "a": np.array([1, 0]), "inner": {"x": np.array([0, 1])}},
+            [[0, 1, 1, 2, 1, 0], [1, 0, 3, 4, 0, 1]],
+        ),
+        (
+            spaces.Tuple((BOX, spaces.Tuple((spaces.Discrete(2),)))),
+            (np.array([[1.0, 2], [3, 4]]), (np.array([1, 0]),)),
+            [[1, 2, 0, 1], [3, 4, 1, 0]],
+        ),
+        (
+            spaces.Dict(x=BOX, action_mask=spaces.MultiBinary(4)),
+            {"x": np.array([[1.0, 2], [3, 4]]), "action_mask": np.ones((2, 4), np.int8)},
+            [[1, 2], [3, 4]],  # masks are for the heads alone
+        ),
+    ],
+)
+def test_features_of_every_kind_of_space(space, observations, features):
+    assert encode(space, observations, 2) == features
+
+
+def test_a_sampled_nested_observation_fits_its_own_space():
+    space = spaces.Dict(
+        image=spaces.Box(0, 255, (6, 6, 3), np.uint8),
+        inner=spaces.Tuple((spaces.Discrete(3, start=1), spaces.MultiBinary(2))),
+        number=spaces.Box(-1, 1, (), np.float64),
+    )
+    space.seed(0)
+    (features,) = encode(space, space.sample(), 1)
+    assert len(features) == 64 * 6 * 6 + 3 + 2 + 1
+
+
+def test_joining_layers_are_relu_of_linear():
+    spec, encoder = make_encoder(BOX, sizes=(5, 4))
+    x = np.array([[1.0, -2.0], [0.5, 3.0]])
+    ours = encoder(spec.to_tensors(x, 2, device=CPU, dtype=torch.float64), torch.float64)
+    for layer in (encoder.joined[0], encoder.joined[2]):
+        x = np.maximum(x @ layer.weight.detach().numpy().T + layer.bias.detach().numpy(), 0)
+    np.testing.assert_allclose(ours.detach(), x, rtol=1e-12)
+
+
+@pytest.mark.parametrize("layout", ["auto", "chw", "hwc"])
+def test_image_layouts_give_the_same_features(layout):
+    """A uint8 image with channels first and last, by one set of convolutions, equals them applied to pixels / 255."""
+    pixels = np.random.default_rng(0).integers(0, 256, size=(2, 3, 8, 7), dtype=np.uint8)
+    layouts = {"chw": pixels, "hwc": pixels.transpose(0, 2, 3, 1)}
+    kept = None
+    for name, images in layouts.items():
+        if layout not in ("auto", name):
+            continue
+        spec, encoder = make_encoder(spaces.Box(0, 255, images.shape[1:], np.uint8), image_layout=layout)
+        if kept is not None:
+            encoder.load_state_dict(kept)
+        kept = encoder.state_dict()
+        assert spec.leaves[0].space.dtype == np.uint8
+        with torch.no_grad():
+            features = encoder(spec.to_tensors(images, 2, device=CPU, dtype=torch.float64), torch.float64)
+            expected = encoder.parts[0].convolutions(torch.from_numpy(pixels / 255)).flatten(1)
+        torch.testing.assert_close(features, expected, rtol=0, atol=1e-12)
+    assert expected.shape == (2, 64 * 8 * 7)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "channels", "num_features"),
+    [
+        # Mnih et al. 2015: (84 − 8)/4 + 1 = 20, (20 − 4)/2 + 1 = 9, 9 − 2 = 7; 64 · 7 · 7
+        ((84, 84, 4), np.uint8, 4, 3136),
+        ((4, 84, 84), np.uint8, 4, 3136),
+        ((84, 84), np.uint8, 1, 3136),
+        ((3, 36, 36), np.uint8, 3, 64),
+        # 3x3 with padding 1 keeps the pixels
+        ((5, 11, 11), np.float32, 5, 64 * 121),
+        ((11, 11, 5), np.float32, 5, 64 * 121),
+        ((4, 5), np.float32, 1, 64 * 20),
+    ],
+)
+def test_sizes_of_image_encoders(shape, dtype, channels, num_features):
+    _, encoder = make_encoder(spaces.Box(0, 255, shape, dtype))
+    assert encoder.parts[0].convolutions[0].in_channels == channels
+    assert encoder.num_features == num_features
+
+
+def test_float_images_are_not_rescaled():
+    image = np.full((1, 1, 3, 3), 200.0, np.float32)
+    spec, encoder = make_encoder(spaces.Box(0, 255, (1, 3, 3), np.float32))
+    with torch.no_grad():
+        features = encoder(spec.to_tensors(image, 1, device=CPU, dtype=torch.float64), torch.float64)
+        expected = encoder.parts[0].convolutions(torch.full((1, 1, 3, 3), 200.0).double()).flatten(1)
+    torch.testing.assert_close(features, expected, rtol=0, atol=0)
+
+
+def test_nature_refuses_images_too_small_for_it():
+    with pytest.raises(ValueError, match="at least 36 pixels"):
+        make_encoder(spaces.Box(0, 255, (3, 20, 40), np.uint8), image_encoder="nature")
+
+
+@pytest.mark.parametrize(
+    ("space", "named"),
+    [
+        (spaces.Text(5), "Text"),
+        (spaces.Sequence(BOX), "Sequence"),
+        (spaces.Graph(BOX, None), "Graph"),
+        (spaces.Dict(a=BOX, word=spaces.Text(5)), "'word'"),
+        (spaces.Dict(a=spaces.Dict(b=spaces.Sequence(BOX))), "'a/b'"),
+        (spaces.Tuple((BOX, spaces.Graph(BOX, None))), "'1'"),
+        (spaces.Dict(action_mask=spaces.MultiBinary(3)), "no part that a policy could look at"),
+    ],
+)
+def test_unsupported_observation_spaces_are_named(space, named):
+    with pytest.raises(TypeError, match=named):
+        ObservationSpec(space)
+
+
+@pytest.mark.parametrize(
+    ("space", "observations", "message"),
+    [
+        (BOX, np.zeros((3, 2)), r"expected shape \(2, 2\).*got \(3, 2\)"),
+        (BOX, np.zeros((2, 3)), r"expected shape \(2, 2\).*got \(2, 3\)"),
+        (BOX, np.array([[0.0, 0], [0, np.nan]]), "'observation' of stream 1 is nan"),
+        (BOX, np.array([[-np.inf, 0], [0, 0]]), "'observation' of stream 0 is -inf"),
+        (BOX, torch.tensor([[0.0, 0], [np.inf, 0]]), "'observation' of stream 1 is inf"),
+        (BOX, np.array([[None, 1], [0, 1]]), "array of objects"),
+        (spaces.Discrete(3), np.array([0, 3]), "of stream 1 is 3"),
+        (spaces.Discrete(3, start=1), np.array([0, 3]), "of stream 0 is 0"),
+        (spaces.MultiDiscrete([2, 3]), np.array([[0, 0], [1, 3]]), "of stream 1 is 3"),
+        (spaces.Discrete(3), np.array([0.0, 1.0]), "expected int64, got torch.float64"),
+        (spaces.Dict(a=BOX, b=BOX), {"a": np.zeros((2, 2))}, r"'b' is missing: got a dict with keys \['a'\]"),
+        (spaces.Dict(a=BOX), np.zeros((2, 2)), "'a' is missing: got a ndarray"),
+        (spaces.Dict(a=spaces.Dict(b=BOX)), {"a": {"c": 1}}, r"'a/b' is missing: got a dict with keys \['c'\]"),
+        (spaces.Tuple((BOX, BOX)), (np.zeros((2, 2)),), "'1' is missing: got a tuple of 1"),
+        (spaces.Dict(a=BOX, b=BOX), {"a": np.zeros((2, 2)), "b": np.full((2, 2), np.nan)}, "'b' of stream 0 is nan"),
+    ],
+)
+def test_observations_that_do_not_fit_are_refused(space, observations, message):
+    with pytest.raises(DataError, match=message):
+        ObservationSpec(space).to_tensors(observations, 2, device=CPU, dtype=torch.float32)
+
+
+def test_one_stream_may_come_without_its_batch_axis():
+    spec = ObservationSpec(spaces.Dict(x=BOX, n=spaces.Discrete(3)))
+    for observations in ({"x": np.ones(2), "n": 2}, {"x": np.ones((1, 2)), "n": np.array([2])}):
+        tensors = spec.to_tensors(observations, 1, device=CPU, dtype=torch.float32)
+        assert (tensors["x"].shape, tensors["n"].tolist()) == ((1, 2), [2])
+        assert tensors["x"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_running_normaliser_against_numpy(dtype):
+    """Statistics stay in float64 in a float32 policy: a float32 count no longer grows after 2²⁴ steps."""
+    rng = np.random.default_rng(0)
+    spec = ObservationSpec(spaces.Box(-np.inf, np.inf, (3,), np.float64))
+    policy = RecurrentPolicy(
+        spec, ActionSpec(spaces.Discrete(2)), config=NetworkConfig(hidden_size=4), normalize_observations=True
+    ).to(dtype)
+    # Far from zero and narrow: what cancels catastrophically in float32, or in E[x²] − E[x]².
+    batches = [rng.normal([1000, 0, -5], [0.1, 1, 30], size=(n, 3)) for n in (1, 50, 7, 200)]
+    for batch in batches:
+        policy.encoder.update_normalizers({"observation": torch.from_numpy(batch)})
+    everything = np.concatenate(batches)
+    normalizer = policy.encoder.normalizers["observation"]
+    np.testing.assert_allclose(normalizer.mean, everything.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(normalizer.variance, everything.var(0), rtol=1e-9)
+    assert normalizer.count.item() == 258
+    expected = np.clip((batches[1] - everything.mean(0)) / np.sqrt(everything.var(0) + 1e-8), -10, 10)
+    np.testing.assert_allclose(normalizer(torch.from_numpy(batches[1])), expected, rtol=1e-7)
+    far = normalizer(torch.tensor([[2000.0, 50.0, -5000.0]]).double())
+    assert far.tolist() == [[10, 10, -10]]
+
+
+def test_a_normaliser_without_statistics_passes_on_what_it_sees():
+    x = torch.tensor([[1.0, -2.0]]).double()
+    torch.testing.assert_close(RunningNormalizer((2,)).double()(x), x, rtol=1e-7, atol=0)
+
+
+def test_only_vectors_of_floats_are_normalised():
+    space = spaces.Dict(
+        flags=spaces.MultiBinary(2),
+        image=spaces.Box(0, 1, (1, 5, 5), np.float32),
+        index=spaces.Discrete(3),
+        ints=spaces.Box(0, 9, (2,), np.int64),
+        vector=BOX,
+    )
+    _, encoder = make_encoder(space, normalize=True)
+    assert list(encoder.normalizers) == ["vector"]
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def slow_cell(kind, x, h, c, w_ih, w_hh, b_ih, b_hh):
+    """One step of one layer: x [B, F], h and c [B, H]; the formulas of the torch documentation in NumPy."""
+    given, kept = x @ w_ih.T + b_ih, h @ w_hh.T + b_hh
+    if kind == "lstm":
+        i, f, g, o = np.split(given + kept, 4, axis=1)
+        c = sigmoid(f) * c + sigmoid(i) * np.tanh(g)
+        return sigmoid(o) * np.tanh(c), c
+    (r_x, z_x, n_x), (r_h, z_h, n_h) = np.split(given, 3, axis=1), np.split(kept, 3, axis=1)
+    r, z = sigmoid(r_x + r_h), sigmoid(z_x + z_h)
+    n = np.tanh(n_x + r * n_h)
+    return (1 - z) * n + z * h, c
+
+
+def slow_unroll(memory, x, state):
+    """Steps x [T, B, F] from a state: top-layer h [T, B, H] and the final h and c, [L, B, H]."""
+    cell = getattr(memory, memory.kind)
+    weights = [
+        [
+            getattr(cell, f"{name}_l{layer}").detach().numpy()
+            for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        ]
+        for layer in range(memory.num_layers)
+    ]
+    h = state.h.numpy().copy()
+    c = np.zeros_like(h) if state.c is None else state.c.numpy().copy()
+    outputs = []
+    for inputs in x:
+        for layer, layer_weights in enumerate(weights):
+            h[layer], c[layer] = slow_cell(memory.kind, inputs, h[layer], c[layer], *layer_weights)
+            inputs = h[layer]
+        outputs.append(inputs.copy())
+    return np.stack(outputs), h, c
+
+
+def make_memory(kind, num_layers, seed=0):
+    torch.manual_seed(seed)
+    memory = RecurrentMemory(kind, 3, hidden_size=4, num_layers=num_layers).double()
+    for name, parameter in memory.named_parameters():
+        if "bias" in name:
+            torch.nn.init.normal_(parameter)
+    return memory
+
+
+def random_state(memory, batch, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    zeros = memory.initial_state(batch, device=CPU, dtype=torch.float64)
+    return zeros._map(lambda part: torch.randn(part.shape, generator=generator, dtype=torch.float64))
+
+
+every_memory = pytest.mark.parametrize(("kind", "num_layers"), [("lstm", 1), ("lstm", 2), ("gru", 1), ("gru", 2)])
+
+
+@every_memory
+def test_steps_of_a_memory_equal_numpy(kind, num_layers):
+    memory = make_memory(kind, num_layers)
+    state = random_state(memory, 5)
+    x = np.random.default_rng(1).normal(size=(6, 5, 3))
+    outputs, h, c = slow_unroll(memory, x, state)
+    for t in range(6):
+        with torch.no_grad():
+            output, state = memory.step(torch.from_numpy(x[t]), state)
+        np.testing.assert_allclose(output, outputs[t], rtol=0, atol=1e-12)
+    np.testing.assert_allclose(state.h, h, rtol=0, atol=1e-12)
+    if kind == "lstm":
+        np.testing.assert_allclose(state.c, c, rtol=0, atol=1e-12)
+    else:
+        assert state.c is None
+
+
+@every_memory
+@pytest.mark.parametrize("max_padding", [0.0, 10.0])
+def test_unrolled_segments_equal_numpy_one_by_one(kind, num_layers, max_padding):
+    memory = make_memory(kind, num_layers)
+    lengths = np.array([7, 7, 5, 2, 1, 1])
+    state = random_state(memory, len(lengths))
+    rng = np.random.default_rng(1)
+    sequences = [rng.normal(size=(n, 1, 3)) for n in lengths]
+    segment, step, layout = lay_out(lengths, max_padding=max_padding)
+    assert (layout.padding is None) == (max_padding == 0)
+    features = torch.from_numpy(np.stack([sequences[s][t, 0] for s, t in zip(segment, step)])).requires_grad_()
+    outputs, final = memory.unroll(features, state, layout)
+    for s, x in enumerate(sequences):
+        expected, h, c = slow_unroll(memory, x, state.select(torch.tensor([s])))
+        ours = outputs.detach()[torch.from_numpy(np.flatnonzero(segment == s))]
+        np.testing.assert_allclose(ours, expected[:, 0], rtol=0, atol=1e-12)
+        if max_padding == 0:
+            np.testing.assert_allclose(final.h[:, s].detach(), h[:, 0], rtol=0, atol=1e-12)
+            if kind == "lstm":
+                np.testing.assert_allclose(final.c[:, s].detach(), c[:, 0], rtol=0, atol=1e-12)
+    # Nothing leaks from one segment into another, backwards either.
+    (gradient,) = torch.autograd.grad(outputs[torch.from_numpy(segment == 2)].sum(), features)
+    touched = gradient.abs().sum(1) > 0
+    assert touched.tolist() == (segment == 2).tolist()
+
+
+def test_gradients_flow_through_all_steps_of_a_segment():
+    memory = make_memory("lstm", 1)
+    _, _, layout = lay_out(np.array([9]))
+    features = torch.randn(9, 3, dtype=torch.float64, requires_grad=True)
+    outputs, _ = memory.unroll(features, memory.initial_state(1, device=CPU, dtype=torch.float64), layout)
+    (gradient,) = torch.autograd.grad(outputs[-1].sum(), features)
+    assert (gradient.abs().sum(1) > 0).all()
+
+
+def test_the_memoryless_control_is_a_relu_layer_without_state():
+    memory = NoMemory(3, hidden_size=4).double()
+    state = memory.initial_state(2, device=CPU, dtype=torch.float64)
+    assert (state.h.shape, state.c) == ((1, 2, 0), None)
+    x = np.random.default_rng(0).normal(size=(2, 3))
+    output, after = memory.step(torch.from_numpy(x), state)
+    expected = np.maximum(x @ memory.linear.weight.detach().numpy().T + memory.linear.bias.detach().numpy(), 0)
+    np.testing.assert_allclose(output.detach(), expected, rtol=1e-12)
+    assert after.h.shape == (1, 2, 0)
+
+
+def make_policy(kind="lstm", observation_space=BOX, action_space=None, **settings):
+    torch.manual_seed(0)
+    return RecurrentPolicy(
+        ObservationSpec(observation_space),
+        ActionSpec(action_space or spaces.MultiDiscrete([3, 2])),
+        config=NetworkConfig(memory=kind, hidden_size=6, encoder_sizes=(5,), **settings),
+    )
+
+
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+def test_initial_weights_are_orthogonal_and_biases_zero(kind):
+    policy = make_policy(kind, num_layers=2)
+    gains = {"heads": math.sqrt(2), "critic": math.sqrt(2), "encoder": math.sqrt(2), "memory": 1.0}
+    for name, parameter in policy.named_parameters():
+        if "bias" in name:
+            assert not parameter.any(), name
+            continue
+        matrix = parameter.detach().flatten(1)
+        gram = matrix @ matrix.T if matrix.shape[0] < matrix.shape[1] else matrix.T @ matrix
+        expected = torch.eye(len(gram)) * gains[name.split(".")[0]] ** 2
+        torch.testing.assert_close(gram, expected, rtol=0, atol=1e-5, msg=name)
+
+
+def test_options_of_the_initialisation():
+    policy = make_policy("lstm", forget_bias=1.0, orthogonal_per_gate=True, head_gain=0.01, num_layers=2)
+    for layer in (0, 1):
+        lstm = policy.memory.lstm
+        biases = getattr(lstm, f"bias_ih_l{layer}") + getattr(lstm, f"bias_hh_l{layer}")
+        # input, forget, cell, output
+        assert biases.view(4, 6).tolist() == [[0.0] * 6, [1.0] * 6, [0.0] * 6, [0.0] * 6]
+        for gate in getattr(lstm, f"weight_hh_l{layer}").split(6):
+            torch.testing.assert_close(gate @ gate.T, torch.eye(6), rtol=0, atol=1e-5)
+    for head in policy.heads.linears:
+        torch.testing.assert_close(head.weight @ head.weight.T, torch.eye(len(head.weight)) * 1e-4, rtol=0, atol=1e-8)
+    critic = policy.critic.weight
+    assert critic.square().sum().item() == pytest.approx(2.0, rel=1e-5)
+
+
+@every_memory
+def test_permuting_streams_permutes_the_policy_s_outputs(kind, num_layers):
+    policy = make_policy(kind, num_layers=num_layers).double()
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 2, generator=generator).double()
+    state = policy.initial_state(4)._map(lambda part: torch.randn(part.shape, generator=generator).double())
+    order = torch.tensor([2, 0, 3, 1])
+    with torch.no_grad():
+        output, after = policy.step({"observation": x}, state)
+        permuted, permuted_after = policy.step({"observation": x[order]}, state.select(order))
+    torch.testing.assert_close(permuted.values, output.values[order], rtol=0, atol=1e-14)
+    for ours, theirs in zip(permuted.distribution.logits, output.distribution.logits):
+        torch.testing.assert_close(ours, theirs[order], rtol=0, atol=1e-14)
+    torch.testing.assert_close(permuted_after.h, after.h[:, order], rtol=0, atol=1e-14)
+
+
+def test_a_policy_is_a_function_of_its_state():
+    """Same input, same output, whatever was asked in between; the state that came in is not written to."""
+    policy = make_policy("gru").double()
+    state = policy.initial_state(1)._map(lambda part: part + 0.5)
+    x = {"observation": torch.ones(1, 2).double()}
+    with torch.no_grad():
+        first, after = policy.step(x, state)
+        policy.step(x, after)
+        segments = SegmentBatch(x, state, lay_out(np.array([1]))[2], *[None] * 5)
+        evaluated = policy.evaluate(segments)
+        again, _ = policy.step(x, state)
+        values = policy.values(x, state)
+    assert (state.h == 0.5).all()
+    assert torch.equal(first.values, again.values)
+    torch.testing.assert_close(values, first.values, rtol=0, atol=1e-14)
+    torch.testing.assert_close(evaluated.values, first.values, rtol=0, atol=1e-14)
+    assert (first.values - policy.values(x, after)).abs().item() > 1e-3
+
+
+def test_recurrent_state():
+    h = torch.arange(12.0).view(2, 3, 2)
+    state = RecurrentState(h, -h)
+    unpacked_h, unpacked_c = state
+    assert unpacked_h is h
+    assert torch.equal(unpacked_c, -h)
+    reset = state.reset_where(torch.tensor([False, True, False]))
+    assert reset.h.tolist() == [[[0, 1], [0, 0], [4, 5]], [[6, 7], [0, 0], [10, 11]]]
+    assert torch.equal(reset.c, -reset.h)
+    assert torch.equal(h, torch.arange(12.0).view(2, 3, 2))
+    assert state.select(torch.tensor([2, 0])).c.tolist() == [[[-4, -5], [0, -1]], [[-10, -11], [-6, -7]]]
+    assert state.select(torch.tensor([False, True, False])).h.tolist() == [[[2, 3]], [[8, 9]]]
+    assert RecurrentState(h, None).reset_where(torch.tensor([True] * 3)).c is None
+    assert not RecurrentState(h.requires_grad_(), None).detach().h.requires_grad
+    assert RecurrentState(h, -h).to("cpu").c is not None
+
+
+def as_lists(value):
+    return {k: as_lists(v) for k, v in value.items()} if isinstance(value, dict) else value.tolist()
+
+
+ACTIONS = {
+    "discrete": (spaces.Discrete(3), ("action",), (3,), [[0], [2]], [0, 2]),
+    "discrete from 5": (spaces.Discrete(3, start=5), ("action",), (3,), [[0], [2]], [5, 7]),
+    "multi": (spaces.MultiDiscrete([3, 2]), ("head_0", "head_1"), (3, 2), [[2, 0], [1, 1]], [[2, 0], [1, 1]]),
+    "multi from": (
+        spaces.MultiDiscrete([3, 2], start=[1, -1]),
+        ("head_0", "head_1"),
+        (3, 2),
+        [[2, 0], [0, 1]],
+        [[3, -1], [1, 0]],
+    ),
+    "dict": (
+        spaces.Dict(vote=spaces.Discrete(2, start=1), move=spaces.MultiDiscrete([4, 3])),
+        ("move_0", "move_1", "vote"),
+        (4, 3, 2),
+        [[3, 2, 1], [0, 1, 0]],
+        {"move": [[3, 2], [0, 1]], "vote": [2, 1]},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ACTIONS)
+def test_heads_and_their_actions_in_the_environment_s_form(case):
+    space, names, nvec, indices, expected = ACTIONS[case]
+    spec = ActionSpec(space)
+    assert sorted(zip(spec.names, spec.nvec)) == sorted(zip(names, nvec))
+    columns = [names.index(name) for name in spec.names]
+    given = spec.to_env(np.array(indices)[:, columns])
+    assert as_lists(given) == expected
+    for stream in range(2):
+        one = {k: v[stream] for k, v in given.items()} if isinstance(given, dict) else given[stream]
+        assert space.contains(one)
+
+
+def test_box_actions_are_scaled_where_bounded():
+    low, high = np.array([-2, 0, -np.inf], np.float32), np.array([2, 10, np.inf], np.float32)
+    space = spaces.Box(low, high)
+    spec = ActionSpec(space)
+    assert (spec.names, spec.num_columns, spec.is_continuous) == (("action",), 3, True)
+    actions = spec.to_env(np.array([[0.5, 0.5, 0.5], [-9.0, 9.0, 9.0], [0.0, -1.0, -7.5]]))
+    assert actions.tolist() == [[1, 7.5, 0.5], [-2, 10, 9], [0, 0, -7.5]]
+    assert actions.dtype == np.float32
+    assert all(space.contains(action) for action in actions)
+
+
+@quick
+@given(
+    st.floats(-1e6, 1e6, width=32),
+    st.floats(2**-10, 1e6, width=32),
+    st.lists(st.floats(-1e3, 1e3, width=32), min_size=1, max_size=5),
+)
+def test_scaled_actions_never_leave_a_bounded_box(low, span, actions):
+    space = spaces.Box(np.float32(low), np.float32(low) + np.float32(span), (1,), np.float32)
+    for action in [*actions, 1.0, -1.0]:
+        assert space.contains(ActionSpec(space).to_env(np.array([[action]], np.float32))[0])
+
+
+def test_a_half_bounded_box_is_not_left():
+    space = spaces.Box(np.array([0.0, -np.inf], np.float32), np.array([np.inf, 2.0], np.float32))
+    assert space.contains(ActionSpec(space).to_env(np.array([[-5.0, 5.0]]))[0])
+
+
+@pytest.mark.parametrize(
+    "space",
+    [
+        spaces.Text(3),
+        spaces.MultiBinary(3),
+        spaces.Tuple((spaces.Discrete(2),)),
+        spaces.MultiDiscrete([[2, 2], [2, 2]]),
+        spaces.Box(0, 5, (2,), np.int64),
+        spaces.Box(0, 5, (2, 2), np.float32),
+        spaces.Dict(a=spaces.Discrete(2), b=BOX),
+        spaces.Dict(a=spaces.Dict(b=spaces.Discrete(2))),
+    ],
+)
+def test_unsupported_action_spaces(space):
+    with pytest.raises(TypeError, match="unsupported action space"):
+        ActionSpec(space)
+
+
+NVEC = (4, 3)
+LOGITS = torch.tensor([[0.3, -1.0, 2.0, 0.5, 1.0, -2.0, 0.0], [5.0, 5.0, -5.0, 0.0, 0.1, 0.2, 0.3]]).double()
+MASK = torch.tensor([[1, 0, 1, 1, 0, 1, 0], [0, 0, 1, 0, 1, 1, 1]]).bool()
+
+
+def independent(logits=LOGITS, mask=None):
+    """The same heads by torch.distributions."""
+    if mask is not None:
+        logits = logits.masked_fill(~mask, -1e30)
+    return [Categorical(logits=part) for part in logits.split(NVEC, dim=-1)]
+
+
+@pytest.mark.parametrize("mask", [None, MASK], ids=["free", "masked"])
+def test_categorical_heads_against_torch_distributions(mask):
+    ours, theirs = FactoredCategorical(LOGITS, NVEC, mask), independent(mask=mask)
+    assert ours.mode().tolist() == [[2, 0], [0, 2]] if mask is None else [[2, 1], [2, 2]]
+    for actions in itertools.product(range(4), range(3)):
+        actions = torch.tensor([actions, actions])
+        expected = torch.stack([d.log_prob(actions[:, k]) for k, d in enumerate(theirs)], dim=1)
+        found = ours.log_probs(actions)
+        possible = expected > -1e20
+        torch.testing.assert_close(found[possible], expected[possible], rtol=0, atol=1e-12)
+        assert (found[~possible].exp() == 0).all()
+    expected = torch.stack([d.entropy() for d in theirs], dim=1)
+    torch.testing.assert_close(ours.entropies(), expected, rtol=0, atol=1e-12)
+    others = LOGITS.flip(0) * 0.5
+    kl = sum(kl_divergence(p, q) for p, q in zip(independent(others, mask), theirs))
+    found = ours.kl_from(FactoredCategorical(others, NVEC, mask))
+    torch.testing.assert_close(found, kl, rtol=0, atol=1e-12)
+    assert (ours.kl_from(ours) == 0).all()
+
+
+def test_entropy_and_gradients_ignore_masked_choices():
+    """Two of three choices, equally likely: ln 2, whatever the third one's logit is; one choice: 0."""
+    logits = torch.tensor([[1.0, 1.0, 70.0]], dtype=torch.float64, requires_grad=True)
+    masked = FactoredCategorical(logits, (3,), torch.tensor([[True, True, False]]))
+    assert masked.entropies().item() == pytest.approx(math.log(2))
+    (gradient,) = torch.autograd.grad(masked.entropies().sum() + masked.log_probs(torch.tensor([[0]])).sum(), logits)
+    assert gradient.tolist() == pytest.approx(np.array([[0.5, -0.5, 0.0]]))
+    single = FactoredCategorical(logits, (3,), torch.tensor([[False, True, False]]))
+    assert single.entropies().item() == 0
+    assert single.log_probs(torch.tensor([[1]])).item() == 0
+    (gradient,) = torch.autograd.grad(single.entropies().sum(), logits)
+    assert gradient.tolist() == [[0, 0, 0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_samples_are_as_frequent_as_they_are_likely(dtype):
+    """20,000 draws: each choice within five binomial deviations, masked choices never."""
+    num_draws = 20_000
+    logits, mask = (part[:1].expand(num_draws, -1) for part in (LOGITS.to(dtype), MASK))
+    generator = torch.Generator().manual_seed(0)
+    for masked in (False, True):
+        actions = FactoredCategorical(logits, NVEC, mask if masked else None).sample(generator)
+        assert actions.shape == (num_draws, 2)
+        for k, head in enumerate(independent(mask=MASK if masked else None)):
+            p = head.probs[0].numpy()
+            frequency = np.bincount(actions[:, k], minlength=NVEC[k]) / num_draws
+            assert (abs(frequency - p) <= 5 * np.sqrt(p * (1 - p) / num_draws)).all()
+            assert (frequency[p == 0] == 0).all()
+    # Heads are drawn independently of each other.
+    together = np.histogram2d(actions[:, 0], actions[:, 1], bins=(range(5), range(4)))[0] / num_draws
+    expected = np.outer(*(head.probs[0].numpy() for head in independent(mask=MASK)))
+    assert abs(together - expected).max() < 5 * 0.5 / math.sqrt(num_draws)
+
+
+def test_samples_come_from_the_generator_alone():
+    distribution = FactoredCategorical(torch.zeros(100, 7), NVEC)
+    gaussian = DiagonalGaussian(torch.zeros(100, 2), torch.zeros(2))
+    for each in (distribution, gaussian):
+        torch.manual_seed(0)
+        first = each.sample(torch.Generator().manual_seed(3))
+        torch.manual_seed(1)
+        assert torch.equal(first, each.sample(torch.Generator().manual_seed(3)))
+        assert not torch.equal(first, each.sample(torch.Generator().manual_seed(4)))
+
+
+def test_gaussian_against_torch_distributions():
+    generator = torch.Generator().manual_seed(0)
+    mean, other_mean, actions = torch.randn(3, 6, 2, generator=generator).double().unbind(0)
+    log_std, other_log_std = torch.tensor([[-0.7, 0.4], [0.2, -0.1]]).double().unbind(0)
+    ours, theirs = DiagonalGaussian(mean, log_std), Normal(mean, log_std.exp())
+    other = Normal(other_mean, other_log_std.exp())
+    torch.testing.assert_close(ours.log_probs(actions)[:, 0], theirs.log_prob(actions).sum(1), rtol=0, atol=1e-12)
+    torch.testing.assert_close(ours.entropies()[:, 0], theirs.entropy().sum(1), rtol=0, atol=1e-12)
+    kl = ours.kl_from(DiagonalGaussian(other_mean, other_log_std))
+    torch.testing.assert_close(kl, kl_divergence(other, theirs).sum(1), rtol=0, atol=1e-12)
+    assert torch.equal(ours.mode(), mean)
+    draws = DiagonalGaussian(mean[:1].expand(20_000, 2), log_std).sample(generator)
+    # Means of 20,000 deviate by σ/141, deviations by σ/200.
+    assert ((draws.mean(0) - mean[0]).abs() < 5 * log_std.exp() / 141).all()
+    assert ((draws.std(0) / log_std.exp() - 1).abs() < 5 / 200).all()
+
+
+def masked_space(**masks):
+    return spaces.Dict(x=BOX, **masks)
+
+
+DUAL = spaces.Dict(move=spaces.Discrete(4), vote=spaces.Discrete(3))
+
+
+@pytest.mark.parametrize("form", ["whole", "per head"])
+def test_masks_reach_their_heads(form):
+    # Heads come in the order move, vote, the parts of a mask in any order.
+    mask = MASK.numpy().astype(np.int8)
+    if form == "whole":
+        space, given = spaces.MultiBinary(7), mask
+    else:
+        space = spaces.Dict(vote=spaces.MultiBinary(3), move=spaces.MultiBinary(4))
+        given = {"vote": mask[:, 4:], "move": mask[:, :4]}
+    policy = make_policy(observation_space=masked_space(action_mask=space), action_space=DUAL)
+    tensors = ObservationSpec(masked_space(action_mask=space)).to_tensors(
+        {"x": np.ones((2, 2)), "action_mask": given}, 2, device=CPU, dtype=torch.float32
+    )
+    output, _ = policy.step(tensors, policy.initial_state(2))
+    assert torch.cat([head.exp() > 0 for head in output.distribution.logits], dim=1).tolist() == MASK.tolist()
+    free, _ = make_policy(action_space=DUAL).step({"observation": tensors["x"]}, policy.initial_state(2))
+    for masked, unmasked, allowed in zip(
+        output.distribution.logits, free.distribution.logits, MASK.split((4, 3), dim=1)
+    ):
+        expected = torch.where(allowed, unmasked.exp(), 0.0)
+        torch.testing.assert_close(masked.exp(), expected / expected.sum(1, keepdim=True), rtol=1e-5, atol=1e-7)
+
+
+def test_a_mask_for_one_of_two_heads_leaves_the_other_free():
+    spec = ObservationSpec(masked_space(action_mask=spaces.Dict(vote=spaces.MultiBinary(3))))
+    heads = Heads(6, ActionSpec(DUAL), spec.masks)
+    tensors = spec.to_tensors(
+        {"x": np.ones((1, 2)), "action_mask": {"vote": np.array([[0, 1, 0]])}}, 1, device=CPU, dtype=torch.float32
+    )
+    assert heads.mask(tensors).tolist() == [[True] * 4 + [False, True, False]]
+
+
+@pytest.mark.parametrize(
+    ("mask", "action_space", "message"),
+    [
+        (spaces.MultiBinary(6), DUAL, "expected one array of 7 entries"),
+        (spaces.Dict(move=spaces.MultiBinary(3)), DUAL, "'move': 3"),
+        (spaces.Dict(jump=spaces.MultiBinary(4)), DUAL, "'jump': 4"),
+        (spaces.Tuple((spaces.MultiBinary(4), spaces.MultiBinary(3))), DUAL, "does not fit the heads"),
+        (spaces.MultiBinary(2), BOX, "needs discrete heads"),
+    ],
+)
+def test_masks_that_fit_no_head_are_refused(mask, action_space, message):
+    with pytest.raises(ValueError, match=message):
+        make_policy(observation_space=masked_space(action_mask=mask), action_space=action_space)
+
+
+@pytest.mark.parametrize("form", ["whole", "per head"])
+def test_a_head_without_a_legal_choice_is_named(form):
+    mask = np.array([[1, 1, 1, 1, 0, 1, 0], [1, 0, 0, 0, 0, 0, 0]], np.int8)
+    space, given = spaces.MultiBinary(7), mask
+    if form == "per head":
+        space = spaces.Dict(move=spaces.MultiBinary(4), vote=spaces.MultiBinary(3))
+        given = {"move": mask[:, :4], "vote": mask[:, 4:]}
+    spec = ObservationSpec(masked_space(action_mask=space))
+    heads = Heads(6, ActionSpec(DUAL), spec.masks)
+    tensors = spec.to_tensors({"x": np.ones((2, 2)), "action_mask": given}, 2, device=CPU, dtype=torch.float32)
+    with pytest.raises(DataError, match="stream 1 allows no choice for head 'vote'"):
+        heads.check_mask(tensors)

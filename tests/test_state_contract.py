@@ -1,0 +1,639 @@
+"""The recurrent state: stored beside the step it belongs to, carried, reset, warmed and refreshed; acting is training.
+
+`World` shows every stream random observations, ends episodes by chance and remembers all of it. What the agent should
+have computed is then worked out step by step and stream by stream, with a state that the test keeps itself.
+"""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+
+import dualhead.agent
+import dualhead.learning.update
+from dualhead import DualHeadRecurrentPPO, NetworkConfig, PPOConfig
+from dualhead.learning.segments import cut
+from dualhead.types import RecurrentState
+
+MASK_SPACE = spaces.Dict(x=spaces.Box(-9, 9, (3,)), action_mask=spaces.MultiBinary(5))
+PLAIN_SPACE = spaces.Dict(x=spaces.Box(-9, 9, (3,)))
+
+
+def make_agent(memory="lstm", *, num_streams=3, num_layers=1, masks=False, seed=0, hidden_size=8, **changes):
+    settings = {
+        "rollout_length": 20,
+        "sequence_length": 7,
+        "batch_size": 20,
+        "num_epochs": 2,
+        "learning_rate": 0.01,
+        **changes,
+    }
+    return DualHeadRecurrentPPO(
+        MASK_SPACE if masks else PLAIN_SPACE,
+        spaces.MultiDiscrete([3, 2]),
+        num_streams=num_streams,
+        config=PPOConfig(**settings),
+        network=NetworkConfig(memory=memory, num_layers=num_layers, hidden_size=hidden_size, encoder_sizes=(8,)),
+        seed=seed,
+        dtype=torch.float64,
+    )
+
+
+class World:
+    """Streams whose episodes end by chance.
+
+    Attributes:
+        log: per step: observations, ended [B], terminated [B], truncated [B], final observations, rewards [B].
+        now: observations of the step to come.
+    """
+
+    def __init__(self, num_streams=3, *, masks=False, seed=0, rate=0.12):
+        self.rng = np.random.default_rng(seed)
+        self.num_streams, self.masks, self.rate = num_streams, masks, rate
+        self.log = []
+        self.now = self.look()
+
+    def look(self):
+        observations = {"x": self.rng.normal(size=(self.num_streams, 3))}
+        if self.masks:
+            mask = self.rng.random((self.num_streams, 5)) < 0.5
+            mask[:, [1, 4]] = True  # one choice per head stays legal
+            observations["action_mask"] = mask.astype(np.int8)
+        return observations
+
+    def play(self, agent, num_steps=None):
+        """Steps until the rollout is full, or `num_steps` of them."""
+        while not agent.rollout_is_ready and num_steps != 0:
+            agent.act(self.now)
+            terminated, truncated = self.rng.random((2, self.num_streams)) < self.rate
+            final, rewards = self.look(), self.rng.normal(size=self.num_streams)
+            agent.record(rewards, terminated, truncated, final_observations=final)
+            self.log.append((self.now, terminated | truncated, terminated, truncated, final, rewards))
+            self.now = self.look()
+            num_steps = None if num_steps is None else num_steps - 1
+
+
+def one(observations, stream):
+    """A stream's observations as a batch of one."""
+    return {name: torch.as_tensor(part[stream : stream + 1]) for name, part in observations.items()}
+
+
+@torch.no_grad()
+def replay(policy, steps, states):
+    """Distribution, value and the state before it of every step, one stream and one step at a time.
+
+    Args:
+        policy: what acted.
+        steps: entries of `World.log`.
+        states: per stream the state [L, 1, H] before the first step; replaced by the state after the last.
+    """
+    replayed = []
+    for observations, ended, *_ in steps:
+        for b in range(len(ended)):
+            output, after = policy.step(one(observations, b), states[b])
+            replayed.append((len(replayed) // len(ended), b, output.distribution, output.values.item(), states[b]))
+            states[b] = policy.initial_state(1) if ended[b] else after
+    return replayed
+
+
+class Evaluations:
+    """Every minibatch that the policy evaluates, and what came out; copies of the weights by which it was."""
+
+    def __init__(self, agent, monkeypatch):
+        self.seen = []
+        evaluate = agent.policy.evaluate
+
+        def spy(batch):
+            output = evaluate(batch)
+            self.seen.append((batch, output))
+            return output
+
+        monkeypatch.setattr(agent.policy, "evaluate", spy)
+
+
+def find_steps(batch, rollout_steps):
+    """(t, b) of each step of a minibatch, recognised by its observation."""
+    where = {
+        tuple(observations["x"][b]): (t, b)
+        for t, (observations, *_) in enumerate(rollout_steps)
+        for b in range(len(observations["x"]))
+    }
+    return [where[tuple(x)] for x in batch.observations["x"].tolist()]
+
+
+recurrent = pytest.mark.parametrize("memory", ["lstm", "gru"])
+
+
+@pytest.mark.parametrize("sequence_length", [1, 7, 16, 100])
+@pytest.mark.parametrize("num_layers", [1, 2])
+@recurrent
+def test_acting_equals_segments_equals_a_replay(memory, num_layers, sequence_length, monkeypatch):
+    """Log-probs, values and stored states of three rollouts with learning between them; 16 does not divide 20."""
+    agent = make_agent(memory, num_layers=num_layers, sequence_length=sequence_length, batch_size=60, num_epochs=1)
+    agent.policy.memory.cell.bias_ih_l0.data.normal_(generator=torch.Generator().manual_seed(0))
+    world = World()
+    states = [agent.policy.initial_state(1) for _ in range(3)]
+    evaluations = Evaluations(agent, monkeypatch)
+    num_ended = np.zeros(2)
+    for i in range(3):
+        world.play(agent)
+        steps = world.log[20 * i :]
+        num_ended += [np.sum([step[2] for step in steps[:-1]]), np.sum([step[3] for step in steps[:-1]])]
+        stored = copy.deepcopy(agent.rollout_memory)
+        replayed = replay(agent.policy, steps, states)
+        for t, b, distribution, value, state in replayed:
+            assert (stored.log_probs[t, b] - distribution.log_probs(stored.actions[t, b][None])).abs().max() < 1e-10
+            assert abs(stored.values[t, b] - value) < 1e-10
+            assert (stored.h_states[:, t, b] - state.h[:, 0]).abs().max() < 1e-10
+            if memory == "lstm":
+                assert (stored.c_states[:, t, b] - state.c[:, 0]).abs().max() < 1e-10
+
+        metrics = agent.learn(world.now)
+        batch, output = evaluations.seen[i]
+        assert sorted(find_steps(batch, steps)) == [(t, b) for t in range(20) for b in range(3)]
+        evaluated = output.distribution.log_probs(batch.actions)
+        for n, (t, b) in enumerate(find_steps(batch, steps)):
+            _, _, distribution, value, _ = replayed[3 * t + b]
+            actions = stored.actions[t, b]
+            assert torch.equal(batch.actions[n], actions)
+            assert torch.equal(batch.log_probs[n], stored.log_probs[t, b])
+            assert torch.equal(batch.values[n], stored.values[t, b])
+            assert (evaluated[n] - distribution.log_probs(actions[None])[0]).abs().max() < 1e-10
+            assert abs(output.values[n].item() - value) < 1e-10
+        assert metrics["policy/first_ratio_error"] < 1e-10
+    assert (num_ended > 3).all()
+
+
+@pytest.mark.parametrize(
+    ("masks", "sequence_length", "burn_in"),
+    [(masks, 7, burn_in) for masks in (False, True) for burn_in in (0, 3, 8)] + [(False, 1, 3), (True, 20, 3)],
+)
+@pytest.mark.parametrize("memory", ["lstm", "gru", "none"])
+def test_the_first_ratio_is_one(memory, masks, sequence_length, burn_in, monkeypatch):
+    agent = make_agent(memory, burn_in=burn_in, masks=masks, sequence_length=sequence_length)
+    world = World(masks=masks)
+    evaluations = Evaluations(agent, monkeypatch)
+    for _ in range(3):
+        world.play(agent)
+        metrics = agent.learn(world.now)
+        batch, output = evaluations.seen[0]
+        ratio = (output.distribution.log_probs(batch.actions) - batch.log_probs).exp()
+        assert (ratio - 1).abs().max() < 1e-10
+        assert (output.values - batch.values).abs().max() < 1e-10
+        assert metrics["policy/first_ratio_error"] < 1e-10
+        # The weights moved: later ratios are not all 1.
+        assert metrics["policy/approx_kl"] > 1e-5
+        evaluations.seen.clear()
+
+
+@pytest.fixture
+def advantages_given(monkeypatch):
+    """The advantages [T, B] that the update gets, before normalisation."""
+    given = []
+    update = dualhead.agent.ppo_update
+
+    def spy(policy, rollout, **settings):
+        given.append(settings["advantages"].clone())
+        return update(policy, rollout, **settings)
+
+    monkeypatch.setattr(dualhead.agent, "ppo_update", spy)
+    return given
+
+
+def slow_advantages(rewards, values, next_values, terminated, truncated, *, gamma, gae_lambda):
+    """Σ_k (γλ)^k δ_{t+k} of one stream, up to the end of the episode."""
+    advantages = []
+    for t in range(len(rewards)):
+        total = 0.0
+        for i in range(t, len(rewards)):
+            after = 0.0 if terminated[i] else next_values[i]
+            total += (gamma * gae_lambda) ** (i - t) * (rewards[i] + gamma * after - values[i])
+            if terminated[i] or truncated[i]:
+                break
+        advantages.append(total)
+    return advantages
+
+
+@pytest.mark.parametrize("bootstrap_last", [True, False])
+@pytest.mark.parametrize("memory", ["lstm", "gru", "none"])
+def test_values_after_a_step_come_from_where_the_stream_went(memory, bootstrap_last, advantages_given):
+    """Truncated: the final observation, seen with the state after the last step. Terminated: none. Else: the next."""
+    agent = make_agent(memory, bootstrap_last=bootstrap_last)
+    world = World(rate=0.15)
+    states = [agent.policy.initial_state(1) for _ in range(3)]
+    for i in range(2):
+        world.play(agent)
+        steps = world.log[20 * i :]
+        policy = copy.deepcopy(agent.policy)
+        replayed = replay(policy, steps, states)
+        expected = np.zeros((20, 3))
+        for b in range(3):
+            values = [value for _, stream, _, value, _ in replayed if stream == b]
+            terminated, truncated, rewards = ([step[field][b] for step in steps] for field in (2, 3, 5))
+            next_values = []
+            with torch.no_grad():
+                for t, (observations, ended, *_, final, _) in enumerate(steps):
+                    if ended[b]:
+                        _, after = policy.step(one(observations, b), replayed[3 * t + b][4])
+                        next_values.append(policy.step(one(final, b), after)[0].values.item())
+                    elif t < 19:
+                        next_values.append(values[t + 1])
+                    else:
+                        value = policy.step(one(world.now, b), states[b])[0].values.item()
+                        next_values.append(value if bootstrap_last else 0.0)
+            expected[:, b] = slow_advantages(
+                rewards, values, next_values, terminated, truncated, gamma=0.99, gae_lambda=0.95
+            )
+        before = agent._current_hidden
+        kept = [None if part is None else part.clone() for part in before]
+        agent.learn(world.now)
+        np.testing.assert_allclose(advantages_given[i], expected, rtol=0, atol=1e-10)
+        # Looking at values does not advance the acting state.
+        for part, was in zip(agent._current_hidden, kept):
+            assert part is was is None or torch.equal(part, was)
+    assert np.sum([step[3] & ~step[2] for step in world.log]) > 5
+
+
+@recurrent
+def test_the_state_goes_on_and_is_reset_per_stream(memory):
+    """By hand: stream 1 is terminated at step 2, stream 2 truncated at step 4, the rollout ends after steps 3 and 6."""
+    agent = make_agent(memory, num_layers=2, rollout_length=3, batch_size=20)
+    rng = np.random.default_rng(0)
+    for t in range(9):
+        before = agent._get_hidden_state()
+        observations = {"x": rng.normal(size=(3, 3))}
+        agent.act(observations)
+        _, after = agent.policy.step({"x": torch.from_numpy(observations["x"])}, before)
+        moved = agent._current_hidden
+        assert torch.equal(moved.h, after.h)
+        assert not moved.h.requires_grad
+        ended = np.array([False, t == 2, t == 4])
+        nobody = np.zeros(3, dtype=bool)
+        agent.record(np.ones(3), ended & (t == 2), ended & (t == 4), final_observations=observations)
+        for part, was in zip(agent._current_hidden, moved):
+            if was is None:
+                assert part is None
+                continue
+            assert not part[:, ended].any()
+            assert torch.equal(part[:, ~ended], was[:, ~ended])
+            assert part[:, ~ended].all()
+        if agent.rollout_is_ready:
+            carried = agent._current_hidden
+            agent.learn(observations)
+            for part, was in zip(agent._current_hidden, carried):
+                assert part is was is None or torch.equal(part, was)
+    assert not (nobody & ended).any()
+
+
+class CountingMemory(torch.nn.Module):
+    """A memory that counts its steps since it was zero, and testifies.
+
+    Attributes:
+        testimony: (observation, count after it) of every step it ever took, by whichever way it was called.
+    """
+
+    num_features = 4
+
+    def __init__(self):
+        super().__init__()
+        self.testimony = []
+
+    def initial_state(self, batch, *, device, dtype):
+        return RecurrentState(torch.zeros(1, batch, 4, device=device, dtype=dtype), None)
+
+    def step(self, features, state):
+        h = state.h + 1
+        self.testimony += zip(features[:, 0].tolist(), h[0].tolist())
+        return h[0], RecurrentState(h, None)
+
+    def unroll(self, features, state, layout):
+        rows, finals, begin = [], [], 0
+        for num_segments, num_steps in layout.blocks:
+            first = state.h[0, begin : begin + num_segments]
+            rows += [first + t for t in range(1, num_steps + 1)]
+            finals.append(first + num_steps)
+            begin += num_segments
+        h = torch.cat(rows)
+        h = h if layout.real is None else h[layout.real]
+        self.testimony += zip(features[:, 0].tolist(), h.tolist())
+        return h, RecurrentState(torch.cat(finals)[None], None)
+
+
+@pytest.mark.parametrize("burn_in", [0, 2, 5, 11])
+@pytest.mark.parametrize("sequence_length", [1, 3, 16])
+@pytest.mark.parametrize("state_refresh", ["epoch", "never"])
+def test_a_counting_core_always_knows_how_old_the_episode_is(burn_in, sequence_length, state_refresh):
+    """Whenever the memory sees an observation, in acting, burn-in, refresh, drift, loss or bootstrap, it has counted
+    exactly the steps of the episode up to it: every stored state belongs to its observation, over rollouts and resets.
+    """
+    num_streams, rng = 3, np.random.default_rng(0)
+    agent = DualHeadRecurrentPPO(
+        spaces.Box(-np.inf, np.inf, (1,), np.float64),
+        spaces.Discrete(3),
+        num_streams=num_streams,
+        config=PPOConfig(
+            rollout_length=8,
+            sequence_length=sequence_length,
+            burn_in=burn_in,
+            batch_size=16,
+            num_epochs=3,
+            state_refresh=state_refresh,
+        ),
+        network=NetworkConfig(memory="gru", hidden_size=4, encoder_sizes=()),
+        dtype=torch.float64,
+    )
+    counting = agent.policy.memory = CountingMemory()
+    age_of = {}
+    ages = np.ones(num_streams, dtype=int)
+
+    def show(ages):
+        """Observations, each a number of its own, that are the ages[b]-th of their episodes."""
+        numbers = len(age_of) + np.arange(1.0, num_streams + 1)
+        age_of.update(zip(numbers.tolist(), ages.tolist()))
+        return numbers[:, None]
+
+    now = show(ages)
+    for _ in range(5):
+        length = rng.integers(3, 9)  # also rollouts cut short, down to shorter than the tail
+        for t in range(length):
+            agent.act(now)
+            rollout = agent.rollout_memory
+            assert (rollout.h_states[0, burn_in + t, :, 0].numpy() == ages - 1).all()
+            assert (rollout.episode_starts[burn_in + t].numpy() == (ages == 1)).all()
+            terminated, truncated = rng.random((2, num_streams)) < 0.1
+            ages += 1
+            final = show(ages)
+            agent.record(np.ones(num_streams), terminated, truncated, final_observations=final)
+            ended = terminated | truncated
+            ages[ended] = 1
+            assert (agent._current_hidden.h[0, :, 0].numpy() == ages - 1).all()
+            now = final if not ended.any() else show(ages)
+        agent.learn(now, partial=True)
+        assert (agent._current_hidden.h[0, :, 0].numpy() == ages - 1).all()
+        # The tail keeps states and observations together.
+        rollout = agent.rollout_memory
+        assert rollout.tail_length > 0 or burn_in == 0
+        for row in range(burn_in - rollout.tail_length, burn_in):
+            seen = rollout.observations["observation"][row, :, 0].tolist()
+            assert [age_of[number] - 1 for number in seen] == rollout.h_states[0, row, :, 0].tolist()
+    for number, counts in counting.testimony:
+        assert counts == [age_of[number]] * 4
+    assert len(counting.testimony) > 5 * 3 * 3 * num_streams
+
+
+def start_of_burn_in(segments, s):
+    return segments.start[s] - segments.burn_in[s]
+
+
+@torch.no_grad()
+def unroll_by_hand(policy, steps, state, stream):
+    """The state after some steps of one stream, none of which is an episode's last but the last one."""
+    for observations, *_ in steps:
+        _, state = policy.step(one(observations, stream), state)
+    return state
+
+
+@pytest.mark.parametrize("burn_in", [2, 5, 30])
+@recurrent
+def test_burn_in_warms_the_state_stored_before_it_by_today_s_weights(memory, burn_in, monkeypatch):
+    """After the first minibatch every segment begins where a slow unroll by the moved weights ends: from the state
+    stored `burn_in` steps earlier, in the tail where that lies before the rollout; no gradient flows there."""
+    agent = make_agent(memory, burn_in=burn_in, sequence_length=6, batch_size=30, num_epochs=1, learning_rate=0.05)
+    world = World(rate=0.06)
+    evaluate = agent.policy.evaluate
+    checks = []
+    num_tail = 0
+
+    def spy(batch):
+        where = find_steps(batch, world.log[-20:])
+        weights = copy.deepcopy(agent.policy)
+        for part in batch.state:
+            assert part is None or not (part.requires_grad or part.grad_fn)
+        firsts = [(t, b) for t, b in where if (b, t) in segment_at]
+        assert batch.state.h.shape[1] == len(firsts)
+        # States come in the order of the layout's blocks, whose first rows are the segments' first steps.
+        for s, (t, b) in enumerate(firsts_in_order(batch, where)):
+            checks.append((weights, segment_at[b, t], batch.state.select(torch.tensor([s]))))
+        return evaluate(batch)
+
+    def firsts_in_order(batch, where):
+        firsts, row = [], 0
+        real = list(range(len(where))) if batch.layout.real is None else batch.layout.real.tolist()
+        for num_segments, num_steps in batch.layout.blocks:
+            firsts += [where[real.index(row + s)] for s in range(num_segments)]
+            row += num_segments * num_steps
+        return firsts
+
+    monkeypatch.setattr(agent.policy, "evaluate", spy)
+    for i in range(3):
+        world.play(agent)
+        rollout = agent.rollout_memory
+        starts = rollout.episode_starts[burn_in:].numpy()
+        segments = cut(starts, 6, burn_in=burn_in, tail_lengths=rollout.tail_lengths())
+        segment_at = {(b, t): s for s, (b, t) in enumerate(zip(segments.stream.tolist(), segments.start.tolist()))}
+        stored_h, stored_c = (None if p is None else p.clone() for p in (rollout.h_states, rollout.c_states))
+        checks.clear()
+        agent.learn(world.now)
+        moved = [check for check in checks if not same_weights(check[0], checks[0][0])]
+        assert 0 < len(moved) < len(checks) == len(segments.start)
+        for weights, s, given in moved:
+            b, start = segments.stream[s], segments.start[s]
+            begin = start_of_burn_in(segments, s)
+            num_tail += begin < 0
+            row = burn_in + begin
+            from_there = RecurrentState(
+                stored_h[:, row, b : b + 1], None if stored_c is None else stored_c[:, row, b : b + 1]
+            )
+            warmed = unroll_by_hand(weights, world.log[20 * i + begin : 20 * i + start], from_there, b)
+            for ours, theirs in zip(given, warmed):
+                assert ours is theirs is None or (ours - theirs).abs().max() < 1e-10
+            if segments.burn_in[s]:
+                assert (given.h - stored_h[:, burn_in + start, b : b + 1]).abs().max() > 1e-6
+    assert num_tail > 2
+
+
+def same_weights(one_policy, other):
+    return all(torch.equal(a, b) for a, b in zip(one_policy.parameters(), other.parameters()))
+
+
+@recurrent
+def test_gradients_stop_at_the_segment_s_first_step(memory, monkeypatch):
+    """The loss of a minibatch does not depend on the observations of its burn-in, as far as gradients know."""
+    agent = make_agent(memory, burn_in=4, sequence_length=5, num_epochs=1, batch_size=15)
+    world = World(rate=0.0)
+    world.play(agent)
+    asked = []
+    encoder = agent.policy.encoder
+    forward = encoder.forward
+
+    def spy(observations, dtype):
+        x = observations["x"].clone().requires_grad_()
+        asked.append((x, torch.is_grad_enabled()))
+        return forward({"x": x}, dtype)
+
+    monkeypatch.setattr(encoder, "forward", spy)
+    agent.learn(world.now)
+    with_gradient = [x for x, enabled in asked if enabled]
+    without = [x for x, enabled in asked if not enabled]
+    assert sum(len(x) for x in with_gradient) == 60
+    assert all(x.grad.abs().sum(1).all() for x in with_gradient)
+    assert len(without) > 4
+    assert all(x.grad is None for x in without)
+
+
+class Refreshes:
+    """Weights, and the rollout's states before and after, of every refresh."""
+
+    def __init__(self, monkeypatch):
+        self.seen = []
+        refresh = dualhead.learning.update.refresh
+
+        def spy(policy, rollout, segments, **settings):
+            weights, before = copy.deepcopy(policy), self.states(rollout)
+            metrics = refresh(policy, rollout, segments, **settings)
+            self.seen.append((weights, segments, before, self.states(rollout), metrics))
+            return metrics
+
+        monkeypatch.setattr(dualhead.learning.update, "refresh", spy)
+
+    @staticmethod
+    def states(rollout):
+        return [part.clone() for part in (rollout.h_states, rollout.c_states) if part is not None]
+
+
+@pytest.mark.parametrize(("burn_in", "sequence_length"), [(0, 6), (0, 1), (4, 6), (6, 6), (9, 6), (3, 2)])
+@pytest.mark.parametrize("num_layers", [1, 2])
+@recurrent
+def test_refreshed_states_equal_a_slow_unroll(memory, num_layers, burn_in, sequence_length, monkeypatch):
+    """Where segments and burn-ins begin, the state is what today's weights make of the run from its own beginning."""
+    agent = make_agent(
+        memory, num_layers=num_layers, burn_in=burn_in, sequence_length=sequence_length, learning_rate=0.05
+    )
+    world = World(rate=0.06)
+    refreshes = Refreshes(monkeypatch)
+    for i in range(2):
+        world.play(agent)
+        starts = agent.rollout_memory.episode_starts[burn_in:].numpy().copy()
+        agent.learn(world.now)
+        (weights, segments, before, after, metrics) = refreshes.seen[i]
+        expected = [part.clone() for part in before]
+        with torch.no_grad():
+            for b in range(3):
+                state = RecurrentState(*(part[:, burn_in, b : b + 1] for part in before), *[None] * (2 - len(before)))
+                for t, (observations, *_) in enumerate(world.log[20 * i :]):
+                    if starts[t, b]:
+                        state = weights.initial_state(1)
+                    for part, kept in zip(expected, state):
+                        part[:, burn_in + t, b] = kept[:, 0]
+                    _, state = weights.step(one(observations, b), state)
+        for s in range(len(segments.start)):
+            for t in (segments.start[s], start_of_burn_in(segments, s)):
+                row, b = burn_in + t, segments.stream[s]
+                for ours, theirs in zip(after, expected):
+                    assert (ours[:, row, b] - theirs[:, row, b]).abs().max() < 1e-10
+        for was, now, wanted in zip(before, after, expected):
+            # Nothing else is written to, the tail least of all; and refreshing did something.
+            assert torch.equal(was[:, :burn_in], now[:, :burn_in])
+            untouched = (was == now).all(0).all(-1)
+            refreshed = ((now - wanted).abs() < 1e-10).all(0).all(-1)
+            assert (untouched | refreshed).all()
+            inner = segments.offset > 0
+            assert not untouched[burn_in + segments.start[inner], segments.stream[inner]].any()
+        assert set(metrics) == {
+            f"state_drift/{what}_{place}" for what in ("value", "kl") for place in ("first", "last")
+        }
+        assert all(number > 1e-6 for number in metrics.values())
+    assert len(refreshes.seen) == 2
+
+
+@recurrent
+def test_drift_is_how_far_values_and_distributions_move(memory, monkeypatch):
+    """By a slow replay of every inner segment from its stored and from its refreshed state."""
+    agent = make_agent(memory, sequence_length=6, learning_rate=0.05)
+    world = World(rate=0.06)
+    refreshes = Refreshes(monkeypatch)
+    world.play(agent)
+    spread = agent.rollout_memory.values.std(unbiased=False).item()
+    metrics = agent.learn(world.now)
+    weights, segments, before, after, _ = refreshes.seen[0]
+    squares, kls = {"first": [], "last": []}, {"first": [], "last": []}
+    for s in np.flatnonzero(segments.offset > 0):
+        b, start, length = segments.stream[s], segments.start[s], segments.length[s]
+        outputs = []
+        for states in (before, after):
+            state = RecurrentState(*(part[:, start, b : b + 1] for part in states), *[None] * (2 - len(states)))
+            with torch.no_grad():
+                first, _ = weights.step(one(world.log[start][0], b), state)
+                state = unroll_by_hand(weights, world.log[start : start + length - 1], state, b)
+                last, _ = weights.step(one(world.log[start + length - 1][0], b), state)
+            outputs.append({"first": first, "last": last})
+        for place in ("first", "last"):
+            old, new = (output[place] for output in outputs)
+            squares[place].append((old.values - new.values).item() ** 2)
+            kl = 0.0
+            for p, q in zip(old.distribution.logits, new.distribution.logits):
+                p, q = torch.distributions.Categorical(logits=p), torch.distributions.Categorical(logits=q)
+                kl += torch.distributions.kl_divergence(p, q).item()
+            kls[place].append(kl)
+    for place in ("first", "last"):
+        value_drift = np.sqrt(np.mean(squares[place])) / spread
+        assert metrics[f"state_drift/value_{place}"] == pytest.approx(value_drift, rel=1e-6)
+        assert metrics[f"state_drift/kl_{place}"] == pytest.approx(np.mean(kls[place]), rel=1e-6)
+
+
+@pytest.mark.parametrize("burn_in", [0, 4])
+@pytest.mark.parametrize(("state_refresh", "num_epochs"), [("never", 3), ("epoch", 1)])
+@recurrent
+def test_without_refresh_stored_states_stay_as_they_are(memory, state_refresh, num_epochs, burn_in):
+    agent = make_agent(memory, state_refresh=state_refresh, num_epochs=num_epochs, burn_in=burn_in, learning_rate=0.05)
+    world = World()
+    world.play(agent)
+    before = Refreshes.states(agent.rollout_memory)
+    metrics = agent.learn(world.now)
+    for was, now in zip(before, Refreshes.states(agent.rollout_memory)):
+        assert torch.equal(was[:, burn_in:], now[:, burn_in:])
+    # Drift is measured all the same.
+    assert metrics["state_drift/value_last"] > 1e-6
+    assert metrics["state_drift/kl_first"] > 1e-9
+
+
+@pytest.mark.parametrize("state_refresh", ["epoch", "never"])
+@recurrent
+def test_there_is_no_drift_while_weights_stand_still(memory, state_refresh):
+    agent = make_agent(memory, state_refresh=state_refresh, learning_rate=1e-30, burn_in=3)
+    world = World()
+    for _ in range(2):
+        world.play(agent)
+        metrics = agent.learn(world.now)
+        drift = [number for name, number in metrics.items() if name.startswith("state_drift/")]
+        assert len(drift) == 4
+        assert max(drift) < 1e-10
+
+
+def test_a_memoryless_policy_has_no_drift():
+    agent, world = make_agent("none"), World()
+    world.play(agent)
+    assert not [name for name in agent.learn(world.now) if name.startswith("state_drift/")]
+
+
+@recurrent
+def test_permuting_streams_permutes_what_is_stored(memory):
+    order = [2, 0, 1]
+    stored = []
+    for streams in ([0, 1, 2], order):
+        agent = make_agent(memory)
+        rng = np.random.default_rng(0)
+        for _ in range(20):
+            observations = {"x": rng.normal(size=(3, 3))[streams]}
+            # Sampling goes stream by stream, so the likeliest actions are compared.
+            agent.act(observations, deterministic=True)
+            ended, rewards = (rng.random(3) < 0.2)[streams], rng.normal(size=3)[streams]
+            agent.record(rewards, ended, np.zeros(3, dtype=bool))
+        stored.append(agent.rollout_memory)
+    plain, permuted = stored
+    for name in ("h_states", "log_probs", "values", "actions", "rewards", "episode_starts"):
+        axis = 2 if name == "h_states" else 1
+        expected = getattr(plain, name).index_select(axis, torch.tensor(order))
+        torch.testing.assert_close(getattr(permuted, name), expected, rtol=0, atol=1e-13)
