@@ -179,7 +179,7 @@ def learned_value(*, record_as_terminated):
             rollout_length=10,
             sequence_length=5,
             batch_size=80,
-            num_epochs=8,
+            num_epochs=5,
             learning_rate=0.03,
             learning_rate_schedule="linear",
             learning_rate_decay_steps=num_updates * 10 * num_streams,

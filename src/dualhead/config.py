@@ -109,6 +109,9 @@ class PPOConfig(Config):
     state_refresh: Literal["epoch", "never"] = Field(
         "epoch", description="Recompute stored states once after the first epoch, or leave them stale."
     )
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="Encoder and memory of the update in bf16; acting, losses and optimiser stay as they are."
+    )
     bootstrap_last: bool = Field(
         True,
         description="Value of the observation after the rollout; off: zero, as the specification's class.",

@@ -68,7 +68,7 @@ def ppo_update(
             metrics |= refresh(policy, rollout, segments, config=config)
         for chosen in minibatches(segments.length, config.batch_size, generator=generator):
             batch = gather(policy, rollout, segments.take(chosen), advantages=advantages, returns=returns)
-            output = policy.evaluate(batch)
+            output = policy.evaluate(batch, bf16=config.precision == "bf16")
             minibatch_advantages = batch.advantages
             if config.normalize_advantages == "minibatch":
                 minibatch_advantages = normalize(minibatch_advantages)
