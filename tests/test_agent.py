@@ -467,7 +467,7 @@ def test_target_kl_stops_an_update_before_the_step_that_goes_too_far():
     """The first minibatch has moved nothing; the second has gone too far already: one step, as with one epoch."""
     weights = []
     for settings in ({"num_epochs": 6, "target_kl": 1e-9}, {"num_epochs": 1}, {"num_epochs": 6, "target_kl": 1e9}):
-        agent = make_agent(batch_size=12, learning_rate=0.01, state_refresh="never", **settings)
+        agent = make_agent(batch_size=12, learning_rate=0.01, state_refresh="never", dtype=torch.float64, **settings)
         *_, metrics = World().play(agent, 4)
         assert metrics["update/optimizer_steps"] == (6 if settings.get("target_kl") == 1e9 else 1)
         weights.append(list(agent.policy.parameters()))

@@ -304,11 +304,12 @@ def random_state(memory, batch, seed=0):
 every_memory = pytest.mark.parametrize(("kind", "num_layers"), [("lstm", 1), ("lstm", 2), ("gru", 1), ("gru", 2)])
 
 
+@pytest.mark.parametrize("num_streams", [1, 5, 80], ids=["one stream", "few", "many"])
 @every_memory
-def test_steps_of_a_memory_equal_numpy(kind, num_layers):
+def test_steps_of_a_memory_equal_numpy(kind, num_layers, num_streams):
     memory = make_memory(kind, num_layers)
-    state = random_state(memory, 5)
-    x = np.random.default_rng(1).normal(size=(6, 5, 3))
+    state = random_state(memory, num_streams)
+    x = np.random.default_rng(1).normal(size=(6, num_streams, 3))
     outputs, h, c = slow_unroll(memory, x, state)
     for t in range(6):
         with torch.no_grad():
@@ -390,14 +391,16 @@ def test_initial_weights_are_orthogonal_and_biases_zero(kind):
         torch.testing.assert_close(gram, expected, rtol=0, atol=1e-5, msg=name)
 
 
-def test_options_of_the_initialisation():
-    policy = make_policy("lstm", forget_bias=1.0, orthogonal_per_gate=True, head_gain=0.01, num_layers=2)
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+def test_options_of_the_initialisation(kind):
+    policy = make_policy(kind, forget_bias=1.0, orthogonal_per_gate=True, head_gain=0.01, num_layers=2)
     for layer in (0, 1):
-        lstm = policy.memory.lstm
-        biases = getattr(lstm, f"bias_ih_l{layer}") + getattr(lstm, f"bias_hh_l{layer}")
-        # input, forget, cell, output
-        assert biases.view(4, 6).tolist() == [[0.0] * 6, [1.0] * 6, [0.0] * 6, [0.0] * 6]
-        for gate in getattr(lstm, f"weight_hh_l{layer}").split(6):
+        cell = policy.memory.cell
+        biases = getattr(cell, f"bias_ih_l{layer}") + getattr(cell, f"bias_hh_l{layer}")
+        # Gates are input, forget, cell, output; or reset, update, new. The second keeps the past.
+        expected = [[0.0] * 6, [1.0] * 6, [0.0] * 6, [0.0] * 6]
+        assert biases.view(-1, 6).tolist() == expected[: 4 if kind == "lstm" else 3]
+        for gate in getattr(cell, f"weight_hh_l{layer}").split(6):
             torch.testing.assert_close(gate @ gate.T, torch.eye(6), rtol=0, atol=1e-5)
     for head in policy.heads.linears:
         torch.testing.assert_close(head.weight @ head.weight.T, torch.eye(len(head.weight)) * 1e-4, rtol=0, atol=1e-8)
@@ -419,6 +422,30 @@ def test_permuting_streams_permutes_the_policy_s_outputs(kind, num_layers):
     for ours, theirs in zip(permuted.distribution.logits, output.distribution.logits):
         torch.testing.assert_close(ours, theirs[order], rtol=0, atol=1e-14)
     torch.testing.assert_close(permuted_after.h, after.h[:, order], rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("num_steps", [1, 40])
+@pytest.mark.parametrize("kind", ["lstm", "gru", "none"])
+def test_single_precision_is_double_precision_to_rounding(kind, num_steps):
+    """Outputs and gradients: float32 has ways of its own through the layers."""
+    outputs, gradients = [], []
+    for dtype in (torch.float32, torch.float64):
+        policy = make_policy(kind, observation_space=spaces.Dict(x=BOX, image=spaces.Box(0, 1, (2, 5, 5)))).to(dtype)
+        generator = torch.Generator().manual_seed(0)
+        observations = {
+            "image": torch.rand(num_steps, 2, 5, 5, generator=generator).to(dtype),
+            "x": torch.randn(num_steps, 2, generator=generator).to(dtype),
+        }
+        _, _, layout = lay_out(np.array([num_steps]))
+        output = policy.evaluate(SegmentBatch(observations, policy.initial_state(1), layout, *[None] * 5))
+        outputs.append(torch.cat([*output.distribution.logits, output.values[:, None]], dim=1))
+        outputs[-1].square().sum().backward()
+        gradients.append({name: parameter.grad for name, parameter in policy.named_parameters()})
+        assert outputs[-1].dtype == dtype
+    torch.testing.assert_close(outputs[0].double(), outputs[1], rtol=1e-4, atol=1e-5)
+    for name, gradient in gradients[0].items():
+        scale = gradients[1][name].abs().max().item()
+        torch.testing.assert_close(gradient.double(), gradients[1][name], rtol=1e-3, atol=1e-4 * scale, msg=name)
 
 
 def test_a_policy_is_a_function_of_its_state():

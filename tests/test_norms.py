@@ -302,16 +302,17 @@ def test_action_mode_logs_under_its_one_name():
 
 
 @both_modes
-def test_a_state_dict_carries_the_strengths_and_nothing_else(mode):
+def test_a_state_dict_carries_strengths_and_what_the_log_has_not_said_yet(mode):
     saved, loaded = make(3, mode), make(3, mode)
     for _ in range(7):
         advance(saved, [[True], [False], [True]], [[True], [True], [False]])
     state = {name: tensor.clone() for name, tensor in saved.state_dict().items()}
-    assert list(state) == ["strengths"]
+    assert list(state) == ["strengths", "_guilt_sums", "_num_steps"]
     loaded.load_state_dict(state)
     step = ([[False], [True], [True]], [[True], [True], [True]])
     assert torch.equal(advance(saved, *step), advance(loaded, *step))
     assert torch.equal(saved.strengths, loaded.strengths)
+    assert saved.metrics() == loaded.metrics()
 
 
 def test_everything_moves_with_the_module():
@@ -326,7 +327,7 @@ def test_everything_moves_with_the_module():
     # 8.96 and 9.9152: the guilt gathered before the move is still counted
     assert enforcer.metrics()["norms/guilt/A"] == pytest.approx(-0.5 * (3.96 + 4.9152) / 2, rel=1e-6)
     assert list(enforcer.parameters()) == []
-    assert [buffer.device.type for buffer in enforcer.to("meta").buffers()] == ["meta", "meta"]
+    assert [buffer.device.type for buffer in enforcer.to("meta").buffers()] == ["meta"] * 3
 
 
 def read_only(array: np.ndarray) -> np.ndarray:

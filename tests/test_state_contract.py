@@ -105,8 +105,8 @@ class Evaluations:
         self.seen = []
         evaluate = agent.policy.evaluate
 
-        def spy(batch):
-            output = evaluate(batch)
+        def spy(batch, **settings):
+            output = evaluate(batch, **settings)
             self.seen.append((batch, output))
             return output
 
@@ -286,6 +286,26 @@ def test_the_state_goes_on_and_is_reset_per_stream(memory):
     assert not (nobody & ended).any()
 
 
+@pytest.mark.parametrize("between", ["nothing", "state", "learn"])
+@recurrent
+def test_setting_the_hidden_state_to_none_begins_episodes(memory, between):
+    """The specification's reset, whatever is asked of the agent before the next step."""
+    agent, world = make_agent(memory, burn_in=3), World(rate=0.0)
+    world.play(agent, 5)
+    agent._current_hidden = None
+    if between == "state":
+        agent.state()
+    if between == "learn":
+        agent.learn(world.now, partial=True)
+    world.play(agent, 4)
+    rollout = agent.rollout_memory
+    first = 3 + rollout.length - 4
+    assert rollout.episode_starts[first].all()
+    assert not rollout.episode_starts[first + 1 : first + 4].any()
+    assert not rollout.h_states[:, first].any()
+    assert agent.learn(world.now, partial=True)["policy/first_ratio_error"] < 1e-10
+
+
 class CountingMemory(torch.nn.Module):
     """A memory that counts its steps since it was zero, and testifies.
 
@@ -412,7 +432,7 @@ def test_burn_in_warms_the_state_stored_before_it_by_today_s_weights(memory, bur
     checks = []
     num_tail = 0
 
-    def spy(batch):
+    def spy(batch, **settings):
         where = find_steps(batch, world.log[-20:])
         weights = copy.deepcopy(agent.policy)
         for part in batch.state:
@@ -422,7 +442,7 @@ def test_burn_in_warms_the_state_stored_before_it_by_today_s_weights(memory, bur
         # States come in the order of the layout's blocks, whose first rows are the segments' first steps.
         for s, (t, b) in enumerate(firsts_in_order(batch, where)):
             checks.append((weights, segment_at[b, t], batch.state.select(torch.tensor([s]))))
-        return evaluate(batch)
+        return evaluate(batch, **settings)
 
     def firsts_in_order(batch, where):
         firsts, row = [], 0
@@ -624,6 +644,20 @@ def test_a_memoryless_policy_has_no_drift():
     agent, world = make_agent("none"), World()
     world.play(agent)
     assert not [name for name in agent.learn(world.now) if name.startswith("state_drift/")]
+
+
+@recurrent
+def test_bf16_is_near_and_touches_the_update_only(memory):
+    """bf16 keeps 8 bits: ratios are 1 to a few per cent, and acting is as exact as ever."""
+    rollouts = []
+    for precision in ("fp32", "bf16"):
+        agent, world = make_agent(memory, precision=precision), World()
+        world.play(agent)
+        rollouts.append(agent.rollout_memory)
+        assert torch.equal(rollouts[0].log_probs, rollouts[-1].log_probs)
+        error = agent.learn(world.now)["policy/first_ratio_error"]
+        assert error < (1e-10 if precision == "fp32" else 0.1)
+        assert all(p.dtype == torch.float64 and p.isfinite().all() for p in agent.policy.parameters())
 
 
 @recurrent

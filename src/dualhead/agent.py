@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any, NamedTuple
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -14,7 +14,7 @@ from dualhead.config import NetworkConfig, NormConfig, PPOConfig
 from dualhead.learning.advantages import RewardScale, generalized_advantages
 from dualhead.learning.rollout import Rollout
 from dualhead.learning.update import ppo_update
-from dualhead.networks.encoders import ObservationSpec, check_leaf, non_finite_message
+from dualhead.networks.encoders import ObservationSpec, as_tensor, check_leaf, non_finite_message
 from dualhead.networks.heads import ActionSpec
 from dualhead.networks.policy import RecurrentPolicy
 from dualhead.norms import NormEnforcer, NormEvents
@@ -23,15 +23,6 @@ from dualhead.types import ActionSample, DataError, Observations, RecurrentState
 
 _SHAPING_SETTINGS = ("rollout_length", "burn_in", "normalize_observations", "normalize_rewards")
 """Settings that decide which tensors a checkpoint holds; the others may differ between save and load."""
-
-
-class _FinalObservations(NamedTuple):
-    """Truncated streams of one step, kept until their value is asked for."""
-
-    step: int
-    streams: Tensor
-    observations: Observations
-    state: RecurrentState
 
 
 class DualHeadRecurrentPPO:
@@ -81,6 +72,8 @@ class DualHeadRecurrentPPO:
         self.device = torch.device(device)
         self.observation_spec = ObservationSpec(observation_space)
         self.action_spec = ActionSpec(action_space)
+        if self.config.learning_rate_schedule == "linear" and self.config.learning_rate_decay_steps is None:
+            raise ValueError("learning_rate_schedule='linear' needs learning_rate_decay_steps")
         self._coefs(0)  # refuses a wrong number of entropy coefficients now, not at the first update
 
         with torch.random.fork_rng(devices=[]):
@@ -108,7 +101,6 @@ class DualHeadRecurrentPPO:
         self._current_hidden: RecurrentState | None = None
         self._state_before: RecurrentState | None = None
         self._episode_starts = torch.ones(num_streams, dtype=torch.bool, device=self.device)
-        self._final: list[_FinalObservations] = []
         self.rollout_memory = Rollout(
             self.config.rollout_length,
             num_streams,
@@ -129,13 +121,16 @@ class DualHeadRecurrentPPO:
 
     def _get_hidden_state(self) -> RecurrentState:
         if self._current_hidden is None:
+            # The specification's reset sets it to None: whatever comes next begins an episode.
             self._current_hidden = self.policy.initial_state(self.num_streams)
+            self._episode_starts = torch.ones_like(self._episode_starts)
         return self._current_hidden
 
     def _update_hidden_state(self, new_hidden: RecurrentState | tuple[Tensor, Tensor] | Tensor) -> None:
         """Takes what `nn.LSTM` or `nn.GRU` returns as its state, or ours."""
-        parts = (new_hidden, None) if isinstance(new_hidden, Tensor) else new_hidden
-        self._current_hidden = RecurrentState(*parts)
+        if isinstance(new_hidden, Tensor):
+            new_hidden = RecurrentState(new_hidden, None)
+        self._current_hidden = new_hidden if isinstance(new_hidden, RecurrentState) else RecurrentState(*new_hidden)
 
     def reset_state(self) -> None:
         """Zeroes the recurrent state of all streams: their next step begins an episode.
@@ -178,8 +173,6 @@ class DualHeadRecurrentPPO:
                 f"act() on a full rollout of {self.config.rollout_length} steps: call learn(next_observations) first"
             )
         tensors = self._tensors(observations)
-        if self._current_hidden is None:  # the specification's reset: whatever comes now begins an episode
-            self._episode_starts = torch.ones_like(self._episode_starts)
         state = self._get_hidden_state()
         output, next_state = self.policy.step(tensors, state)
         distribution = output.distribution
@@ -232,14 +225,12 @@ class DualHeadRecurrentPPO:
                 else "norms are enforced but no events came: record(..., events=NormEvents(punished, collected))"
             )
         cut_off = truncated & ~terminated
-        final = None
-        if final_observations is not None or cut_off.any():
-            final = self._final_observations(cut_off, final_observations)
+        final_values = self._final_values(cut_off, final_observations) if cut_off.any() else None
         guilt = torch.zeros_like(task_rewards)
         if self.norms is not None and events is not None:
             guilt = self.norms.update(events, memory.actions[memory.length]).total.to(task_rewards.dtype)
-        if final is not None:
-            self._final.append(final)
+        if final_values is not None:
+            memory.final_values[memory.length, cut_off] = final_values
         memory.complete_step(task_rewards, guilt, terminated, truncated)
         self._state_before = None
         self.num_steps += self.num_streams
@@ -323,7 +314,6 @@ class DualHeadRecurrentPPO:
             self.policy.encoder.update_normalizers(
                 {name: seen[name][memory.max_tail :][:T].flatten(0, 1) for name in self.policy.encoder.normalizers}
             )
-        self._final.clear()
         memory.clear()
         self.num_updates += 1
         return metrics
@@ -344,44 +334,20 @@ class DualHeadRecurrentPPO:
                 )
             # The value pass looks at the acting state and leaves it as it is.
             next_values[-1] = self.policy.values(self._tensors(next_observations), self._get_hidden_state())
-        self._value_final_observations()
         cut_off = memory.truncated[:T] & ~memory.terminated[:T]
         return torch.where(cut_off, memory.final_values[:T], next_values)
 
-    def _final_observations(self, cut_off: Tensor, final_observations: Any) -> _FinalObservations | None:
-        """The truncated streams' last sight, with the state that followed their last step."""
+    def _final_values(self, cut_off: Tensor, final_observations: Any) -> Tensor:
+        """V [n] of what the n truncated streams saw last, with the state that followed their last step."""
         streams = cut_off.nonzero()[:, 0]
-        if len(streams) == 0:
-            return None
         if final_observations is None:
             raise ValueError(
                 f"streams {streams.tolist()[:8]} were truncated: record(..., final_observations=...) is needed to "
                 f"bootstrap from what they saw last (the observation before the reset)"
             )
         assert self._current_hidden is not None
-        tensors = self._tensors(final_observations)
-        return _FinalObservations(
-            self.rollout_memory.length,
-            streams,
-            {name: tensor[streams] for name, tensor in tensors.items()},
-            self._current_hidden.select(streams),
-        )
-
-    @torch.no_grad()
-    def _value_final_observations(self) -> None:
-        """V of all truncated streams' final observations in one pass, into the rollout."""
-        if not self._final:
-            return
-        names = self._final[0].observations
-        observations = {name: torch.cat([final.observations[name] for final in self._final]) for name in names}
-        h = torch.cat([final.state.h for final in self._final], dim=1)
-        cs = [final.state.c for final in self._final if final.state.c is not None]
-        values = self.policy.values(observations, RecurrentState(h, torch.cat(cs, dim=1) if cs else None))
-        begin = 0
-        for final in self._final:
-            self.rollout_memory.final_values[final.step, final.streams] = values[begin : begin + len(final.streams)]
-            begin += len(final.streams)
-        self._final.clear()
+        tensors = self._tensors(final_observations, streams)
+        return self.policy.values(tensors, self._current_hidden.select(streams))
 
     def _coefs(self, num_updates: int) -> tuple[float, ...]:
         """Entropy weight per head after a number of updates: linear from start to end, then constant."""
@@ -404,24 +370,23 @@ class DualHeadRecurrentPPO:
         """Step size of this update, by the environment steps taken before its rollout."""
         if self.config.learning_rate_schedule == "constant":
             return self.config.learning_rate
-        if self.config.learning_rate_decay_steps is None:
-            raise ValueError("learning_rate_schedule='linear' needs learning_rate_decay_steps")
+        assert self.config.learning_rate_decay_steps is not None
         before = self.num_steps - self.rollout_memory.length * self.num_streams
         return self.config.learning_rate * max(0.0, 1 - before / self.config.learning_rate_decay_steps)
 
     # Checks.
 
-    def _tensors(self, observations: Any) -> Observations:
+    def _tensors(self, observations: Any, streams: Tensor | None = None) -> Observations:
+        """Checked observations of all streams, or of the chosen ones."""
         tensors = self.observation_spec.to_tensors(
-            observations, self.num_streams, device=self.device, dtype=self.policy.dtype
+            observations, self.num_streams, streams=streams, device=self.device, dtype=self.policy.dtype
         )
         if self.device.type == "cpu":
             self.policy.heads.check_mask(tensors)
         return tensors
 
     def _stream_tensor(self, values: Any, name: str, dtype: torch.dtype) -> Tensor:
-        tensor = values if isinstance(values, Tensor) else torch.as_tensor(np.asarray(values))
-        tensor = tensor.to(self.device)
+        tensor = as_tensor(values, name).to(self.device)
         if tensor.dim() == 0 and self.num_streams == 1:
             tensor = tensor[None]
         if tuple(tensor.shape) != (self.num_streams,):
@@ -456,14 +421,15 @@ class DualHeadRecurrentPPO:
             RuntimeError: a step is not recorded yet.
         """
         self._expect_no_pending("save()")
-        self._value_final_observations()
         memory = self.rollout_memory
-        return self._tensors_to_save(), {
+        tensors = {name: tensor.detach().clone() for name, tensor in self._tensors_to_save().items()}
+        return tensors, {
             "network": self.network.model_dump(),
             "config": self.config.model_dump(),
             "observation_space": str(self.observation_spec.space),
             "action_space": str(self.action_spec.space),
             "num_streams": self.num_streams,
+            "dtype": str(self.policy.dtype),
             "num_steps": self.num_steps,
             "num_updates": self.num_updates,
             "rollout": [memory.length, memory.tail_length],
@@ -480,6 +446,7 @@ class DualHeadRecurrentPPO:
             "observation_space": str(self.observation_spec.space),
             "action_space": str(self.action_spec.space),
             "num_streams": self.num_streams,
+            "dtype": str(self.policy.dtype),
             "config": {name: getattr(self.config, name) for name in _SHAPING_SETTINGS},
         }
         for name, mine in ours.items():
@@ -489,14 +456,17 @@ class DualHeadRecurrentPPO:
                 given = {key: given.get(key) for key in _SHAPING_SETTINGS}
             if _plain(given) != _plain(mine):
                 raise CheckpointError(f"{source} is of another architecture: its {name} is {given}, expected {mine}")
-        self._init_optimizer_state()
+        try:
+            num_steps, num_updates = int(metadata["num_steps"]), int(metadata["num_updates"])
+            length, tail_length = map(int, metadata["rollout"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{source} lacks its counters: {error!r}") from error
         fill(self._tensors_to_save(), tensors, what=source)
         self._sampling.set_state(tensors["rng/sampling"])
         self._shuffling.set_state(tensors["rng/shuffling"])
-        self.num_steps, self.num_updates = int(metadata["num_steps"]), int(metadata["num_updates"])
-        self.rollout_memory.length, self.rollout_memory.tail_length = map(int, metadata["rollout"])
+        self.num_steps, self.num_updates = num_steps, num_updates
+        self.rollout_memory.length, self.rollout_memory.tail_length = length, tail_length
         self._state_before = None
-        self._final.clear()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one checkpoint file, whole or not at all.

@@ -81,6 +81,7 @@ class NormEnforcer(torch.nn.Module):
 
     strengths: Tensor
     _guilt_sums: Tensor
+    _num_steps: Tensor
 
     def __init__(
         self,
@@ -128,8 +129,8 @@ class NormEnforcer(torch.nn.Module):
         self.harmful_action = harmful_action
         self.harmful_head = harmful_head
         self.register_buffer("strengths", torch.zeros(num_streams, len(names)))
-        self.register_buffer("_guilt_sums", torch.zeros(len(names)), persistent=False)
-        self._num_steps = 0
+        self.register_buffer("_guilt_sums", torch.zeros(len(names)))
+        self.register_buffer("_num_steps", torch.zeros((), dtype=torch.int64))
 
     def update(self, events: NormEvents, actions: Tensor | None = None) -> Guilt:
         """Advance all strengths by one step and return the guilt of that step.
@@ -200,10 +201,10 @@ class NormEnforcer(torch.nn.Module):
             `norms/strength/<resource>`: mean over streams, now.
             `norms/guilt/<resource>`: mean per stream and step since the last call; 0 if there was no step.
         """
-        steps = max(self._num_steps, 1) * self.num_streams
+        steps = max(int(self._num_steps), 1) * self.num_streams
         strengths, guilt = torch.stack([self.strengths.mean(dim=0), self._guilt_sums / steps]).tolist()
         self._guilt_sums.zero_()
-        self._num_steps = 0
+        self._num_steps.zero_()
         return {
             **{f"norms/strength/{name}": value for name, value in zip(self.resources, strengths)},
             **{f"norms/guilt/{name}": value for name, value in zip(self.resources, guilt)},

@@ -67,8 +67,14 @@ def ppo_update(
         if epoch == 1 and config.state_refresh == "epoch":
             metrics |= refresh(policy, rollout, segments, config=config)
         for chosen in minibatches(segments.length, config.batch_size, generator=generator):
-            batch = gather(policy, rollout, segments.take(chosen), advantages=advantages, returns=returns)
-            output = policy.evaluate(batch, bf16=config.precision == "bf16")
+            minibatch = segments.take(chosen)
+            if num_minibatches == 0:
+                # The weights are still those that acted: stored states are exact, and a burn-in through the tail,
+                # whose states older weights made, would replace them by other ones.
+                minibatch = minibatch._replace(burn_in=np.zeros_like(minibatch.burn_in))
+            batch = gather(policy, rollout, minibatch, advantages=advantages, returns=returns)
+            with torch.autocast(policy.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                output = policy.evaluate(batch)
             minibatch_advantages = batch.advantages
             if config.normalize_advantages == "minibatch":
                 minibatch_advantages = normalize(minibatch_advantages)

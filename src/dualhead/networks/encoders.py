@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import gymnasium as gym
@@ -13,6 +13,7 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
+from dualhead.networks.linear import Linear
 from dualhead.types import DataError, Observations
 
 ACTION_MASK = "action_mask"
@@ -52,11 +53,19 @@ class ObservationSpec:
     def inputs(self) -> tuple[Leaf, ...]:
         return tuple(leaf for leaf in self.leaves if not leaf.is_mask)
 
-    def to_tensors(self, observations: Any, batch: int, *, device: torch.device, dtype: torch.dtype) -> Observations:
+    def to_tensors(
+        self,
+        observations: Any,
+        batch: int,
+        *,
+        streams: Tensor | None = None,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> Observations:
         """Batched observations as tensors on `device`: floats as `dtype`, integers and bools in their own dtype.
 
         A single stream may come without its batch axis. Nothing is copied that need not be: tensors may share memory
-        with what was given.
+        with what was given. Where `streams` are chosen, only their rows are looked at and returned.
 
         Raises:
             DataError: a part is missing, has another shape than [batch, *space.shape], is not finite, or is out of
@@ -64,7 +73,7 @@ class ObservationSpec:
         """
         tensors = {}
         for leaf in self.leaves:
-            tensor = _tensor(_pick(observations, leaf.name), leaf.name).to(device)
+            tensor = as_tensor(_pick(observations, leaf.name), f"observation {leaf.name!r}").to(device)
             expected = (batch, *(leaf.space.shape or ()))
             if batch == 1 and tuple(tensor.shape) == expected[1:]:
                 tensor = tensor[None]
@@ -73,6 +82,8 @@ class ObservationSpec:
                     f"observation {leaf.name!r}: expected shape {expected} ({batch} streams of {leaf.space}), "
                     f"got {tuple(tensor.shape)}"
                 )
+            if streams is not None:
+                tensor = tensor[streams]
             if tensor.is_floating_point():
                 if np.issubdtype(leaf.space.dtype, np.floating):
                     tensor = tensor.to(dtype)
@@ -90,26 +101,35 @@ def check_leaf(leaf: Leaf, tensor: Tensor) -> None:
     if tensor.is_floating_point():
         if not torch.isfinite(tensor).all():
             raise DataError(non_finite_message(f"observation {leaf.name!r}", tensor))
-    elif isinstance(leaf.space, spaces.Discrete | spaces.MultiDiscrete):
+        return
+    if isinstance(leaf.space, spaces.Discrete | spaces.MultiDiscrete):
+        size = leaf.space.n if isinstance(leaf.space, spaces.Discrete) else leaf.space.nvec
         low = torch.as_tensor(leaf.space.start, device=tensor.device)
-        high = low + torch.as_tensor(
-            leaf.space.n if isinstance(leaf.space, spaces.Discrete) else leaf.space.nvec, device=tensor.device
+        high = low + torch.as_tensor(size, device=tensor.device) - 1
+    elif tensor.dtype == torch.bool or leaf.is_mask or tensor.dtype.itemsize <= np.dtype(leaf.space.dtype).itemsize:
+        return
+    else:  # wider integers than the space's, which storing them would wrap around
+        low, high = (torch.tensor(limit) for limit in _limits(leaf.space.dtype))
+    outside = (tensor < low) | (tensor > high)
+    if outside.any():
+        where = outside.nonzero()[0].tolist()
+        raise DataError(
+            f"observation {leaf.name!r} of stream {where[0]} is {tensor[tuple(where)].item()}: expected {leaf.space}"
         )
-        outside = (tensor < low) | (tensor >= high)
-        if outside.any():
-            where = outside.nonzero()[0].tolist()
-            raise DataError(
-                f"observation {leaf.name!r} of stream {where[0]} is {tensor[tuple(where)].item()}: "
-                f"expected {leaf.space}"
-            )
 
 
-def _tensor(values: Any, name: str) -> Tensor:
+def _limits(dtype: Any) -> tuple[int, int]:
+    info = np.iinfo(dtype)
+    return int(info.min), int(info.max)
+
+
+def as_tensor(values: Any, name: str) -> Tensor:
+    """What came in as a tensor, sharing memory where it may be written to."""
     if isinstance(values, Tensor):
         return values
     array = np.asarray(values)
     if array.dtype == object:
-        raise DataError(f"observation {name!r}: expected numbers, got an array of objects")
+        raise DataError(f"{name}: expected numbers, got an array of objects")
     return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
@@ -174,6 +194,11 @@ class RunningNormalizer(nn.Module):
         self.register_buffer("mean", torch.zeros(tuple(shape), dtype=torch.float64))
         self.register_buffer("variance", torch.ones(tuple(shape), dtype=torch.float64))
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RunningNormalizer:
+        # A cast to the policy's dtype moves the statistics to its device and leaves them in float64.
+        super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
+        return self
 
     def update(self, batch: Tensor) -> None:
         """Takes in a batch [N, *shape]."""
@@ -251,7 +276,7 @@ class _Image(nn.Module):
             ]
         else:
             convolutions = [nn.Conv2d(channels, 32, 3, padding=1), nn.Conv2d(32, 64, 3, padding=1)]
-        self.convolutions = nn.Sequential(*(m for conv in convolutions for m in (conv, nn.ReLU())))
+        self.convolutions = nn.Sequential(*(m for conv in convolutions for m in (conv, nn.ReLU(inplace=True))))
         with torch.no_grad():
             self.num_features = self.convolutions(torch.zeros(1, *shape)).numel()
 
@@ -294,7 +319,7 @@ class Encoder(nn.Module):
         sizes = [num_joined, *encoder_sizes]
         layers: list[nn.Module] = []
         for given, wanted in itertools.pairwise(sizes):
-            layers += [nn.Linear(given, wanted), nn.ReLU()]
+            layers += [Linear(given, wanted), nn.ReLU()]
         self.joined = nn.Sequential(*layers)
         self.num_features = sizes[-1]
 

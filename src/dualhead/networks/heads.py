@@ -56,7 +56,8 @@ class ActionSpec:
         """
         if self.is_continuous:
             scaled = np.where(self._bounded, actions.clip(-1.0, 1.0), actions) * self._half + self._centre
-            return scaled.astype(self.space.dtype)
+            assert isinstance(self.space, spaces.Box)
+            return scaled.astype(self.space.dtype).clip(self.space.low, self.space.high)
         actions = actions + self._starts
         return _split(self.space, actions)[0]
 

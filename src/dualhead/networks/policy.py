@@ -98,11 +98,11 @@ class RecurrentPolicy(nn.Module):
         h, next_state = self._forward_base(observations, state)
         return self._output(h, observations), next_state
 
-    def evaluate(self, segments: SegmentBatch, *, bf16: bool = False) -> PolicyOutput:
-        """All N steps of a minibatch of segments, each from its own state; `bf16` for encoder and memory."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-            h, _ = self._forward_base(segments.observations, segments.state, segments.layout)
-        return self._output(h.to(self.dtype), segments.observations)
+    def evaluate(self, segments: SegmentBatch) -> PolicyOutput:
+        """All N steps of a minibatch of segments, each from its own state; heads and critic never under autocast."""
+        h, _ = self._forward_base(segments.observations, segments.state, segments.layout)
+        with torch.autocast(self.device.type, enabled=False):
+            return self._output(h.to(self.dtype), segments.observations)
 
     def advance(self, observations: Observations, state: RecurrentState, layout: Layout) -> RecurrentState:
         """State [L, S, H] after the last step of each segment of an unpadded layout."""

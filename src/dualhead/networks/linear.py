@@ -1,0 +1,65 @@
+"""`nn.Linear` whose fp32 products on a CPU go through oneDNN, in the forward and in the backward pass.
+
+PyTorch sends fp32 products of `nn.Linear` to its BLAS. Where that is MKL on a processor that MKL does not know well, it
+runs at half the machine's rate; oneDNN, which PyTorch carries for convolutions and recurrent layers, does not
+(docs/performance.md has the numbers). The arithmetic is fp32 either way and differs only in the order of sums.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def _onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [N, F] times weight [M, F] transposed, plus bias [M]."""
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return product
+
+
+def _onednn_works() -> bool:
+    """Whether this build of PyTorch has the product, and it computes what it should."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    x, weight, bias = torch.arange(6.0).view(2, 3), torch.arange(12.0).view(4, 3), torch.arange(4.0)
+    try:
+        return torch.equal(_onednn_product(x, weight, bias), x @ weight.t() + bias)
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+
+
+_HAS_ONEDNN = _onednn_works()
+
+
+class _OneDNNLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _onednn_product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        x, weight = ctx.saved_tensors
+        # Transposed views are what oneDNN wants here; copies made contiguous are slower.
+        grad_x = _onednn_product(grad, weight.t(), None) if ctx.needs_input_grad[0] else None
+        grad_weight = _onednn_product(grad.t(), x.t(), None) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_weight, grad.sum(0)
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` with a bias, for inputs [N, F]; the same numbers to rounding, faster on some processors."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if (
+            _HAS_ONEDNN
+            and x.dtype == torch.float32
+            and x.device.type == "cpu"
+            and x.shape[0] > 0
+            and not torch.is_autocast_enabled("cpu")
+            and not torch.onnx.is_in_onnx_export()
+        ):
+            product: Tensor = _OneDNNLinear.apply(x, self.weight, self.bias)
+            return product
+        return super().forward(x)
