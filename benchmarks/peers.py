@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.distributions import Categorical
 from workloads import WORKLOADS, Workload, time_ours
 
+from dualhead.running.machine import keep_freed_memory
 from dualhead.worlds.streams import UnavailableEnvironment
 
 INSTALL = "sb3-contrib is not installed and left out; to have it: pip install 'dualhead[bench]'"
@@ -270,6 +271,7 @@ def main() -> None:
     except (ValueError, UnavailableEnvironment) as error:
         parser.error(str(error))
 
+    keep_freed_memory()
     torch.set_num_threads(args.threads)
     lines = sys.stderr if args.json else sys.stdout
     if importlib.util.find_spec("sb3_contrib") is None:

@@ -37,6 +37,7 @@ from gymnasium import spaces
 from torch import Tensor, nn
 from workloads import PRECISIONS, WORKLOADS, Timing, Workload, time_ours
 
+from dualhead.running.machine import keep_freed_memory
 from dualhead.worlds.streams import UnavailableEnvironment
 
 PLAIN_SEQUENCE = 16
@@ -316,6 +317,7 @@ def main() -> None:
     except (ValueError, UnavailableEnvironment) as error:
         parser.error(str(error))
 
+    keep_freed_memory()
     torch.set_num_threads(args.threads)
     lines = sys.stderr if args.json else sys.stdout
     print(

@@ -329,12 +329,45 @@ def test_masks_and_integers_of_other_kinds_give_the_same_rollout(given):
     assert agent.learn(observations)["policy/first_ratio_error"] < 1e-12
 
 
-@pytest.mark.parametrize("pixel", [256, -1])
-def test_integers_that_the_space_cannot_hold_are_refused(pixel):
-    """Stored they would wrap around, and the rollout would hold something else than what was acted upon."""
-    agent = make_agent(observation_space=spaces.Box(0, 255, (2,), np.uint8))
-    with pytest.raises(DataError, match=f"stream 1 is {pixel}"):
-        agent.act(np.array([[0, 255], [pixel, 0], [0, 0]]))
+@pytest.mark.parametrize(
+    ("kept_as", "given_as", "number"),
+    [
+        (np.uint8, np.int64, 256),
+        (np.uint8, np.int64, -1),
+        (np.uint8, np.int8, -1),
+        (np.int16, np.uint16, 40_000),
+        (np.bool_, np.int64, 2),
+        (np.bool_, np.int8, 2),
+    ],
+)
+def test_numbers_that_the_rollout_cannot_hold_are_refused(kept_as, given_as, number):
+    """Stored they would wrap around, and what is learned from would not be what was acted upon."""
+    agent = make_agent(observation_space=spaces.Box(0, 1 if kept_as is np.bool_ else 100, (2,), kept_as))
+    with pytest.raises(DataError, match=f"stream 1 is {number}"):
+        agent.act(np.array([[0, 1], [number, 0], [0, 0]], dtype=given_as))
+    agent.act(np.array([[0, 1], [1, 0], [0, 0]], dtype=given_as))
+
+
+@pytest.mark.parametrize("flag", [0.5, 256])
+def test_masks_are_flags(flag):
+    agent = make_agent()
+    with pytest.raises(DataError, match=f"'action_mask' of stream 1 is {flag}"):
+        agent.act({"x": X, "action_mask": np.where(TRUE_1[:, None], flag, 1)})
+
+
+def test_what_is_wrong_with_final_observations_names_the_stream():
+    agent = make_agent()
+    agent.act(masked(X))
+    with pytest.raises(DataError, match="'x' of stream 1 is nan"):
+        agent.record(np.ones(B), NOBODY, TRUE_1, final_observations=masked(np.where(TRUE_1[:, None], np.nan, X)))
+
+
+def test_a_final_observation_needs_no_legal_action():
+    """Nobody acts there: its value is all that is asked for."""
+    agent = make_agent()
+    agent.act(masked(X))
+    agent.record(np.ones(B), NOBODY, TRUE_1, final_observations={"x": X, "action_mask": np.zeros((B, 5))})
+    assert agent.rollout_memory.final_values[0].abs().gt(0).tolist() == TRUE_1.tolist()
 
 
 def test_tensors_give_tensors_and_arrays_arrays():
@@ -362,6 +395,20 @@ def test_deterministic_actions_are_the_likeliest_and_draw_nothing():
     output, _ = agent.policy.step(tensors, state)
     assert actions.tolist() == torch.stack([p.argmax(1) for p in output.distribution.logits], dim=1).tolist()
     assert torch.equal(before, agent._sampling.get_state())
+
+
+def test_acting_and_shuffling_draw_from_generators_of_their_own():
+    agent = make_agent()
+    sampling, shuffling = agent._sampling.get_state(), agent._shuffling.get_state()
+    for _ in range(4):
+        agent.act(masked(X))
+        agent.record(np.ones(B), NOBODY, NOBODY)
+    assert not torch.equal(sampling, agent._sampling.get_state())
+    assert torch.equal(shuffling, agent._shuffling.get_state())
+    sampling = agent._sampling.get_state()
+    agent.learn(masked(X))
+    assert torch.equal(sampling, agent._sampling.get_state())
+    assert not torch.equal(shuffling, agent._shuffling.get_state())
 
 
 def test_actions_follow_the_policy_and_the_seed():
@@ -468,7 +515,12 @@ def test_target_kl_stops_an_update_before_the_step_that_goes_too_far():
     weights = []
     for settings in ({"num_epochs": 6, "target_kl": 1e-9}, {"num_epochs": 1}, {"num_epochs": 6, "target_kl": 1e9}):
         agent = make_agent(batch_size=12, learning_rate=0.01, state_refresh="never", dtype=torch.float64, **settings)
+        num_evaluated = []
+        evaluate = agent.policy.evaluate
+        agent.policy.evaluate = lambda batch, evaluate=evaluate, seen=num_evaluated: seen.append(1) or evaluate(batch)
         *_, metrics = World().play(agent, 4)
+        # The minibatch that went too far is the last one that is looked at.
+        assert len(num_evaluated) == metrics["update/optimizer_steps"] + (settings.get("target_kl") == 1e-9)
         assert metrics["update/optimizer_steps"] == (6 if settings.get("target_kl") == 1e9 else 1)
         weights.append(list(agent.policy.parameters()))
     stopped, single, free = weights

@@ -241,9 +241,9 @@ def test_a_rollout_of_one_step_trains_without_nan(memory, over):
 def test_padding_never_reaches_the_loss(memory, advantages_used, monkeypatch):
     """Runs of 6, 1 + 5 and 4 + 2 steps, in a block per length and in one block of 5 x 6 rows: the same update."""
     weights = []
-    for max_padding in (0.0, 10.0):
-        monkeypatch.setattr(dualhead.learning.update, "MAX_PADDING", max_padding)
+    for block_cost in (0.0, 1e6):
         agent = make_agent(memory, num_epochs=2)
+        monkeypatch.setattr(agent.policy.memory, "block_cost", block_cost)
         rng = np.random.default_rng(0)
         for t in range(6):
             agent.act(rng.normal(size=(3, 4)))

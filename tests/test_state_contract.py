@@ -21,7 +21,7 @@ MASK_SPACE = spaces.Dict(x=spaces.Box(-9, 9, (3,)), action_mask=spaces.MultiBina
 PLAIN_SPACE = spaces.Dict(x=spaces.Box(-9, 9, (3,)))
 
 
-def make_agent(memory="lstm", *, num_streams=3, num_layers=1, masks=False, seed=0, hidden_size=8, **changes):
+def make_agent(memory="lstm", *, num_layers=1, masks=False, dtype=torch.float64, **changes):
     settings = {
         "rollout_length": 20,
         "sequence_length": 7,
@@ -33,11 +33,10 @@ def make_agent(memory="lstm", *, num_streams=3, num_layers=1, masks=False, seed=
     return DualHeadRecurrentPPO(
         MASK_SPACE if masks else PLAIN_SPACE,
         spaces.MultiDiscrete([3, 2]),
-        num_streams=num_streams,
+        num_streams=3,
         config=PPOConfig(**settings),
-        network=NetworkConfig(memory=memory, num_layers=num_layers, hidden_size=hidden_size, encoder_sizes=(8,)),
-        seed=seed,
-        dtype=torch.float64,
+        network=NetworkConfig(memory=memory, num_layers=num_layers, hidden_size=8, encoder_sizes=(8,)),
+        dtype=dtype,
     )
 
 
@@ -314,6 +313,7 @@ class CountingMemory(torch.nn.Module):
     """
 
     num_features = 4
+    block_cost = 0.0
 
     def __init__(self):
         super().__init__()
@@ -651,13 +651,13 @@ def test_bf16_is_near_and_touches_the_update_only(memory):
     """bf16 keeps 8 bits: ratios are 1 to a few per cent, and acting is as exact as ever."""
     rollouts = []
     for precision in ("fp32", "bf16"):
-        agent, world = make_agent(memory, precision=precision), World()
+        agent, world = make_agent(memory, precision=precision, dtype=torch.float32), World()
         world.play(agent)
         rollouts.append(agent.rollout_memory)
         assert torch.equal(rollouts[0].log_probs, rollouts[-1].log_probs)
         error = agent.learn(world.now)["policy/first_ratio_error"]
-        assert error < (1e-10 if precision == "fp32" else 0.1)
-        assert all(p.dtype == torch.float64 and p.isfinite().all() for p in agent.policy.parameters())
+        assert error < 1e-5 if precision == "fp32" else 1e-4 < error < 0.1
+        assert all(p.dtype == torch.float32 and p.isfinite().all() for p in agent.policy.parameters())
 
 
 @recurrent

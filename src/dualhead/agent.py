@@ -14,7 +14,7 @@ from dualhead.config import NetworkConfig, NormConfig, PPOConfig
 from dualhead.learning.advantages import RewardScale, generalized_advantages
 from dualhead.learning.rollout import Rollout
 from dualhead.learning.update import ppo_update
-from dualhead.networks.encoders import ObservationSpec, as_tensor, check_leaf, non_finite_message
+from dualhead.networks.encoders import ObservationSpec, all_finite, as_tensor, check_leaf, non_finite_message
 from dualhead.networks.heads import ActionSpec
 from dualhead.networks.policy import RecurrentPolicy
 from dualhead.norms import NormEnforcer, NormEvents
@@ -85,7 +85,7 @@ class DualHeadRecurrentPPO:
                 normalize_observations=self.config.normalize_observations,
             ).to(self.device, dtype)
         self.optimizer = torch.optim.Adam(
-            self.policy.parameters(), lr=self.config.learning_rate, eps=self.config.adam_eps
+            self.policy.parameters(), lr=self.config.learning_rate, eps=self.config.adam_eps, fused=True
         )
         self.reward_scale = (
             RewardScale(num_streams, gamma=self.config.gamma).to(self.device) if self.config.normalize_rewards else None
@@ -216,7 +216,7 @@ class DualHeadRecurrentPPO:
         task_rewards = self._stream_tensor(rewards, "rewards", self.policy.dtype)
         terminated = self._stream_tensor(terminated, "terminated", torch.bool)
         truncated = self._stream_tensor(truncated, "truncated", torch.bool)
-        if self.device.type == "cpu" and not torch.isfinite(task_rewards).all():
+        if self.device.type == "cpu" and not all_finite(task_rewards):
             raise DataError(non_finite_message("reward", task_rewards))
         if (self.norms is None) != (events is None):
             raise ValueError(
@@ -236,7 +236,8 @@ class DualHeadRecurrentPPO:
         self.num_steps += self.num_streams
         ended = terminated | truncated
         self._episode_starts = ended
-        if self._current_hidden is not None:
+        # On a CPU asking costs less than resetting nobody; an accelerator would have to be waited for.
+        if self._current_hidden is not None and (self.device.type != "cpu" or ended.any()):
             self._update_hidden_state(self._current_hidden.reset_where(ended))
 
     @property
@@ -405,7 +406,7 @@ class DualHeadRecurrentPPO:
             for step in memory.observations[leaf.name][rows].cpu():
                 check_leaf(leaf, step)
         for step in memory.rewards[: memory.length].cpu():
-            if not torch.isfinite(step).all():
+            if not all_finite(step):
                 raise DataError(non_finite_message("reward", step))
 
     def _expect_no_pending(self, call: str) -> None:

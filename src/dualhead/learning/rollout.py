@@ -132,7 +132,7 @@ class Rollout:
         return torch.from_numpy((step + self.max_tail) * self.num_streams + stream).to(self.device)
 
     def stretch(
-        self, segments: Segments, start: IntArray, length: IntArray, *, max_padding: float
+        self, segments: Segments, start: IntArray, length: IntArray, *, block_cost: float
     ) -> tuple[IntArray, Tensor, Layout]:
         """Packs the steps start .. start + length - 1 of each segment's stream.
 
@@ -140,7 +140,7 @@ class Rollout:
             the order of the segments in the layout (long ones first), flat rows [N] of its steps, and the layout.
         """
         order = np.argsort(-length, kind="stable")
-        segment, step, layout = lay_out(length[order], max_padding=max_padding, device=self.device)
+        segment, step, layout = lay_out(length[order], block_cost=block_cost, device=self.device)
         which = order[segment]
         return order, self.flat_rows(segments.stream[which], start[which] + step), layout
 

@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 from dualhead.types import Layout
 
 IntArray = NDArray[np.int64]
-MAX_PADDING = 0.04
 
 
 class Segments(NamedTuple):
@@ -92,32 +91,21 @@ def minibatches(lengths: IntArray, batch_size: int, *, generator: torch.Generato
 
 
 def lay_out(
-    lengths: IntArray, *, max_padding: float = MAX_PADDING, device: torch.device | str = "cpu"
+    lengths: IntArray, *, block_cost: float, device: torch.device | str = "cpu"
 ) -> tuple[IntArray, IntArray, Layout]:
     """Dense blocks for segments of given lengths, sorted from long to short.
 
     Args:
         lengths: [S], not increasing.
-        max_padding: padded rows allowed, as a fraction of the real steps; 0 gives one block per distinct length.
+        block_cost: what one more recurrent call costs, in steps: padding is bought up to that price. 0 buys none and
+            gives one block per distinct length.
 
     Returns:
         segment [N] and step-in-segment [N] of each packed step, and the layout that places the N steps in blocks.
     """
     assert (lengths[1:] <= lengths[:-1]).all(), "segments must come from long to short"
     total = int(lengths.sum())
-    blocks, padded = [], 0
-    begin = 0
-    # Distinct lengths, longest first: open a block where going on would pad too much.
-    distinct, first = np.unique(-lengths, return_index=True)
-    counts = np.diff(np.append(first, len(lengths)))
-    longest = -int(distinct[0])
-    for value, where, count in zip(-distinct, first, counts):
-        more = (longest - int(value)) * int(count)
-        if padded + more > max_padding * total:
-            blocks.append((int(where) - begin, longest))
-            begin, longest, more = int(where), int(value), 0
-        padded += more
-    blocks.append((len(lengths) - begin, longest))
+    blocks = _cheapest_blocks(lengths, block_cost)
 
     segment_parts, step_parts, real_parts = [], [], []
     row = segment = 0
@@ -141,3 +129,27 @@ def lay_out(
         step_of,
         Layout(tuple(blocks), torch.from_numpy(padding).to(device), torch.from_numpy(real_rows).to(device)),
     )
+
+
+def _cheapest_blocks(lengths: IntArray, block_cost: float) -> list[tuple[int, int]]:
+    """Blocks (segments, steps) over lengths from long to short that cost the fewest steps, calls and padding counted.
+
+    The cheapest way to lay out the first j groups of equal length ends with one block over groups i + 1 .. j:
+
+        cost(j) = min_i cost(i) + block_cost + longest(i + 1) · segments(i + 1 .. j)
+    """
+    longest, first = np.unique(-lengths, return_index=True)
+    longest, ends = -longest, np.append(first, len(lengths))
+    cost = np.zeros(len(ends))
+    chosen = np.zeros(len(ends), dtype=np.int64)
+    for j in range(1, len(ends)):
+        candidates = cost[:j] + block_cost + longest[:j] * (ends[j] - ends[:j])
+        chosen[j] = candidates.argmin()
+        cost[j] = candidates[chosen[j]]
+    blocks = []
+    j = len(ends) - 1
+    while j > 0:
+        i = chosen[j]
+        blocks.append((int(ends[j] - ends[i]), int(longest[i])))
+        j = i
+    return blocks[::-1]

@@ -11,7 +11,7 @@ from torch import Tensor
 from dualhead.config import PPOConfig
 from dualhead.learning.losses import clipped_surrogate, explained_variance, normalize, value_loss
 from dualhead.learning.rollout import Rollout
-from dualhead.learning.segments import MAX_PADDING, IntArray, Segments, cut, minibatches
+from dualhead.learning.segments import IntArray, Segments, cut, minibatches
 from dualhead.networks.memory import concatenate_states
 from dualhead.networks.policy import PolicyOutput, RecurrentPolicy
 from dualhead.types import RecurrentState, SegmentBatch
@@ -126,7 +126,9 @@ def gather(
     policy: RecurrentPolicy, rollout: Rollout, segments: Segments, *, advantages: Tensor, returns: Tensor
 ) -> SegmentBatch:
     """A minibatch of segments, packed, each with the state it begins from."""
-    order, rows, layout = rollout.stretch(segments, segments.start, segments.length, max_padding=MAX_PADDING)
+    order, rows, layout = rollout.stretch(
+        segments, segments.start, segments.length, block_cost=policy.memory.block_cost
+    )
     steps = rows - rollout.max_tail * rollout.num_streams
 
     def pick(buffer: Tensor) -> Tensor:
@@ -155,7 +157,7 @@ def initial_states(policy: RecurrentPolicy, rollout: Rollout, segments: Segments
     if len(warm) == 0:
         return state
     prefix = segments.take(warm)
-    order, rows, layout = rollout.stretch(prefix, prefix.start - prefix.burn_in, prefix.burn_in, max_padding=0.0)
+    order, rows, layout = rollout.stretch(prefix, prefix.start - prefix.burn_in, prefix.burn_in, block_cost=0.0)
     which = torch.from_numpy(warm[order]).to(rollout.device)
     warmed = policy.advance(rollout.observations_at(rows), state.select(which), layout)
     for part, new in zip(state, warmed):
@@ -231,7 +233,7 @@ def _unroll_runs(
             break
         runs, run_length = runs.take(alive), run_length[alive]
         lengths = np.full(len(alive), piece)
-        _, steps, layout = rollout.stretch(runs, runs.start + position, lengths, max_padding=0.0)
+        _, steps, layout = rollout.stretch(runs, runs.start + position, lengths, block_cost=0.0)
         state = state.select(torch.from_numpy(alive).to(rollout.device))
         state = policy.advance(rollout.observations_at(steps), state, layout)
         position += piece
@@ -249,7 +251,7 @@ def _first_and_last(policy: RecurrentPolicy, rollout: Rollout, segments: Segment
     last = first
     if len(longer):
         lead = segments.take(longer)
-        lead_order, lead_rows, lead_layout = rollout.stretch(lead, lead.start, lead.length - 1, max_padding=0.0)
+        lead_order, lead_rows, lead_layout = rollout.stretch(lead, lead.start, lead.length - 1, block_cost=0.0)
         which = torch.from_numpy(longer[lead_order]).to(rollout.device)
         moved = policy.advance(rollout.observations_at(lead_rows), state.select(which), lead_layout)
         for part, new in zip(state, moved):

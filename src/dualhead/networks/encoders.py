@@ -99,7 +99,7 @@ class ObservationSpec:
 def check_leaf(leaf: Leaf, tensor: Tensor) -> None:
     """Refuses numbers [B, ...] that are not finite, and indices outside a Discrete space."""
     if tensor.is_floating_point():
-        if not torch.isfinite(tensor).all():
+        if not all_finite(tensor):
             raise DataError(non_finite_message(f"observation {leaf.name!r}", tensor))
         return
     if isinstance(leaf.space, spaces.Discrete | spaces.MultiDiscrete):
@@ -131,6 +131,11 @@ def as_tensor(values: Any, name: str) -> Tensor:
     if array.dtype == object:
         raise DataError(f"{name}: expected numbers, got an array of objects")
     return torch.from_numpy(array if array.flags.writeable else array.copy())
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether all numbers are finite; one sum settles it unless the sum itself overflows."""
+    return math.isfinite(tensor.sum().item()) or bool(torch.isfinite(tensor).all())
 
 
 def non_finite_message(what: str, tensor: Tensor) -> str:

@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+MIN_PRODUCTS = 1_000_000
+"""Below so many products the call costs more than oneDNN saves."""
+
 
 def _onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [N, F] times weight [M, F] transposed, plus bias [M]."""
@@ -56,7 +59,7 @@ class Linear(nn.Linear):
             _HAS_ONEDNN
             and x.dtype == torch.float32
             and x.device.type == "cpu"
-            and x.shape[0] > 0
+            and x.shape[0] * self.weight.numel() > MIN_PRODUCTS
             and not torch.is_autocast_enabled("cpu")
             and not torch.onnx.is_in_onnx_export()
         ):

@@ -18,10 +18,17 @@ SEQUENCE_CALL_STREAMS = 32
 weights (a quarter of the time for one stream)."""
 
 
+CALL_COST_STEPS, CALL_COST_PRODUCTS = 60.0, 10e6
+"""What a recurrent call costs beyond its steps, forward and backward: handling the weights takes as long as some steps
+do, whatever their size; the rest is constant time, said as products of weights (measured: docs/performance.md)."""
+
+
 class Memory(Protocol):
     """What the policy asks of a recurrent core."""
 
     num_features: int
+    block_cost: float
+    """Price of one more recurrent call, in steps; see `learning.segments.lay_out`."""
 
     def initial_state(self, batch: int, *, device: torch.device, dtype: torch.dtype) -> RecurrentState:
         """Zeros for `batch` streams: what every episode begins from."""
@@ -64,6 +71,8 @@ class RecurrentMemory(nn.Module):
             self.lstm = nn.LSTM(input_size, hidden_size, num_layers, batch_first=True)
         else:
             self.gru = nn.GRU(input_size, hidden_size, num_layers, batch_first=True)
+        num_weights = sum(parameter.numel() for parameter in self.cell.parameters())
+        self.block_cost = CALL_COST_STEPS + CALL_COST_PRODUCTS / num_weights
         self._init_weights(forget_bias, orthogonal_per_gate)
 
     @property
@@ -132,6 +141,7 @@ class NoMemory(nn.Module):
     def __init__(self, input_size: int, *, hidden_size: int) -> None:
         super().__init__()
         self.num_features = hidden_size
+        self.block_cost = 0.0  # nothing recurrent is called
         self.linear = Linear(input_size, hidden_size)
 
     def initial_state(self, batch: int, *, device: torch.device, dtype: torch.dtype) -> RecurrentState:

@@ -17,6 +17,7 @@ from dualhead.agent import DualHeadRecurrentPPO
 from dualhead.config import RunConfig
 from dualhead.running.checkpoint import RunError, checkpoints, new_run_dir, save_checkpoint, write_json
 from dualhead.running.evaluation import EVALUATION_ENVS, evaluate
+from dualhead.running.machine import keep_freed_memory, use_threads
 from dualhead.running.metrics import CSVWriter, EpisodeTracker, ProgressDisplay, TensorBoardWriter, Writer
 from dualhead.types import DataError
 from dualhead.worlds.streams import Streams, make_streams
@@ -35,8 +36,8 @@ def train(config: RunConfig) -> dict[str, Any]:
         RunError: spaces or settings do not go together, the run directory cannot be written, or the environment gave
             what cannot be learned from.
     """
-    if config.num_threads is not None:
-        torch.set_num_threads(config.num_threads)
+    keep_freed_memory()
+    use_threads(config.num_threads)
     streams = make_streams(config.env, config.num_envs, vectorization=config.vectorization)
     try:
         try:
