@@ -352,7 +352,7 @@ def test_numbers_that_the_rollout_cannot_hold_are_refused(kept_as, given_as, num
 def test_masks_are_flags(flag):
     agent = make_agent()
     with pytest.raises(DataError, match=f"'action_mask' of stream 1 is {flag}"):
-        agent.act({"x": X, "action_mask": np.where(TRUE_1[:, None], flag, 1)})
+        agent.act({"x": X, "action_mask": np.where(TRUE_1[:, None], flag, np.ones((B, 5)))})
 
 
 def test_what_is_wrong_with_final_observations_names_the_stream():

@@ -188,7 +188,10 @@ def test_unsupported_observation_spaces_are_named(space, named):
         (spaces.Discrete(3), np.array([0, 3]), "of stream 1 is 3"),
         (spaces.Discrete(3, start=1), np.array([0, 3]), "of stream 0 is 0"),
         (spaces.MultiDiscrete([2, 3]), np.array([[0, 0], [1, 3]]), "of stream 1 is 3"),
-        (spaces.Discrete(3), np.array([0.0, 1.0]), "expected int64, got torch.float64"),
+        (spaces.Discrete(3), np.array([0.0, 0.5]), "of stream 1 is 0.5"),
+        (spaces.Discrete(3), np.array([0.0, 3.0]), "of stream 1 is 3"),
+        (spaces.Discrete(3, start=1), np.array([0.0, 3.0]), "of stream 0 is 0"),
+        (BOX, np.array([[0.0, 0], [1e39, 0]]), "'observation' of stream 1 is inf|of stream 1 is 1e\\+39"),
         (spaces.Dict(a=BOX, b=BOX), {"a": np.zeros((2, 2))}, r"'b' is missing: got a dict with keys \['a'\]"),
         (spaces.Dict(a=BOX), np.zeros((2, 2)), "'a' is missing: got a ndarray"),
         (spaces.Dict(a=spaces.Dict(b=BOX)), {"a": {"c": 1}}, r"'a/b' is missing: got a dict with keys \['c'\]"),
@@ -199,6 +202,13 @@ def test_unsupported_observation_spaces_are_named(space, named):
 def test_observations_that_do_not_fit_are_refused(space, observations, message):
     with pytest.raises(DataError, match=message):
         ObservationSpec(space).to_tensors(observations, 2, device=CPU, dtype=torch.float32)
+
+
+def test_large_numbers_are_finite():
+    """Even where their sum is not."""
+    spec = ObservationSpec(spaces.Box(-np.inf, np.inf, (2,), np.float32))
+    x = np.full((2, 2), 3e38, np.float32)
+    assert spec.to_tensors(x, 2, device=CPU, dtype=torch.float32)["observation"].tolist() == x.tolist()
 
 
 def test_one_stream_may_come_without_its_batch_axis():

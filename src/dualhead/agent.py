@@ -14,7 +14,14 @@ from dualhead.config import NetworkConfig, NormConfig, PPOConfig
 from dualhead.learning.advantages import RewardScale, generalized_advantages
 from dualhead.learning.rollout import Rollout
 from dualhead.learning.update import ppo_update
-from dualhead.networks.encoders import ObservationSpec, all_finite, as_tensor, check_leaf, non_finite_message
+from dualhead.networks.encoders import (
+    ObservationSpec,
+    all_finite,
+    as_tensor,
+    check_leaf,
+    non_finite_message,
+    torch_dtype,
+)
 from dualhead.networks.heads import ActionSpec
 from dualhead.networks.policy import RecurrentPolicy
 from dualhead.norms import NormEnforcer, NormEvents
@@ -382,7 +389,7 @@ class DualHeadRecurrentPPO:
         tensors = self.observation_spec.to_tensors(
             observations, self.num_streams, streams=streams, device=self.device, dtype=self.policy.dtype
         )
-        if self.device.type == "cpu":
+        if self.device.type == "cpu" and streams is None:  # chosen streams are only valued: nobody acts there
             self.policy.heads.check_mask(tensors)
         return tensors
 
@@ -515,8 +522,7 @@ class DualHeadRecurrentPPO:
 
 def _storage_dtype(space: gym.Space, dtype: torch.dtype) -> torch.dtype:
     """Observations are kept in their own dtype, floats in the policy's."""
-    assert space.dtype is not None
-    own = torch.from_numpy(np.empty(0, dtype=space.dtype)).dtype
+    own = torch_dtype(space.dtype)
     return dtype if own.is_floating_point else own
 
 

@@ -84,43 +84,53 @@ class ObservationSpec:
                 )
             if streams is not None:
                 tensor = tensor[streams]
-            if tensor.is_floating_point():
-                if np.issubdtype(leaf.space.dtype, np.floating):
-                    tensor = tensor.to(dtype)
-                elif not leaf.is_mask:
-                    raise DataError(f"observation {leaf.name!r}: expected {leaf.space.dtype}, got {tensor.dtype}")
             # On an accelerator the check would wait for the device each step; learn() makes it there.
             if tensor.device.type == "cpu":
-                check_leaf(leaf, tensor)
-            tensors[leaf.name] = tensor
+                check_leaf(leaf, tensor, streams)
+            tensors[leaf.name] = tensor.to(dtype) if np.issubdtype(leaf.space.dtype, np.floating) else tensor
         return tensors
 
 
-def check_leaf(leaf: Leaf, tensor: Tensor) -> None:
-    """Refuses numbers [B, ...] that are not finite, and indices outside a Discrete space."""
-    if tensor.is_floating_point():
-        if not all_finite(tensor):
-            raise DataError(non_finite_message(f"observation {leaf.name!r}", tensor))
-        return
-    if isinstance(leaf.space, spaces.Discrete | spaces.MultiDiscrete):
+def check_leaf(leaf: Leaf, tensor: Tensor, streams: Tensor | None = None) -> None:
+    """Refuses numbers [B, ...] that are not finite, outside a Discrete space, or that storing them would change.
+
+    Args:
+        streams: [B] which streams the rows belong to; None: 0 .. B - 1.
+
+    Raises:
+        DataError: names the leaf, the stream and the number.
+    """
+    own = torch_dtype(leaf.space.dtype)
+    expected: Any = leaf.space
+    if own.is_floating_point or tensor.is_floating_point():
+        if tensor.is_floating_point() and not all_finite(tensor):
+            bad, expected = ~torch.isfinite(tensor), "finite numbers"
+        elif own.is_floating_point:
+            return
+        elif not leaf.is_mask:
+            raise DataError(f"observation {leaf.name!r}: expected {leaf.space.dtype}, got {tensor.dtype}")
+        else:
+            bad = tensor.to(own).to(tensor.dtype) != tensor
+    elif isinstance(leaf.space, spaces.Discrete | spaces.MultiDiscrete):
         size = leaf.space.n if isinstance(leaf.space, spaces.Discrete) else leaf.space.nvec
-        low = torch.as_tensor(leaf.space.start, device=tensor.device)
-        high = low + torch.as_tensor(size, device=tensor.device) - 1
-    elif tensor.dtype == torch.bool or leaf.is_mask or tensor.dtype.itemsize <= np.dtype(leaf.space.dtype).itemsize:
+        low = torch.as_tensor(leaf.space.start)
+        bad = (tensor < low) | (tensor >= low + torch.as_tensor(size))
+    elif tensor.dtype == own:
         return
-    else:  # wider integers than the space's, which storing them would wrap around
-        low, high = (torch.tensor(limit) for limit in _limits(leaf.space.dtype))
-    outside = (tensor < low) | (tensor > high)
-    if outside.any():
-        where = outside.nonzero()[0].tolist()
-        raise DataError(
-            f"observation {leaf.name!r} of stream {where[0]} is {tensor[tuple(where)].item()}: expected {leaf.space}"
-        )
+    else:
+        bad = tensor.to(own).to(torch.float64) != tensor.to(torch.float64)
+    if leaf.is_mask and not bad.any():
+        bad, expected = (tensor != 0) & (tensor != 1), "0 or 1"
+    if bad.any():
+        where = bad.nonzero()[0].tolist()
+        stream = where[0] if streams is None else int(streams[where[0]])
+        given = tensor[tuple(where)].item()
+        raise DataError(f"observation {leaf.name!r} of stream {stream} is {given}: expected {expected}")
 
 
-def _limits(dtype: Any) -> tuple[int, int]:
-    info = np.iinfo(dtype)
-    return int(info.min), int(info.max)
+def torch_dtype(dtype: Any) -> torch.dtype:
+    """The torch dtype of a NumPy dtype."""
+    return torch.from_numpy(np.empty(0, dtype=dtype)).dtype
 
 
 def as_tensor(values: Any, name: str) -> Tensor:
