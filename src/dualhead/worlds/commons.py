@@ -1,0 +1,569 @@
+"""The state-punishment commons: agents that forage apart, harm each other, and vote on how hard harm is punished.
+
+Letters: W worlds, A agents of each, B = W · A streams (stream = world · A + agent), R resource kinds, L levels.
+
+A turn of a world, whose agents act one after another in an order drawn anew each turn:
+
+1. Each agent meets the punishment level as the votes before it left it, takes what its move finds, and may be punished
+   for it. Its own vote counts from the agent after it on.
+2. Its reward is the value of what it took (or of bumping into a wall), less the fine, less the harm that others did
+   in the turn *before*. Taking a harmful resource harms every other agent of the world, in their next reward.
+3. Resources grow, or a fresh menu is drawn.
+
+All agents choose from what they saw when the turn began. An epoch ends by truncation; everybody gets a fresh patch, and
+the punishment level, the harm still to be paid and the turn count of the phases go on. So every harm dealt is paid for,
+and the last observation of an epoch and the first of the next one agree on it.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from dualhead.config import Config, Fraction, NonNegativeFloat, NonNegativeInt, PositiveInt
+from dualhead.norms import NormEvents
+from dualhead.storage import CheckpointError, fill, with_prefix
+from dualhead.worlds import commons_view
+from dualhead.worlds.commons_actions import NO_VOTE, VOTE_DOWN, VOTE_UP, Actions, Coding
+from dualhead.worlds.commons_forage import Forage, Menus, Patches
+from dualhead.worlds.streams import StreamStep, UnavailableEnvironment
+
+if TYPE_CHECKING:
+    from dualhead.worlds.commons_parallel import CommonsParallelEnv
+
+FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
+MAX_KINDS = 8
+_WHOLE = 1_000_000
+"""The level's probability is kept as a whole number of millionths: votes up and down cancel exactly."""
+
+
+class Phase(Config):
+    """What the votes and the punishment do for some turns; see `CommonsConfig.phases`."""
+
+    mode: Literal["voted", "fixed", "off"] = Field(
+        "voted",
+        description="`voted`: votes move the level; `fixed`: votes do nothing; `off`: they do nothing, and nobody "
+        "is punished at any level.",
+    )
+    level: NonNegativeInt | None = Field(
+        None, description="Level when the phase begins, an index into the schedule; None: as it was before."
+    )
+    num_turns: PositiveInt | None = Field(None, description="How long it lasts; None: to the end (last phase only).")
+
+
+class CommonsConfig(Config):
+    """The rules of the commons."""
+
+    form: Literal["grid", "bandit"] = Field("grid", description="Patches to walk on, or a menu to choose from.")
+    num_agents: PositiveInt = Field(10, description="Agents of one world, A.")
+    resources: tuple[str, ...] = Field(("A", "B", "C", "D", "E"), description="Names of the resource kinds.")
+    values: dict[str, FiniteFloat] = Field(
+        {"A": 20.0, "B": 10.0, "C": 10.0, "D": 10.0, "E": 10.0}, description="Reward for taking one, by kind."
+    )
+    harms: dict[str, NonNegativeFloat] = Field(
+        {"A": 5.0, "B": 0.0, "C": 0.0, "D": 0.0, "E": 0.0},
+        description="What taking one costs every other agent of the world, by kind.",
+    )
+    schedule: dict[str, tuple[Fraction, ...]] = Field(
+        {
+            "A": (0.30, 0.40, 0.55, 0.70, 0.85, 0.95, 1.0, 1.0, 1.0, 1.0),
+            "B": (0.0, 0.05, 0.10, 0.10, 0.10, 0.10, 0.10, 0.15, 0.15, 0.20),
+            "C": (0.0, 0.0, 0.0, 0.05, 0.10, 0.10, 0.10, 0.10, 0.15, 0.15),
+            "D": (0.0, 0.0, 0.0, 0.0, 0.0, 0.05, 0.10, 0.10, 0.10, 0.15),
+            "E": (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.05, 0.10, 0.10),
+        },
+        description="Probability of punishment at each level, by kind.",
+    )
+    punishment: NonNegativeFloat = Field(25.0, description="What a punishment costs.")
+    punishments_are: Literal["probabilistic", "deterministic"] = Field(
+        "probabilistic",
+        description="`deterministic`: whoever takes one pays punishment · probability, every time.",
+    )
+    vote_shift: Annotated[float, Field(ge=1 / _WHOLE, le=1.0)] = Field(
+        0.1, description="By how much a vote moves the level's probability p; level = round((L - 1) · p)."
+    )
+    initial_level: NonNegativeInt = Field(0, description="Level that a run begins with.")
+    level_visible: bool = Field(True, description="Show p to the agents; otherwise they see 0.")
+    phases: tuple[Phase, ...] = Field(
+        (Phase(),), min_length=1, description="One after another, in turns over the whole run; the last one stays."
+    )
+    repeat_phases: bool = Field(False, description="Begin again with the first phase after the last one.")
+    voting_season: Annotated[int, Field(ge=2)] | None = Field(
+        None, description="Every so many turns of an epoch is for votes only, the others for moves only; None: never."
+    )
+    coding: Coding = Field("pair", description="Actions as (move, vote), or as one of the historical single numbers.")
+    stay: bool = Field(False, description="Give the move head a choice to stay (bandit: to take nothing).")
+    agent_index: bool = Field(False, description="Show each agent its number.")
+    epoch_turns: PositiveInt = Field(100, description="Turns until everything is laid out afresh.")
+    patch_size: Annotated[int, Field(ge=3)] = Field(10, description="Cells on a side of a patch, walls included.")
+    window_radius: PositiveInt = Field(4, description="Cells an agent sees in each direction.")
+    bump: Annotated[float, Field(le=0.0, allow_inf_nan=False)] = Field(-1.0, description="Reward for hitting a wall.")
+    initial_resources: NonNegativeInt = Field(8, description="Resources on a fresh patch.")
+    respawn_probability: Fraction = Field(
+        0.005, description="Probability of a resource on each empty cell and turn, every kind equally likely."
+    )
+    max_resources: PositiveInt | None = Field(None, description="Most resources that grow on a patch; None: no cap.")
+    menu_size: PositiveInt = Field(2, description="Slots of a menu (bandit), all of different kinds.")
+
+    @property
+    def num_levels(self) -> int:
+        return len(self.schedule[self.resources[0]])
+
+    @model_validator(mode="after")
+    def _resources_fit(self) -> CommonsConfig:
+        if not 1 <= len(self.resources) <= MAX_KINDS or len(set(self.resources)) < len(self.resources):
+            raise ValueError(f"resources: expected 1 to {MAX_KINDS} different names, got {self.resources}")
+        for name in ("values", "harms", "schedule"):
+            missing = [kind for kind in self.resources if kind not in getattr(self, name)]
+            if missing:
+                raise ValueError(f"{name}: expected an entry for every resource, {missing} missing")
+        lengths = {kind: len(self.schedule[kind]) for kind in self.resources}
+        if len(set(lengths.values())) > 1 or 0 in lengths.values():
+            raise ValueError(f"schedule: expected the same number of levels for every resource, got {lengths}")
+        return self
+
+    @model_validator(mode="after")
+    def _phases_fit(self) -> CommonsConfig:
+        for name, level in [("initial_level", self.initial_level), *(("phases: level", p.level) for p in self.phases)]:
+            if level is not None and level >= self.num_levels:
+                raise ValueError(f"{name}: expected a level below {self.num_levels}, got {level}")
+        endless = [number for number, phase in enumerate(self.phases) if phase.num_turns is None]
+        if endless and (self.repeat_phases or endless[0] < len(self.phases) - 1):
+            raise ValueError(
+                f"phases: phase {endless[0]} has no num_turns, which only the last one may lack, and none of those "
+                f"that repeat"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _form_fits(self) -> CommonsConfig:
+        if self.stay and self.coding != "pair":
+            raise ValueError(f"stay: expected False with coding={self.coding!r}, which has a no-op of its own")
+        if self.form == "bandit":
+            if self.menu_size > len(self.resources):
+                raise ValueError(
+                    f"menu_size: expected at most one slot for each of the {len(self.resources)} resources, "
+                    f"got {self.menu_size}"
+                )
+            return self
+        room = (self.patch_size - 2) ** 2 - 1  # one cell is the agent's
+        if self.max_resources is not None:
+            room = min(room, self.max_resources)
+        if self.initial_resources > room:
+            raise ValueError(
+                f"initial_resources: expected at most {room} (patch_size={self.patch_size}, "
+                f"max_resources={self.max_resources}), got {self.initial_resources}"
+            )
+        return self
+
+
+class Commons:
+    """W worlds of A agents as streams, batched on one device.
+
+        worlds = Commons(CommonsConfig(num_agents=10), num_worlds=64)
+        observations = worlds.reset(seed=0)
+        step = worlds.step(agent.act(observations))
+        agent.record(step.rewards, step.terminated, step.truncated, final_observations=..., events=worlds.events)
+
+    Observations, tensors by name:
+        grid [R + 1, D, D] uint8, or menu [slots · R] float32: see `commons_forage`.
+        scalars [4] float32 in [0, 1]: p of the level (0 where hidden); the harm that the next reward pays for, as a
+            share of the most that others can do in a turn; whether the last turn brought a punishment; whether the next
+            turn is for votes.
+        agent, with `agent_index`: number within the world.
+        action_mask int8, with `voting_season`: an array per head, or one for a single-number coding. In a voting turn
+            the move head has one choice left (to stay, else the first move) and the world ignores it.
+
+    Actions: `Dict(move=Discrete(n), vote=Discrete(3))`, votes none, up, down; or `Discrete` for a single-number coding.
+        On the grid n is 4 (up, down, left, right), in a bandit the number of slots; `stay` adds one.
+
+    Args:
+        config: the rules.
+        num_worlds: W.
+        device: where everything is kept.
+
+    Attributes:
+        events: NormEvents of the last step, [B, R] each.
+        turn: turns since `reset`, over all epochs.
+        harm_received: [B], harm done by others in the last turn; the next reward pays for it.
+    """
+
+    def __init__(
+        self, config: CommonsConfig | None = None, *, num_worlds: int = 1, device: torch.device | str = "cpu"
+    ) -> None:
+        if num_worlds < 1:
+            raise ValueError(f"num_worlds: expected at least 1, got {num_worlds}")
+        self.config = config = config or CommonsConfig()
+        self.num_worlds, self.num_agents = num_worlds, config.num_agents
+        self.num_streams = num_worlds * config.num_agents
+        self.device = device = torch.device(device)
+        self.forage: Forage
+        if config.form == "grid":
+            self.forage = Patches(
+                self.num_streams,
+                num_kinds=len(config.resources),
+                patch_size=config.patch_size,
+                window_radius=config.window_radius,
+                respawn_probability=config.respawn_probability,
+                initial_resources=config.initial_resources,
+                max_resources=config.max_resources,
+                device=device,
+            )
+        else:
+            self.forage = Menus(
+                self.num_streams, num_kinds=len(config.resources), menu_size=config.menu_size, device=device
+            )
+        self._actions = Actions(
+            config.coding,
+            num_streams=self.num_streams,
+            num_moves=self.forage.num_moves,
+            stay=config.stay,
+            device=device,
+        )
+        self.action_space = self._actions.space
+        self._masks = [self._actions.masks(voting=voting) for voting in (False, True)]
+        self.observation_space = self._observation_space()
+
+        # What a code (nothing, the kinds, a wall) is worth, does to others, and is punished for.
+        kinds = config.resources
+        self._values = torch.tensor([0.0, *(config.values[kind] for kind in kinds), config.bump], device=device)
+        self._harms = torch.tensor([0.0, *(config.harms[kind] for kind in kinds), 0.0], device=device)
+        never = (0.0,) * config.num_levels
+        rows = [never, *(config.schedule[kind] for kind in kinds), never]
+        self._schedule = torch.tensor(rows, device=device).flatten()
+        self._codes = torch.arange(1, len(kinds) + 1, device=device)
+        self._most_harm = max(config.harms[kind] for kind in kinds) * (config.num_agents - 1)
+        self._agent = torch.arange(config.num_agents, device=device).repeat(num_worlds)
+        self._phase_ends = list(itertools.accumulate(phase.num_turns or 0 for phase in config.phases))
+
+        def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
+            return torch.zeros(*shape, dtype=dtype, device=device)
+
+        self._level = zeros(num_worlds, dtype=torch.int64)
+        self.harm_received = zeros(self.num_streams, dtype=torch.float32)
+        self._was_punished = zeros(self.num_streams, dtype=torch.bool)
+        self._last_votes = zeros(self.num_streams, dtype=torch.int64)
+        self._totals = zeros(2 * len(kinds) + 5, dtype=torch.float64)
+        self._num_counted = 0
+        flags = zeros(self.num_streams, len(kinds), dtype=torch.bool)
+        self.events = NormEvents(flags, flags)
+        self._generator = torch.Generator(device)
+        self._generator.seed()
+        self.reset()
+
+    # Experience.
+
+    def reset(self, *, seed: int | None = None) -> dict[str, Any]:
+        """Begins a run: the first turn of the first phase, nothing owed, fresh patches, zero statistics."""
+        if seed is not None:
+            self._generator.manual_seed(seed)
+        self.turn = self._epoch_turn = self._num_counted = 0
+        self._totals.zero_()
+        self.harm_received = torch.zeros_like(self.harm_received)
+        self._was_punished = torch.zeros_like(self._was_punished)
+        self._last_votes = torch.zeros_like(self._last_votes)
+        self._set_level(self.config.initial_level)
+        self._begin_phase()
+        self.forage.begin(self._generator)
+        return self.observations()
+
+    def step(self, actions: Any) -> StreamStep:
+        """One turn of all worlds.
+
+        Args:
+            actions: [B, 2] moves and votes, or a Dict of arrays [B]; single-number codings [B] or [B, 1]. What the
+                season forbids is ignored.
+
+        Raises:
+            ValueError: another shape, or (on the CPU) an index outside its range.
+        """
+        moves, votes = self._seasonal(*self._actions.decode(actions))
+        levels = self._cast(votes)
+        codes = self.forage.take(moves)
+        fines, punished = self._punish(codes, levels)
+        harms = self._harms[codes]
+        rewards: Any = self._values[codes] - fines - self.harm_received
+        paid = self.harm_received
+        by_world = harms.view(self.num_worlds, self.num_agents)
+        self.harm_received = (by_world.sum(dim=1, keepdim=True) - by_world).flatten()
+        self._was_punished, self._last_votes = punished, votes.clone()
+        collected = codes[:, None] == self._codes
+        self.events = NormEvents(collected & punished[:, None], collected)
+        self._count(votes, paid)
+
+        self.forage.grow(self._generator)
+        self.turn += 1
+        self._epoch_turn += 1
+        self._begin_phase()
+        ends = self._epoch_turn == self.config.epoch_turns
+        final = self.observations() if ends else None
+        if ends:
+            self.next_epoch()
+        terminated: Any = torch.zeros(self.num_streams, dtype=torch.bool, device=self.device)
+        return StreamStep(self.observations(), rewards, terminated, terminated | ends, final)
+
+    def next_epoch(self) -> None:
+        """Lays out fresh patches (or menus) now, as after the last turn of an epoch; the run goes on."""
+        self._epoch_turn = 0
+        self.forage.begin(self._generator)
+
+    def observations(self) -> dict[str, Any]:
+        """What the next actions answer to; looking changes nothing."""
+        config, voting = self.config, self._is_voting_turn
+        harm = (self.harm_received / (self._most_harm or 1.0)).clamp(max=1.0)
+        p = self.level.repeat_interleave(self.num_agents) if config.level_visible else torch.zeros_like(harm)
+        scalars = torch.stack([p, harm, self._was_punished.float(), torch.full_like(p, float(voting))], dim=1)
+        seen: dict[str, Any] = {**self.forage.observe(), "scalars": scalars}
+        if config.agent_index:
+            seen["agent"] = self._agent
+        if config.voting_season is not None:
+            mask = self._masks[voting]
+            seen["action_mask"] = dict(mask) if config.coding == "pair" else mask["action"]
+        return seen
+
+    @property
+    def level(self) -> Tensor:
+        """p of each world's level, [W]."""
+        return self._level.to(torch.float32) / _WHOLE
+
+    @property
+    def level_index(self) -> Tensor:
+        """Each world's level, a column of the schedule, [W]."""
+        return self._index(self._level)
+
+    @property
+    def phase(self) -> Phase:
+        """The phase that the next turn belongs to."""
+        return self.config.phases[self._phase_number]
+
+    def statistics(self) -> dict[str, float]:
+        """Numbers for the log; reading them starts the next interval.
+
+        Returns:
+            Means per agent and turn since the last call, 0 if there was no turn: `commons/taken/<resource>` and
+            `commons/punished/<resource>` (times), `commons/votes/up` and `commons/votes/down` (cast in season, whether
+            they counted or not), `commons/level` (p after the votes), `commons/harm/dealt` (to all others together)
+            and `commons/harm/received` (what rewards have paid for).
+        """
+        kinds = self.config.resources
+        names = [f"{what}/{kind}" for what in ("taken", "punished") for kind in kinds]
+        names += ["votes/up", "votes/down", "level", "harm/dealt", "harm/received"]
+        means = (self._totals / (max(self._num_counted, 1) * self.num_streams)).tolist()
+        self._totals.zero_()
+        self._num_counted = 0
+        return {f"commons/{name}": mean for name, mean in zip(names, means)}
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+    # The rules.
+
+    def _seasonal(self, moves: Tensor, votes: Tensor) -> tuple[Tensor, Tensor]:
+        """Moves and votes with what the season forbids taken out."""
+        if self.config.voting_season is None:
+            return moves, votes
+        if self._is_voting_turn:
+            return torch.full_like(moves, self.forage.num_moves), votes
+        return moves, torch.full_like(votes, NO_VOTE)
+
+    @property
+    def _is_voting_turn(self) -> bool:
+        season = self.config.voting_season
+        return season is not None and (self._epoch_turn + 1) % season == 0
+
+    def _cast(self, votes: Tensor) -> Tensor:
+        """Moves the level by the votes, one after another; gives the level each agent met [B], as an index."""
+        if self.phase.mode != "voted":
+            return self.level_index.repeat_interleave(self.num_agents)
+        order = self._turn_order()
+        shift = round(self.config.vote_shift * _WHOLE)
+        shifts = shift * ((votes == VOTE_UP).long() - (votes == VOTE_DOWN).long()).view(order.shape)
+        # Agents first, so that each turn's row is contiguous.
+        in_order = shifts.gather(1, order).t().contiguous()
+        met = torch.empty_like(in_order)
+        for agent_shifts, level_met in zip(in_order, met):
+            level_met.copy_(self._level)
+            # Clamped after every vote: what goes over the edge is lost, and later votes start from the edge.
+            self._level = (self._level + agent_shifts).clamp_(0, _WHOLE)
+        return self._index(torch.empty_like(shifts).scatter_(1, order, met.t())).flatten()
+
+    def _turn_order(self) -> Tensor:
+        """[W, A], the agents in the order in which they act."""
+        draws = torch.rand(self.num_worlds, self.num_agents, generator=self._generator, device=self.device)
+        return draws.argsort(dim=1)
+
+    def _index(self, level: Tensor) -> Tensor:
+        """Columns of the schedule: round((L - 1) · p), ties to even as Python rounds; float64 makes the ties exact."""
+        return ((self.config.num_levels - 1) * level.double() / _WHOLE).round_().long()
+
+    def _punish(self, codes: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+        """What each agent pays, and whether it was punished, [B]."""
+        if self.phase.mode == "off":
+            return torch.zeros_like(self.harm_received), torch.zeros_like(self._was_punished)
+        probabilities = self._schedule[codes * self.config.num_levels + levels]
+        if self.config.punishments_are == "deterministic":
+            return self.config.punishment * probabilities, probabilities > 0.0
+        draws = torch.rand(self.num_streams, generator=self._generator, device=self.device)
+        punished = draws < probabilities
+        return self.config.punishment * punished, punished
+
+    def _set_level(self, level: int) -> None:
+        self._level = torch.full_like(self._level, round(_WHOLE * level / max(self.config.num_levels - 1, 1)))
+
+    @property
+    def _phase_number(self) -> int:
+        ends = self._phase_ends
+        turn = self.turn % ends[-1] if self.config.repeat_phases else self.turn
+        return min(bisect.bisect_right(ends[:-1], turn), len(ends) - 1)
+
+    def _begin_phase(self) -> None:
+        """Where the coming turn is the first of a phase, the level is set as the phase says."""
+        starts = [0, *self._phase_ends[:-1]]
+        turn = self.turn % self._phase_ends[-1] if self.config.repeat_phases else self.turn
+        if turn in starts and self.phase.level is not None:
+            self._set_level(self.phase.level)
+
+    def _count(self, votes: Tensor, paid: Tensor) -> None:
+        collected = self.events.collected
+        assert collected is not None
+        sums = [
+            (votes == VOTE_UP).sum(),
+            (votes == VOTE_DOWN).sum(),
+            self.level.sum(dtype=torch.float64) * self.num_agents,
+            self.harm_received.sum(dtype=torch.float64),
+            paid.sum(dtype=torch.float64),
+        ]
+        self._totals += torch.cat([collected.sum(0), self.events.punished.sum(0), torch.stack(sums)])
+        self._num_counted += 1
+
+    def _observation_space(self) -> spaces.Dict:
+        parts: dict[str, spaces.Space] = {**self.forage.space, "scalars": spaces.Box(0.0, 1.0, (4,), np.float32)}
+        if self.config.agent_index:
+            parts["agent"] = spaces.Discrete(self.num_agents)
+        if self.config.voting_season is not None:
+            masks: dict[str, spaces.Space] = {
+                head: spaces.Box(0, 1, mask.shape[1:], np.int8) for head, mask in self._masks[0].items()
+            }
+            parts["action_mask"] = spaces.Dict(masks) if self.config.coding == "pair" else masks["action"]
+        return spaces.Dict(parts)
+
+    # Scenes and pictures.
+
+    @classmethod
+    def from_ascii(
+        cls, drawings: Sequence[str], config: CommonsConfig, *, device: torch.device | str = "cpu", seed: int = 0
+    ) -> Commons:
+        """Worlds that begin their first epoch as drawn, one drawing each; see `commons_view`.
+
+        Raises:
+            ValueError: a drawing is not one of a world of this configuration.
+        """
+        worlds = cls(config, num_worlds=len(drawings), device=device)
+        worlds.reset(seed=seed)
+        parsed = [commons_view.parse(drawing, config.resources, config.num_agents) for drawing in drawings]
+        codes = [patch for patches, _ in parsed for patch in patches]
+        agents = [position for _, positions in parsed for position in positions or []]
+        if len({patch.shape for patch in codes}) > 1 or len(agents) not in (0, len(codes)):
+            raise ValueError("drawings: expected patches of one size, and an agent on all of them or on none")
+        worlds.forage.place(np.stack(codes), np.array(agents) if agents else None)
+        return worlds
+
+    def ascii(self, world: int = 0) -> str:
+        """A drawing of one world that `from_ascii` reads."""
+        codes, agents = self._scene(world)
+        return commons_view.draw(codes, agents, self.config.resources)
+
+    def frame(self, world: int = 0) -> NDArray[np.uint8]:
+        """A picture of one world [height, width, 3]: patches, the last votes, punishments, and the level's bar."""
+        codes, agents = self._scene(world)
+        streams = self._streams_of(world)
+        return commons_view.frame(
+            codes,
+            agents,
+            num_kinds=len(self.config.resources),
+            votes=self._last_votes[streams].cpu().numpy(),
+            punished=self._was_punished[streams].cpu().numpy(),
+            level=float(self.level[world]),
+            is_enforced=self.phase.mode != "off",
+        )
+
+    def _streams_of(self, world: int) -> slice:
+        if not 0 <= world < self.num_worlds:
+            raise ValueError(f"world: expected an index from 0 to below {self.num_worlds}, got {world}")
+        return slice(world * self.num_agents, (world + 1) * self.num_agents)
+
+    def _scene(self, world: int) -> tuple[NDArray[Any], NDArray[Any] | None]:
+        streams = self._streams_of(world)
+        agents = self.forage.agents(streams)
+        return self.forage.codes(streams).cpu().numpy(), None if agents is None else agents.cpu().numpy()
+
+    # Saving and loading.
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything that the rest of the run depends on: tensors by name (copies), and JSON metadata."""
+        tensors = {name: tensor.clone() for name, tensor in self._tensors().items()}
+        return tensors, {
+            "config": self.config.model_dump(mode="json"),
+            "num_worlds": self.num_worlds,
+            "turn": self.turn,
+            "epoch_turn": self._epoch_turn,
+            "num_counted": self._num_counted,
+        }
+
+    def restore(self, tensors: dict[str, Tensor], metadata: dict[str, Any], *, source: str = "checkpoint") -> None:
+        """Takes back what `state` gave, and goes on with the same bits; `events` are of the last step made here.
+
+        Raises:
+            CheckpointError: it is of other rules, another number of worlds or another kind of device; nothing changes.
+        """
+        for name, ours in (("config", self.config.model_dump(mode="json")), ("num_worlds", self.num_worlds)):
+            if metadata.get(name) != ours:
+                raise CheckpointError(f"{source} is of another commons: its {name} is {metadata.get(name)}, not {ours}")
+        fill(self._tensors(), tensors, what=source)
+        self._generator.set_state(tensors["rng"].cpu())
+        self.turn, self._epoch_turn = int(metadata["turn"]), int(metadata["epoch_turn"])
+        self._num_counted = int(metadata["num_counted"])
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {
+            "level": self._level,
+            "harm_received": self.harm_received,
+            "was_punished": self._was_punished,
+            "last_votes": self._last_votes,
+            "totals": self._totals,
+            "rng": self._generator.get_state(),
+            **with_prefix("forage", self.forage.tensors()),
+        }
+
+
+def parallel_env(
+    config: CommonsConfig | None = None, *, render_mode: str | None = None, **settings: Any
+) -> CommonsParallelEnv:
+    """One world as a PettingZoo `ParallelEnv`.
+
+    Args:
+        config: the rules; or give them as keyword arguments, `parallel_env(num_agents=4, form="bandit")`.
+        render_mode: None, "ansi" or "rgb_array".
+
+    Raises:
+        UnavailableEnvironment: PettingZoo is not installed.
+        ValueError: a setting is not possible, or came both ways.
+    """
+    if config is not None and settings:
+        raise ValueError(f"parallel_env: expected a config or settings, got both: {sorted(settings)}")
+    try:
+        from dualhead.worlds.commons_parallel import CommonsParallelEnv
+    except ModuleNotFoundError as error:
+        raise UnavailableEnvironment(
+            f"parallel_env() needs the package {error.name}: pip install 'dualhead[pettingzoo]'"
+        ) from error
+    return CommonsParallelEnv(config or CommonsConfig(**settings), render_mode=render_mode)

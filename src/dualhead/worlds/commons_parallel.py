@@ -1,0 +1,130 @@
+"""One world of the commons as a PettingZoo `ParallelEnv`; `dualhead.worlds.commons.parallel_env` makes it."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from numpy.typing import NDArray
+from pettingzoo import ParallelEnv
+
+from dualhead.worlds.commons import Commons, CommonsConfig
+
+
+class CommonsParallelEnv(ParallelEnv):
+    """The commons for PettingZoo: agents `agent_0`, `agent_1`, ...; an episode is an epoch.
+
+    Observations, actions and rules are those of `Commons`, as NumPy arrays. All agents are truncated together after
+    `epoch_turns`. `reset()` goes on with the run (level, debts, phases); with a seed it begins a new one.
+    An info says what the agent `collected` (a name or None) and whether it was `punished` for it.
+
+    Args:
+        config: the rules.
+        render_mode: None, "ansi" or "rgb_array".
+
+    Raises:
+        ValueError: another render mode.
+    """
+
+    metadata: dict[str, Any] = {  # noqa: RUF012
+        "name": "dualhead_commons_v0",
+        "render_modes": ["ansi", "rgb_array"],
+        "is_parallelizable": True,
+        "render_fps": 5,
+    }
+
+    def __init__(self, config: CommonsConfig, *, render_mode: str | None = None) -> None:
+        if render_mode is not None and render_mode not in self.metadata["render_modes"]:
+            raise ValueError(
+                f"render_mode: expected None or one of {self.metadata['render_modes']}, got {render_mode!r}"
+            )
+        self.render_mode = render_mode
+        self.commons = Commons(config)
+        self.possible_agents = [f"agent_{number}" for number in range(config.num_agents)]
+        self.agents: list[str] = []
+        # One object per agent: each can be seeded by itself.
+        self.observation_spaces = {name: copy.deepcopy(self.commons.observation_space) for name in self.possible_agents}
+        self.action_spaces = {name: copy.deepcopy(self.commons.action_space) for name in self.possible_agents}
+        self._is_fresh = True
+
+    def observation_space(self, agent: str) -> gym.Space:
+        return self.observation_spaces[agent]
+
+    def action_space(self, agent: str) -> gym.Space:
+        return self.action_spaces[agent]
+
+    def reset(
+        self, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+        """Begins an epoch; observations and empty infos by agent. `options` are ignored."""
+        if seed is not None:
+            self.commons.reset(seed=seed)
+        elif not self._is_fresh:
+            self.commons.next_epoch()
+        self._is_fresh = True
+        self.agents = self.possible_agents[:]
+        return self._by_agent(self.commons.observations()), {name: {} for name in self.agents}
+
+    def step(
+        self, actions: dict[str, Any]
+    ) -> tuple[dict[str, Any], dict[str, float], dict[str, bool], dict[str, bool], dict[str, dict[str, Any]]]:
+        """One turn of all agents: observations, rewards, terminations, truncations and infos by agent.
+
+        Raises:
+            ValueError: no epoch is running, or an agent has no action.
+        """
+        if not self.agents:
+            raise ValueError("step() needs a running epoch: call reset() first, and after truncation")
+        missing = [name for name in self.agents if name not in actions]
+        if missing:
+            raise ValueError(f"step() needs an action of every agent, {missing} have none")
+        step = self.commons.step(self._joined([actions[name] for name in self.agents]))
+        events = self.commons.events
+        assert events.collected is not None
+        collected, punished = events.collected.numpy(), events.punished.numpy()
+        names = self.commons.config.resources
+        infos = {
+            name: {
+                "collected": names[int(collected[i].argmax())] if collected[i].any() else None,
+                "punished": bool(punished[i].any()),
+            }
+            for i, name in enumerate(self.agents)
+        }
+        ended = bool(step.truncated[0])
+        observations = self._by_agent(step.observations if step.final_observations is None else step.final_observations)
+        rewards = dict(zip(self.agents, step.rewards.tolist()))
+        terminations, truncations = dict.fromkeys(self.agents, False), dict.fromkeys(self.agents, ended)
+        self._is_fresh = ended  # the next epoch is laid out already
+        if ended:
+            self.agents = []
+        return observations, rewards, terminations, truncations, infos
+
+    def render(self) -> str | NDArray[np.uint8] | None:
+        """The world as text or picture; None, with a warning, without a `render_mode`."""
+        if self.render_mode is None:
+            gym.logger.warn("render() needs render_mode 'ansi' or 'rgb_array' when the environment is made")
+            return None
+        if self.render_mode == "rgb_array":
+            return self.commons.frame()
+        level = f"turn {self.commons.turn}, level {int(self.commons.level_index)} (p = {float(self.commons.level):.2f})"
+        return f"{level}\n{self.commons.ascii()}"
+
+    def close(self) -> None:
+        self.commons.close()
+
+    def _joined(self, actions: list[Any]) -> Any:
+        if isinstance(actions[0], dict):
+            return {head: np.array([action[head] for action in actions]) for head in actions[0]}
+        return np.array(actions)
+
+    def _by_agent(self, batched: Any) -> dict[str, Any]:
+        return {name: _row(batched, i) for i, name in enumerate(self.possible_agents)}
+
+
+def _row(batched: Any, index: int) -> Any:
+    """One agent's part, copied out of the batch; single numbers as the NumPy integers that spaces want."""
+    if isinstance(batched, dict):
+        return {name: _row(part, index) for name, part in batched.items()}
+    return batched[index].numpy().copy()[()]
