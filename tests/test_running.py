@@ -20,6 +20,7 @@ from gymnasium import spaces
 from dualhead.cli import main
 from dualhead.config import NetworkConfig, PPOConfig, RunConfig
 from dualhead.running.checkpoint import RunError, checkpoints, read_newest
+from dualhead.running.machine import use_threads
 from dualhead.running.metrics import CSVWriter, EpisodeTracker, ProgressDisplay
 from dualhead.running.trainer import train
 from dualhead.storage import read_tensors
@@ -27,7 +28,7 @@ from dualhead.storage import read_tensors
 SMALL = NetworkConfig(hidden_size=8, encoder_sizes=(8,))
 TINY_OPTIONS = ["--total-steps", "64", "--num-envs", "2", "--rollout-length", "8", "--sequence-length", "4"]
 TINY_OPTIONS += ["--batch-size", "8", "--num-epochs", "1", "--hidden-size", "8", "--encoder-sizes", "8"]
-TINY_OPTIONS += ["--eval-episodes", "2"]
+TINY_OPTIONS += ["--eval-episodes", "2", "--num-threads", "1"]
 
 
 class Odd(gym.Env):
@@ -246,6 +247,16 @@ def test_interrupt_saves_a_checkpoint_and_says_where(tmp_path, number):
     _, metadata = read_tensors(saved[2])
     assert metadata["num_steps"] == int(saved[1].replace(",", ""))
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["stopped_early"]
+
+
+def test_a_busy_machine_is_said(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(os, "getloadavg", lambda: (1.9, 1.0, 1.0))
+    with pytest.warns(UserWarning, match=r"uses 2 threads and about 1\.9 of 2 cores.*--num-threads 1"):
+        use_threads(None)
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.2, 2.0, 2.0))
+    use_threads(None)  # warnings are errors here
 
 
 def test_metrics_file_grows_columns(tmp_path):

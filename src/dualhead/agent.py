@@ -438,6 +438,7 @@ class DualHeadRecurrentPPO:
             "action_space": str(self.action_spec.space),
             "num_streams": self.num_streams,
             "dtype": str(self.policy.dtype),
+            "device": self.device.type,
             "num_steps": self.num_steps,
             "num_updates": self.num_updates,
             "rollout": [memory.length, memory.tail_length],
@@ -445,6 +446,8 @@ class DualHeadRecurrentPPO:
 
     def restore(self, tensors: dict[str, Tensor], metadata: dict[str, Any], *, source: str = "checkpoint") -> None:
         """Takes back what `state` gave; nothing changes where it does not fit.
+
+        On another kind of device than it was saved on, actions are sampled from this agent's own generator.
 
         Raises:
             CheckpointError: it was made by another architecture, for other spaces, or another number of streams.
@@ -469,7 +472,11 @@ class DualHeadRecurrentPPO:
             length, tail_length = map(int, metadata["rollout"])
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{source} lacks its counters: {error!r}") from error
-        fill(self._tensors_to_save(), tensors, what=source)
+        ours_now = self._tensors_to_save()
+        same_device = metadata.get("device") == self.device.type
+        if not same_device and "rng/sampling" in tensors:  # generators of other devices have other states
+            tensors = {**tensors, "rng/sampling": ours_now["rng/sampling"]}
+        fill(ours_now, tensors, what=source)
         self._sampling.set_state(tensors["rng/sampling"])
         self._shuffling.set_state(tensors["rng/shuffling"])
         self.num_steps, self.num_updates = num_steps, num_updates
@@ -498,7 +505,7 @@ class DualHeadRecurrentPPO:
         for parameter in self.policy.parameters():
             state = self.optimizer.state[parameter]
             if not state:
-                state["step"] = torch.zeros((), dtype=torch.float32)
+                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
                 state["exp_avg"] = torch.zeros_like(parameter)
                 state["exp_avg_sq"] = torch.zeros_like(parameter)
 

@@ -118,7 +118,9 @@ class PPOConfig(Config):
     )
 
     @model_validator(mode="after")
-    def _segments_fit(self) -> PPOConfig:
+    def _settings_fit(self) -> PPOConfig:
+        if self.entropy_coef_end is not None and self.entropy_decay_steps == 0:
+            raise ValueError("entropy_coef_end needs entropy_decay_steps: over how many updates to get there")
         if min(self.sequence_length, self.rollout_length) > self.batch_size:
             raise ValueError(
                 f"batch_size={self.batch_size} cannot hold one segment of "

@@ -84,10 +84,12 @@ class ObservationSpec:
                 )
             if streams is not None:
                 tensor = tensor[streams]
+            if tensor.is_floating_point() and np.issubdtype(leaf.space.dtype, np.floating):
+                tensor = tensor.to(dtype)  # before the check: a large float64 number overflows float32
             # On an accelerator the check would wait for the device each step; learn() makes it there.
             if tensor.device.type == "cpu":
                 check_leaf(leaf, tensor, streams)
-            tensors[leaf.name] = tensor.to(dtype) if np.issubdtype(leaf.space.dtype, np.floating) else tensor
+            tensors[leaf.name] = tensor
         return tensors
 
 
