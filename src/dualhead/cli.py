@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from dualhead.config import RunConfig, tuned_settings
+from dualhead.config import RunConfig, settings_error, tuned_settings
 from dualhead.running.checkpoint import RunError
 from dualhead.running.evaluation import EVALUATION_SEED, evaluate_run
 from dualhead.running.trainer import train
@@ -72,8 +72,12 @@ def _parse(arguments: list[str]) -> RunConfig | Eval | Envs:
         | Annotated[Envs, tyro.conf.subcommand("envs")],
         tyro.conf.OmitArgPrefixes,
     ]
-    parsed: Any = tyro.cli(command, prog="dualhead", description=__doc__, args=arguments)
-    return parsed
+    before = settings_error.set(RunError)
+    try:
+        parsed: Any = tyro.cli(command, prog="dualhead", description=__doc__, args=arguments)
+        return parsed
+    finally:
+        settings_error.reset(before)
 
 
 def _tuned_defaults(arguments: list[str]) -> Any:

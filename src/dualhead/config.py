@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+from contextvars import ContextVar
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -15,6 +16,10 @@ PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 
 
+settings_error: ContextVar[type[Exception]] = ContextVar("settings_error", default=ValueError)
+"""What refused settings raise. The command line sets another one, since its parser would wrap a ValueError in its own."""
+
+
 class Config(BaseModel):
     """Base of every settings class: frozen, unknown names refused."""
 
@@ -24,7 +29,7 @@ class Config(BaseModel):
         try:
             super().__init__(**settings)
         except ValidationError as error:
-            raise ValueError(explain(error)) from None
+            raise settings_error.get()(explain(error)) from None
 
 
 class NetworkConfig(Config):

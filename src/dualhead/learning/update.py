@@ -17,6 +17,7 @@ from dualhead.networks.policy import PolicyOutput, RecurrentPolicy
 from dualhead.types import RecurrentState, SegmentBatch
 
 DRIFT_SEGMENTS = 64
+_MEASURED = ("loss/total", "loss/policy", "loss/value", "policy/approx_kl", "policy/clip_fraction", "policy/grad_norm")
 
 
 def ppo_update(
@@ -58,7 +59,7 @@ def ppo_update(
     joint = config.ratio == "joint"
     weights = torch.tensor(entropy_coefs, dtype=policy.dtype, device=policy.device)
     parameters = list(policy.parameters())
-    sums: dict[str, Tensor] = {}
+    sums: Tensor | None = None
     metrics: dict[str, float] = {}
     num_minibatches = 0
     stopped = False
@@ -100,23 +101,17 @@ def ppo_update(
             optimizer.step()
             num_minibatches += 1
             with torch.no_grad():
-                measured = {
-                    "loss/total": loss,
-                    "loss/policy": surrogate.loss,
-                    "loss/value": squared_error,
-                    "policy/approx_kl": surrogate.approx_kl,
-                    "policy/clip_fraction": surrogate.clip_fraction,
-                    "policy/grad_norm": norm,
-                }
-                measured |= {f"entropy/{name}": value for name, value in zip(head_names, entropies)}
-                for name, value in measured.items():
-                    sums[name] = sums.get(name, 0.0) + value.detach()
+                parts = [loss, surrogate.loss, squared_error, surrogate.approx_kl, surrogate.clip_fraction, norm]
+                measured = torch.cat([torch.stack(parts), entropies])
+                sums = measured if sums is None else sums + measured
         if stopped:
             break
     if config.state_refresh == "never" or config.num_epochs == 1:
         metrics |= refresh(policy, rollout, segments, config=config, write=False)
 
-    metrics |= {name: total.item() / num_minibatches for name, total in sums.items()}
+    if sums is not None:
+        names = (*_MEASURED, *(f"entropy/{name}" for name in head_names))
+        metrics |= dict(zip(names, (sums / num_minibatches).tolist()))
     metrics["policy/explained_variance"] = values_explained.item()
     metrics["update/optimizer_steps"] = num_minibatches
     return metrics
