@@ -17,7 +17,7 @@ NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 
 
 settings_error: ContextVar[type[Exception]] = ContextVar("settings_error", default=ValueError)
-"""What refused settings raise. The command line sets another one, since its parser would wrap a ValueError in its own."""
+"""What refused settings raise. The command line sets another: its parser would wrap a ValueError in its own words."""
 
 
 class Config(BaseModel):
