@@ -15,7 +15,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-# Two minutes on two cores: an agent learns to balance a pole it sees no velocity of; without memory it cannot.
+# Half a minute on two cores: an agent learns to balance a pole it sees no velocity of; without memory it cannot.
 demo: $(STAMP)
 	$(BIN)/python examples/01_demo.py
 
