@@ -106,7 +106,7 @@ class DualHeadRecurrentPPO:
         self.num_steps = 0
         self.num_updates = 0
         self._current_hidden: RecurrentState | None = None
-        self._state_before: RecurrentState | None = None
+        self._step_is_pending = False
         self._episode_starts = torch.ones(num_streams, dtype=torch.bool, device=self.device)
         self.rollout_memory = Rollout(
             self.config.rollout_length,
@@ -123,8 +123,6 @@ class DualHeadRecurrentPPO:
             device=self.device,
             dtype=dtype,
         )
-
-    # The recurrent state, by the names of the specification.
 
     def _get_hidden_state(self) -> RecurrentState:
         if self._current_hidden is None:
@@ -156,8 +154,6 @@ class DualHeadRecurrentPPO:
         self._current_hidden = None
         self._episode_starts.fill_(True)
 
-    # Acting and recording.
-
     @torch.no_grad()
     def act(self, observations: Any, *, deterministic: bool = False) -> Any:
         """Chooses actions for all streams and advances the recurrent state.
@@ -186,7 +182,7 @@ class DualHeadRecurrentPPO:
         actions = distribution.mode() if deterministic else distribution.sample(self._sampling)
         sample = ActionSample(actions, distribution.log_probs(actions), output.values)
         self.rollout_memory.put_step(tensors, state, sample, self._episode_starts)
-        self._state_before = state
+        self._step_is_pending = True
         self._update_hidden_state(next_state)
         return actions if _holds_tensors(observations) else actions.cpu().numpy()
 
@@ -217,42 +213,44 @@ class DualHeadRecurrentPPO:
             RuntimeError: nothing to complete.
             ValueError: wrong shapes, a non-finite reward, a truncation without final observations, missing events.
         """
-        if self._state_before is None:
+        if not self._step_is_pending:
             raise RuntimeError("record() without a step: call act(observations) before it")
         memory = self.rollout_memory
         task_rewards = self._stream_tensor(rewards, "rewards", self.policy.dtype)
         terminated = self._stream_tensor(terminated, "terminated", torch.bool)
         truncated = self._stream_tensor(truncated, "truncated", torch.bool)
-        if self.device.type == "cpu" and not all_finite(task_rewards):
+        # Asked where the data came from: an accelerator that stores what a host's environments say is not waited for.
+        cut_off = truncated & ~terminated
+        some_cut_off, some_ended = bool(cut_off.any()), bool((terminated | truncated).any())
+        if task_rewards.device.type == "cpu" and not all_finite(task_rewards):
             raise DataError(non_finite_message("reward", task_rewards))
+        task_rewards, terminated, truncated, cut_off = (
+            tensor.to(self.device) for tensor in (task_rewards, terminated, truncated, cut_off)
+        )
         if (self.norms is None) != (events is None):
             raise ValueError(
                 "events without norms: construct the agent with norms=NormConfig(...)"
                 if self.norms is None
                 else "norms are enforced but no events came: record(..., events=NormEvents(punished, collected))"
             )
-        cut_off = truncated & ~terminated
-        final_values = self._final_values(cut_off, final_observations) if cut_off.any() else None
+        final_values = self._final_values(cut_off, final_observations) if some_cut_off else None
         guilt = torch.zeros_like(task_rewards)
         if self.norms is not None and events is not None:
             guilt = self.norms.update(events, memory.actions[memory.length]).total.to(task_rewards.dtype)
         if final_values is not None:
             memory.final_values[memory.length, cut_off] = final_values
         memory.complete_step(task_rewards, guilt, terminated, truncated)
-        self._state_before = None
+        self._step_is_pending = False
         self.num_steps += self.num_streams
         ended = terminated | truncated
         self._episode_starts = ended
-        # On a CPU asking costs less than resetting nobody; an accelerator would have to be waited for.
-        if self._current_hidden is not None and (self.device.type != "cpu" or ended.any()):
+        if self._current_hidden is not None and some_ended:
             self._update_hidden_state(self._current_hidden.reset_where(ended))
 
     @property
     def rollout_is_ready(self) -> bool:
         """`rollout_length` steps are recorded: an update is due."""
         return self.rollout_memory.is_full
-
-    # Learning.
 
     def learn(self, next_observations: Any = None, *, partial: bool = False) -> dict[str, float]:
         """One PPO update on the recorded steps; the recurrent state goes on where it was.
@@ -382,8 +380,6 @@ class DualHeadRecurrentPPO:
         before = self.num_steps - self.rollout_memory.length * self.num_streams
         return self.config.learning_rate * max(0.0, 1 - before / self.config.learning_rate_decay_steps)
 
-    # Checks.
-
     def _tensors(self, observations: Any, streams: Tensor | None = None) -> Observations:
         """Checked observations of all streams, or of the chosen ones."""
         tensors = self.observation_spec.to_tensors(
@@ -394,7 +390,7 @@ class DualHeadRecurrentPPO:
         return tensors
 
     def _stream_tensor(self, values: Any, name: str, dtype: torch.dtype) -> Tensor:
-        tensor = as_tensor(values, name).to(self.device)
+        tensor = as_tensor(values, name)
         if tensor.dim() == 0 and self.num_streams == 1:
             tensor = tensor[None]
         if tuple(tensor.shape) != (self.num_streams,):
@@ -417,10 +413,8 @@ class DualHeadRecurrentPPO:
                 raise DataError(non_finite_message("reward", step))
 
     def _expect_no_pending(self, call: str) -> None:
-        if self._state_before is not None:
+        if self._step_is_pending:
             raise RuntimeError(f"{call} before the last step is complete: call record(rewards, terminated, truncated)")
-
-    # Saving and loading.
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything the agent is: tensors by name, and JSON metadata. `restore` takes them back.
@@ -481,7 +475,7 @@ class DualHeadRecurrentPPO:
         self._shuffling.set_state(tensors["rng/shuffling"])
         self.num_steps, self.num_updates = num_steps, num_updates
         self.rollout_memory.length, self.rollout_memory.tail_length = length, tail_length
-        self._state_before = None
+        self._step_is_pending = False
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one checkpoint file, whole or not at all.
