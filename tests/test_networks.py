@@ -14,7 +14,7 @@ from torch.distributions import Categorical, Normal, kl_divergence
 import dualhead.networks.linear
 from dualhead import DataError, NetworkConfig
 from dualhead.learning.segments import lay_out
-from dualhead.networks.encoders import Encoder, ObservationSpec, RunningNormalizer
+from dualhead.networks.encoders import Encoder, ObservationSpec, RunningNormalizer, all_finite
 from dualhead.networks.heads import ActionSpec, DiagonalGaussian, FactoredCategorical, Heads
 from dualhead.networks.memory import NoMemory, RecurrentMemory
 from dualhead.networks.policy import RecurrentPolicy
@@ -200,6 +200,14 @@ def test_unsupported_observation_spaces_are_named(space, named):
 def test_observations_that_do_not_fit_are_refused(space, observations, message):
     with pytest.raises(DataError, match=message):
         ObservationSpec(space).to_tensors(observations, 2, device=CPU, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "finite"),
+    [([1.0, -2.0], True), ([3e38, 3e38], True), ([3e38, 3e38, math.inf], False), ([math.nan, 0.0], False)],
+)
+def test_finite_is_said_of_numbers_and_not_of_their_sum(numbers, finite):
+    assert all_finite(torch.tensor(numbers)) is finite
 
 
 def test_large_numbers_are_finite():
