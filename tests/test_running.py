@@ -173,6 +173,7 @@ def test_evaluation_repeats_and_leaves_the_run_alone(tmp_path, capsys):
         (["train", "CartPole-v1", "--gamma", "1.5"], "gamma: Input should be less than or equal to 1, got 1.5"),
         (["train", "CartPole-v1", "--total-steps", "9"], "total_steps=9 ends before the first update"),
         (["train", "CartPole-v1", "--entropy-coef", "0.1", "0.2"], "entropy_coef: expected one number or 1"),
+        (["train", "CartPole-v1", "--entropy-coef-end", "0.1"], "entropy_coef_end needs entropy_decay_steps"),
         (["train", "CartPole-v1", "--device", "cuda"], "torch sees no GPU here"),
         (["eval", "nowhere"], "nowhere holds no run"),
     ],
