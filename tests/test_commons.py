@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dualhead.agent import DualHeadRecurrentPPO
-from dualhead.config import NetworkConfig, NormConfig, PPOConfig
+from dualhead.config import CommonsConfig, NetworkConfig, NormConfig, Phase, PPOConfig
 from dualhead.storage import CheckpointError, read_tensors, write_tensors
 from dualhead.worlds import commons_view
-from dualhead.worlds.commons import Commons, CommonsConfig, Phase, parallel_env
+from dualhead.worlds.commons import Commons, parallel_env
 from dualhead.worlds.commons_actions import (
     NO_VOTE,
     VOTE_DOWN,

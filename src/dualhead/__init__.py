@@ -1,7 +1,7 @@
 """Recurrent PPO: agents that remember, decide on several things at once and internalise norms."""
 
 from dualhead.agent import DualHeadRecurrentPPO
-from dualhead.config import NetworkConfig, NormConfig, PPOConfig, RunConfig
+from dualhead.config import CommonsConfig, NetworkConfig, NormConfig, Phase, PPOConfig, RunConfig
 from dualhead.norms import NormEnforcer, NormEvents
 from dualhead.storage import CheckpointError
 from dualhead.types import DataError, RecurrentState
@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CheckpointError",
+    "CommonsConfig",
     "DataError",
     "DualHeadRecurrentPPO",
     "NetworkConfig",
@@ -17,6 +18,7 @@ __all__ = [
     "NormEnforcer",
     "NormEvents",
     "PPOConfig",
+    "Phase",
     "RecurrentState",
     "RunConfig",
 ]

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pettingzoo import ParallelEnv
 
-from dualhead.worlds.commons import Commons, CommonsConfig
+from dualhead.config import CommonsConfig
+from dualhead.worlds.commons import Commons
 
 
 class CommonsParallelEnv(ParallelEnv):
