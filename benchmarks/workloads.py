@@ -15,7 +15,7 @@ from gymnasium import spaces
 from dualhead.config import NetworkConfig, PPOConfig, RunConfig
 from dualhead.running.checkpoint import new_run_dir
 from dualhead.running.metrics import CSVWriter, TensorBoardWriter
-from dualhead.running.trainer import make_agent, run_loop
+from dualhead.running.trainer import make_learner, run_loop
 from dualhead.worlds.streams import make_env, make_streams
 
 PRECISIONS = tuple(["fp32", "bf16"] if "precision" in PPOConfig.model_fields else ["fp32"])
@@ -192,7 +192,7 @@ def time_ours(
         logs = [CSVWriter(run_dir), TensorBoardWriter(run_dir)]
         stopwatch = _Stopwatch(between)
         try:
-            run_loop(config, make_agent(config, streams), streams, [*logs, stopwatch], run_dir, [])
+            run_loop(config, make_learner(config, streams), streams, [*logs, stopwatch], run_dir, [])
         finally:
             for log in logs:
                 log.close()

@@ -24,6 +24,7 @@ from dualhead.running.machine import use_threads
 from dualhead.running.metrics import CSVWriter, EpisodeTracker, ProgressDisplay
 from dualhead.running.trainer import train
 from dualhead.storage import read_tensors
+from dualhead.worlds.streams import StreamStep
 
 SMALL = NetworkConfig(hidden_size=8, encoder_sizes=(8,))
 TINY_OPTIONS = ["--total-steps", "64", "--num-envs", "2", "--rollout-length", "8", "--sequence-length", "4"]
@@ -267,8 +268,8 @@ def test_metrics_file_grows_columns(tmp_path):
 
 def test_episode_tracker_by_hand():
     tracker = EpisodeTracker(2)
-    tracker.step(np.array([1.0, 2.0]), np.array([False, True]))
-    tracker.step(np.array([1.0, 5.0]), np.array([True, False]))
+    for rewards, terminated in (([1.0, 2.0], [False, True]), ([1.0, 5.0], [True, False])):
+        tracker.step(StreamStep(None, np.array(rewards), np.array(terminated), np.array([False, False]), None))
     assert tracker.metrics() == {"episode/mean_return": 2.0, "episode/mean_length": 1.5, "episode/count": 2}
     assert tracker.running_returns.tolist() == [0.0, 5.0]
 

@@ -154,6 +154,26 @@ class DualHeadRecurrentPPO:
         self._current_hidden = None
         self._episode_starts.fill_(True)
 
+    def restart_streams(self, streams: Tensor) -> None:
+        """Somebody new takes over some streams: their recurrent state and norm strengths begin at zero.
+
+        Args:
+            streams: [B] bool.
+
+        Raises:
+            RuntimeError: recorded steps are not learned from yet (they belong to those who leave).
+        """
+        self._expect_no_pending("restart_streams()")
+        if self.rollout_memory.length:
+            raise RuntimeError(
+                f"restart_streams() with {self.rollout_memory.length} steps recorded: call learn(...) before it"
+            )
+        streams = self._stream_tensor(streams, "streams", torch.bool).to(self.device)
+        self._update_hidden_state(self._get_hidden_state().reset_where(streams))
+        self._episode_starts = self._episode_starts | streams
+        if self.norms is not None:
+            self.norms.reset(streams)
+
     @torch.no_grad()
     def act(self, observations: Any, *, deterministic: bool = False) -> Any:
         """Chooses actions for all streams and advances the recurrent state.

@@ -66,15 +66,19 @@ def _run(command: RunConfig | Eval | Envs) -> int:
 
 def _parse(arguments: list[str]) -> RunConfig | Eval | Envs:
     tuned = _tuned_defaults(arguments)
-    command = Annotated[
+    command = (
         Annotated[RunConfig, tyro.conf.subcommand("train", default=tuned)]
         | Annotated[Eval, tyro.conf.subcommand("eval")]
-        | Annotated[Envs, tyro.conf.subcommand("envs")],
-        tyro.conf.OmitArgPrefixes,
-    ]
+        | Annotated[Envs, tyro.conf.subcommand("envs")]
+    )
     before = settings_error.set(RunError)
     try:
-        parsed: Any = tyro.cli(command, prog="dualhead", description=__doc__, args=arguments)
+        parsed: Any = tyro.cli(
+            command,
+            prog="dualhead",
+            description=__doc__,
+            args=arguments,
+        )
         return parsed
     finally:
         settings_error.reset(before)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import fnmatch
+import string
 from contextvars import ContextVar
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -16,6 +17,11 @@ PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
 
+COMMONS = "commons"
+"""Name of the commons as an environment."""
+_NAME_CHARACTERS = string.ascii_letters + string.digits + "-_"
+_WITHOUT_PREFIX = arg(name="")
+"""On the command line `--hidden-size`, not `--network.hidden-size`."""
 MAX_RESOURCES = 8
 """Kinds that a commons can have: as many as its pictures have colours for."""
 
@@ -146,7 +152,9 @@ class NormConfig(Config):
     mode: Literal["resource", "action"] = Field(
         "resource", description="A strength per resource kind, or one for a harmful action."
     )
-    resources: tuple[str, ...] = Field(("resource",), description="Names of the resource kinds.")
+    resources: tuple[str, ...] = Field(
+        ("resource",), description="Names of the resource kinds; in the commons always its own."
+    )
     harmful_action: NonNegativeInt | None = Field(
         None, description="Action index that guilt attaches to (action mode)."
     )
@@ -281,12 +289,34 @@ class CommonsConfig(Config):
         return self
 
 
+class TurnoverConfig(Config):
+    """Newcomers who take the places of agents in the commons: when, and whose."""
+
+    first_turn: PositiveInt | None = Field(
+        None, description="Turn of the first replacement (at the end of the rollout that is running then); None: never."
+    )
+    every_turns: PositiveInt | None = Field(None, description="Turns between replacements; None: there is only one.")
+    num_times: PositiveInt | None = Field(None, description="How often; None: to the end of the run.")
+    num_agents: PositiveInt = Field(1, description="Agents replaced each time.")
+    selection: Literal["first_n", "random", "tenure"] = Field(
+        "random", description="Whom: those with the lowest numbers, anybody, or those who have been there longest."
+    )
+
+    @model_validator(mode="after")
+    def _schedule_fits(self) -> TurnoverConfig:
+        if self.first_turn is None and (self.every_turns or self.num_times):
+            raise ValueError("every_turns and num_times need first_turn: when the first replacement is")
+        if self.every_turns is None and (self.num_times or 1) > 1:
+            raise ValueError(f"num_times={self.num_times} needs every_turns: how far apart")
+        return self
+
+
 class RunConfig(Config):
     """A training run: which environment, for how long, where."""
 
-    env: Positional[str] = Field(description="Gymnasium id, as `dualhead envs` lists them.")
+    env: Positional[str] = Field(description="`commons`, or a Gymnasium id: `dualhead envs` lists them.")
     total_steps: PositiveInt = Field(100_000, description="Environment steps over all streams.")
-    num_envs: PositiveInt = Field(8, description="Environments stepped side by side.")
+    num_envs: PositiveInt = Field(8, description="Environments (worlds of the commons) stepped side by side.")
     vectorization: Literal["sync", "async"] = Field(
         "sync", description="Environments in this process, or one process each (slow environments)."
     )
@@ -296,24 +326,109 @@ class RunConfig(Config):
     num_threads: PositiveInt | None = Field(None, description="Threads of torch; default: as torch decides.")
     checkpoint_every: PositiveInt = Field(50_000, description="Environment steps between checkpoints.")
     eval_episodes: NonNegativeInt = Field(20, description="Evaluation episodes at the end; 0: none.")
-    network: NetworkConfig = Field(default_factory=NetworkConfig)
-    ppo: PPOConfig = Field(default_factory=PPOConfig)
+    policies: Literal["shared", "independent"] = Field(
+        "shared", description="Commons: one policy for all agents, or a policy and optimiser for each."
+    )
+    enforce_norms: bool = Field(False, description="Commons: add the guilt of internalised norms to the rewards.")
+    network: Annotated[NetworkConfig, _WITHOUT_PREFIX] = Field(default_factory=NetworkConfig)
+    ppo: Annotated[PPOConfig, _WITHOUT_PREFIX] = Field(default_factory=PPOConfig)
+    commons: CommonsConfig = Field(default_factory=CommonsConfig)
+    norms: NormConfig = Field(default_factory=NormConfig)
+    turnover: TurnoverConfig = Field(default_factory=TurnoverConfig)
+
+    @property
+    def num_streams(self) -> int:
+        """Streams of experience, over all learners."""
+        return self.num_envs * (self.commons.num_agents if self.env == COMMONS else 1)
 
     @model_validator(mode="after")
     def _minibatch_fits(self) -> RunConfig:
-        rollout_steps = self.num_envs * self.ppo.rollout_length
+        per_learner = self.num_envs if self.policies == "independent" else self.num_streams
+        rollout_steps = per_learner * self.ppo.rollout_length
         if self.ppo.batch_size > rollout_steps:
             raise ValueError(
-                f"a rollout of {self.num_envs} environments x {self.ppo.rollout_length} steps = {rollout_steps} "
+                f"a rollout of {per_learner} streams x {self.ppo.rollout_length} steps = {rollout_steps} "
                 f"steps does not fill one minibatch of batch_size={self.ppo.batch_size}: raise rollout_length "
                 f"or num_envs, or lower batch_size"
             )
+        rollout_steps = self.num_streams * self.ppo.rollout_length
         if self.total_steps < rollout_steps:
             raise ValueError(
-                f"total_steps={self.total_steps} ends before the first update: one rollout is {self.num_envs} "
-                f"environments x {self.ppo.rollout_length} steps = {rollout_steps}"
+                f"total_steps={self.total_steps} ends before the first update: one rollout is {self.num_streams} "
+                f"streams x {self.ppo.rollout_length} steps = {rollout_steps}"
             )
         return self
+
+    @model_validator(mode="after")
+    def _commons_settings_fit(self) -> RunConfig:
+        if self.env == COMMONS:
+            if self.turnover.num_agents > self.commons.num_agents:
+                raise ValueError(
+                    f"turnover.num_agents={self.turnover.num_agents}: expected at most the "
+                    f"{self.commons.num_agents} agents of a world"
+                )
+            if self.enforce_norms and self.norms.mode != "resource":
+                raise ValueError(
+                    f"norms.mode={self.norms.mode!r}: the commons tells who took and was punished for which resource; "
+                    f"expected norms.mode='resource'"
+                )
+            names = self.norms.resources
+            if names not in (NormConfig().resources, self.commons.resources):
+                raise ValueError(f"norms.resources: the commons has {self.commons.resources}, got {names}")
+            return self
+        for name in ("policies", "enforce_norms", "commons", "turnover"):
+            if getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True):
+                raise ValueError(f"{name}: only the environment {COMMONS!r} has it, and this is {self.env!r}")
+        return self
+
+
+class StudyConfig(Config):
+    """A study: runs of several conditions, each with the same seeds. Read from a TOML file; see `running/study.py`."""
+
+    title: str = Field("", description="A sentence over the table and the figures.")
+    seeds: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] = Field(
+        (0, 1, 2), description="Every condition is run with each of them."
+    )
+    harmful: str = Field("A", description="The resource whose share among those taken is the study's subject.")
+    base: dict[str, Any] = Field(default_factory=dict, description="Settings of every run, nested as RunConfig is.")
+    conditions: Annotated[dict[str, dict[str, Any]], Field(min_length=1)] = Field(
+        description="Name of each condition and the settings that make it, over those of `base`."
+    )
+
+    def run(self, condition: str, seed: int, run_dir: str) -> RunConfig:
+        """Settings of one run.
+
+        Raises:
+            ValueError: they are not possible; the message names the condition.
+        """
+        try:
+            settings = _merged(_merged({"env": COMMONS, "eval_episodes": 0}, self.base), self.conditions[condition])
+            return RunConfig(**settings | {"seed": seed, "run_dir": run_dir})
+        except ValueError as error:
+            raise ValueError(f"condition {condition!r}: {error}") from None
+
+    @model_validator(mode="after")
+    def _runs_are_possible(self) -> StudyConfig:
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds: expected different numbers, got {self.seeds}")
+        for name in self.conditions:
+            if not name or not set(name) <= set(_NAME_CHARACTERS):
+                raise ValueError(f"conditions: expected names of letters, digits, '-' and '_', got {name!r}")
+            config = self.run(name, 0, "")
+            if config.env != COMMONS:
+                raise ValueError(f"condition {name!r}: a study's world is {COMMONS!r}, got {config.env!r}")
+            if self.harmful not in config.commons.resources:
+                raise ValueError(f"harmful={self.harmful!r} is none of condition {name!r}'s {config.commons.resources}")
+        return self
+
+
+def _merged(settings: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Nested settings with those of `over` in their place; lists and schedules of resources are replaced whole."""
+    merged = dict(settings)
+    for name, value in over.items():
+        nested = name in ("network", "ppo", "commons", "norms", "turnover") and isinstance(merged.get(name), dict)
+        merged[name] = _merged(merged[name], value) if nested and isinstance(value, dict) else value
+    return merged
 
 
 # Settings found by experiment (docs/log.md says how). First matching pattern wins; a field lies in RunConfig, or under

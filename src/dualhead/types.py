@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 Observations = dict[str, Tensor]
 """One tensor per leaf of the observation space, batch axes first; a plain space has the single leaf `observation`."""
+
+
+def as_numpy(values: Any) -> NDArray[Any]:
+    """An array of what came as an array, or as a tensor on any device."""
+    return values.numpy(force=True) if isinstance(values, Tensor) else np.asarray(values)
 
 
 class DataError(ValueError):

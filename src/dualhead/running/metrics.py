@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 import numpy as np
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from dualhead.types import as_numpy
+from dualhead.worlds.streams import StreamStep
 
 EPISODE_WINDOW = 100
 
@@ -34,8 +36,9 @@ class EpisodeTracker:
         self.lengths: deque[int] = deque(maxlen=EPISODE_WINDOW)
         self.num_episodes = 0
 
-    def step(self, rewards: NDArray[np.float64], ended: NDArray[np.bool_]) -> None:
-        """Takes in [B] rewards and which episodes ended with them."""
+    def step(self, step: StreamStep) -> None:
+        """Takes in the [B] rewards of a step and which episodes ended with it."""
+        rewards, ended = as_numpy(step.rewards), as_numpy(step.terminated) | as_numpy(step.truncated)
         self.running_returns += rewards
         self.running_lengths += 1
         for stream in np.flatnonzero(ended):

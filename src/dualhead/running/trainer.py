@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import sys
 import time
@@ -15,15 +16,17 @@ import torch
 
 from dualhead.agent import DualHeadRecurrentPPO
 from dualhead.config import RunConfig
+from dualhead.population import IndependentLearners, Learner, Turnover, strengths_by_agent
 from dualhead.running.checkpoint import RunError, checkpoints, new_run_dir, save_checkpoint, write_json
 from dualhead.running.evaluation import EVALUATION_ENVS, evaluate
 from dualhead.running.machine import keep_freed_memory, use_threads
 from dualhead.running.metrics import CSVWriter, EpisodeTracker, ProgressDisplay, TensorBoardWriter, Writer
 from dualhead.types import DataError
-from dualhead.worlds.streams import Streams, make_streams
+from dualhead.worlds.registry import open_streams
+from dualhead.worlds.streams import Streams
 
 
-def train(config: RunConfig) -> dict[str, Any]:
+def train(config: RunConfig, *, show_progress: bool = True) -> dict[str, Any]:
     """Trains an agent as configured and leaves a run directory behind.
 
     Ctrl-C (or SIGTERM) ends it after the step at hand, with a checkpoint; a second one ends it at once.
@@ -38,14 +41,17 @@ def train(config: RunConfig) -> dict[str, Any]:
     """
     keep_freed_memory()
     use_threads(config.num_threads)
-    streams = make_streams(config.env, config.num_envs, vectorization=config.vectorization)
+    device = choose_device(config)
+    streams = open_streams(config, vectorization=config.vectorization, device=device)
     try:
         try:
-            agent = make_agent(config, streams)
+            agent = make_learner(config, streams, device=device)
         except (TypeError, ValueError) as error:
             raise RunError(f"{config.env}: {error}") from error
         run_dir = new_run_dir(config)
-        writers: list[Writer] = [CSVWriter(run_dir), TensorBoardWriter(run_dir), ProgressDisplay(config.total_steps)]
+        writers: list[Writer] = [CSVWriter(run_dir), TensorBoardWriter(run_dir)]
+        if show_progress:
+            writers.append(ProgressDisplay(config.total_steps))
         try:
             with stop_requests() as stop:
                 seconds, metrics = run_loop(config, agent, streams, writers, run_dir, stop)
@@ -64,7 +70,7 @@ def train(config: RunConfig) -> dict[str, Any]:
 
 def run_loop(
     config: RunConfig,
-    agent: DualHeadRecurrentPPO,
+    agent: Learner,
     streams: Streams,
     writers: list[Writer],
     run_dir: Path,
@@ -72,6 +78,7 @@ def run_loop(
 ) -> tuple[float, dict[str, float]]:
     """Act, step, record, learn, log, until `total_steps` or a request to stop; seconds taken and the last metrics."""
     tracker = EpisodeTracker(streams.num_streams)
+    turnover = make_turnover(config)
     metrics: dict[str, float] = {}
     started = update_started = time.perf_counter()
     next_checkpoint = config.checkpoint_every
@@ -79,15 +86,29 @@ def run_loop(
     while agent.num_steps < config.total_steps and not stop:
         actions = agent.act(observations)
         step = streams.step(agent.to_env(actions))
-        agent.record(step.rewards, step.terminated, step.truncated, final_observations=step.final_observations)
-        tracker.step(step.rewards, step.terminated | step.truncated)
+        agent.record(
+            step.rewards,
+            step.terminated,
+            step.truncated,
+            final_observations=step.final_observations,
+            events=step.events if config.enforce_norms else None,
+        )
+        tracker.step(step)
+        if turnover is not None and step.events is not None:
+            turnover.count(step.events)
         observations = step.observations
         if agent.rollout_is_ready:
             learn_started = time.perf_counter()
             metrics = agent.learn(observations)
             now = time.perf_counter()
             steps = config.ppo.rollout_length * streams.num_streams
-            metrics |= tracker.metrics() | {
+            metrics |= tracker.metrics() | streams.statistics()
+            if turnover is not None:
+                metrics |= turnover.metrics(strengths_by_agent(agent, config.commons.num_agents))
+                turn = agent.num_steps // streams.num_streams
+                while turnover.is_due(turn):
+                    turnover.replace(agent, turn)
+            metrics |= {
                 "time/steps_per_s": steps / (now - update_started),
                 "time/rollout_s": learn_started - update_started,
                 "time/update_s": now - learn_started,
@@ -102,24 +123,51 @@ def run_loop(
     return time.perf_counter() - started, metrics
 
 
-def make_agent(config: RunConfig, streams: Streams) -> DualHeadRecurrentPPO:
-    """The agent that a configuration asks for."""
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    elif device == "cuda" and not torch.cuda.is_available():
+def choose_device(config: RunConfig) -> str:
+    """Where a run's networks live."""
+    if config.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if config.device == "cuda" and not torch.cuda.is_available():
         raise RunError("device='cuda' but torch sees no GPU here: use --device cpu, or install torch with CUDA")
-    ppo = config.ppo
+    return config.device
+
+
+def make_learner(config: RunConfig, streams: Streams, *, device: str = "cpu") -> Learner:
+    """The agent, or independent agents, that a configuration asks for."""
+    ppo, norms = config.ppo, None
+    num_learners = config.commons.num_agents if config.policies == "independent" else 1
     if ppo.learning_rate_schedule == "linear" and ppo.learning_rate_decay_steps is None:
-        ppo = ppo.model_copy(update={"learning_rate_decay_steps": config.total_steps})
-    return DualHeadRecurrentPPO(
-        streams.observation_space,
-        streams.action_space,
-        num_streams=streams.num_streams,
-        config=ppo,
-        network=config.network,
+        ppo = ppo.model_copy(update={"learning_rate_decay_steps": math.ceil(config.total_steps / num_learners)})
+    if config.enforce_norms:
+        norms = config.norms.model_copy(update={"resources": config.commons.resources})
+
+    def make(seed: int) -> DualHeadRecurrentPPO:
+        return DualHeadRecurrentPPO(
+            streams.observation_space,
+            streams.action_space,
+            num_streams=streams.num_streams // num_learners,
+            config=ppo,
+            network=config.network,
+            norms=norms,
+            seed=seed,
+            device=device,
+        )
+
+    if config.policies == "shared":
+        return make(config.seed)
+    return IndependentLearners(make, num_agents=num_learners, seed=config.seed)
+
+
+def make_turnover(config: RunConfig) -> Turnover | None:
+    """The schedule of newcomers, where a run has one."""
+    if config.turnover.first_turn is None:
+        return None
+    return Turnover(
+        config.turnover,
+        resources=config.commons.resources,
+        num_agents=config.commons.num_agents,
+        num_worlds=config.num_envs,
         seed=config.seed,
-        device=device,
     )
 
 
@@ -144,7 +192,7 @@ def stop_requests() -> Iterator[list[int]]:
 
 def _conclude(
     config: RunConfig,
-    agent: DualHeadRecurrentPPO,
+    agent: Learner,
     run_dir: Path,
     seconds: float,
     metrics: dict[str, float],
@@ -164,7 +212,7 @@ def _conclude(
         "metrics": metrics,
     }
     if config.eval_episodes and not stopped:
-        streams = make_streams(config.env, min(config.eval_episodes, EVALUATION_ENVS))
+        streams = open_streams(config, num_envs=min(config.eval_episodes, EVALUATION_ENVS))
         try:
             summary["evaluation"] = evaluate(agent.policy, streams, episodes=config.eval_episodes).summary()
         finally:

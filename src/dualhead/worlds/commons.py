@@ -186,7 +186,7 @@ class Commons:
         if ends:
             self.next_epoch()
         terminated: Any = torch.zeros(self.num_streams, dtype=torch.bool, device=self.device)
-        return StreamStep(self.observations(), rewards, terminated, terminated | ends, final)
+        return StreamStep(self.observations(), rewards, terminated, terminated | ends, final, self.events)
 
     def next_epoch(self) -> None:
         """Lays out fresh patches (or menus) now, as after the last turn of an epoch; the run goes on."""

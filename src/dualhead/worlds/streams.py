@@ -14,6 +14,8 @@ from gymnasium.vector.utils import concatenate, create_empty_array, iterate
 from numpy.typing import NDArray
 
 import dualhead.worlds.tasks  # noqa: F401  (registers dualhead/...)
+from dualhead.config import COMMONS
+from dualhead.norms import NormEvents
 
 _EXTRAS = {"popgym": "popgym", "minigrid": "MiniGrid"}
 """Package and extra of the same name -> prefix of its environment ids."""
@@ -32,27 +34,40 @@ class StreamStep(NamedTuple):
         terminated, truncated: [B] bool.
         final_observations: [B, ...] what was seen before any reset (right for every stream), or None where no
             episode ended.
+        events: what happened as far as norms are concerned, or None from a world that does not say.
+
+    Gymnasium's worlds give NumPy arrays, batched ones tensors on their device.
     """
 
     observations: Any
-    rewards: NDArray[np.float64]
-    terminated: NDArray[np.bool_]
-    truncated: NDArray[np.bool_]
+    rewards: Any
+    terminated: Any
+    truncated: Any
     final_observations: Any
+    events: NormEvents | None = None
 
 
 class Streams(Protocol):
     """A source of experience."""
 
     num_streams: int
-    observation_space: gym.Space
-    action_space: gym.Space
+
+    @property
+    def observation_space(self) -> gym.Space:
+        """Of one stream."""
+
+    @property
+    def action_space(self) -> gym.Space:
+        """Of one stream."""
 
     def reset(self, *, seed: int | None = None) -> Any:
         """Begins an episode in every stream; observations [B, ...]."""
 
     def step(self, actions: Any) -> StreamStep:
         """Steps all streams with actions in the form of the batched action space."""
+
+    def statistics(self) -> dict[str, float]:
+        """Numbers for the log since the last call."""
 
     def close(self) -> None:
         """Frees what the environments hold."""
@@ -71,8 +86,14 @@ class GymnasiumStreams:
             raise ValueError(f"expected a vector environment with autoreset_mode=SAME_STEP, got {mode}")
         self.envs = envs
         self.num_streams = envs.num_envs
-        self.observation_space = envs.single_observation_space
-        self.action_space = envs.single_action_space
+
+    @property
+    def observation_space(self) -> gym.Space:
+        return self.envs.single_observation_space
+
+    @property
+    def action_space(self) -> gym.Space:
+        return self.envs.single_action_space
 
     def reset(self, *, seed: int | None = None) -> Any:
         observations, _ = self.envs.reset(seed=seed)
@@ -94,6 +115,9 @@ class GymnasiumStreams:
         out = create_empty_array(self.observation_space, n=self.num_streams)
         assert out is not None
         return concatenate(self.observation_space, rows, out)
+
+    def statistics(self) -> dict[str, float]:
+        return {}
 
     def close(self) -> None:
         self.envs.close()
@@ -170,12 +194,12 @@ def make_env(env: str, **kwargs: Any) -> gym.Env:
 
 
 def environment_ids() -> list[str]:
-    """Every id that can be trained here: ours, Gymnasium's, and those of installed extras."""
+    """Every name that can be trained here: ours, Gymnasium's, and those of installed extras."""
     for package in _EXTRAS:
         if importlib.util.find_spec(package) is not None:
             importlib.import_module(package)
     own = "phys2d", "tabular", "GymV21", "GymV26"
-    return sorted(name for name in gym.registry if not name.startswith(own))
+    return sorted([COMMONS, *(name for name in gym.registry if not name.startswith(own))])
 
 
 def _import_extra(env: str) -> None:
