@@ -13,6 +13,7 @@ import tyro
 from dualhead.config import RunConfig, settings_error, tuned_settings
 from dualhead.running.checkpoint import RunError
 from dualhead.running.evaluation import EVALUATION_SEED, evaluate_run
+from dualhead.running.study import copy_study, run_study
 from dualhead.running.trainer import train
 from dualhead.storage import CheckpointError
 from dualhead.worlds.streams import UnavailableEnvironment, environment_ids
@@ -35,11 +36,28 @@ class Eval:
 
 
 @dataclasses.dataclass(frozen=True)
+class Study:
+    """Run a study: conditions x seeds, a table with intervals, figures. Finished runs are not repeated."""
+
+    study: tyro.conf.Positional[str]
+    """A TOML file, or one that comes with dualhead: norms, norms_small, level_flip, hidden_level."""
+    out: str | None = None
+    """Its directory; default runs/study-NAME."""
+    jobs: int | None = None
+    """Runs side by side, one thread each; default: as many as there are cores."""
+    copy: str | None = None
+    """Write the study's file there, to be changed, and run nothing."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Envs:
     """List what can be trained here."""
 
     containing: tyro.conf.Positional[str] = ""
     """Only ids that contain this."""
+
+
+Command = RunConfig | Study | Eval | Envs
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -58,16 +76,19 @@ def main(arguments: list[str] | None = None) -> int:
             return 130
 
 
-def _run(command: RunConfig | Eval | Envs) -> int:
+def _run(command: Command) -> int:
     if isinstance(command, RunConfig):
         return _train(command)
+    if isinstance(command, Study):
+        return _study(command)
     return _eval(command) if isinstance(command, Eval) else _envs(command)
 
 
-def _parse(arguments: list[str]) -> RunConfig | Eval | Envs:
+def _parse(arguments: list[str]) -> Command:
     tuned = _tuned_defaults(arguments)
     command = (
         Annotated[RunConfig, tyro.conf.subcommand("train", default=tuned)]
+        | Annotated[Study, tyro.conf.subcommand("study")]
         | Annotated[Eval, tyro.conf.subcommand("eval")]
         | Annotated[Envs, tyro.conf.subcommand("envs")]
     )
@@ -115,6 +136,15 @@ def _eval(command: Eval) -> int:
         command.run, episodes=command.episodes, seed=command.seed, deterministic=not command.sample
     ).summary()
     print(json.dumps(result) if command.json else _describe(result))
+    return 0
+
+
+def _study(command: Study) -> int:
+    if command.copy is not None:
+        copy_study(command.study, command.copy)
+        print(f"{command.copy}: change it and run `dualhead study {command.copy}`")
+        return 0
+    print(f"results: {run_study(command.study, out=command.out, jobs=command.jobs)}")
     return 0
 
 

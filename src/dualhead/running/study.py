@@ -100,17 +100,32 @@ def study_text(name: str) -> str:
         ) from error
 
 
+def copy_study(name: str, path: str) -> None:
+    """Writes a study's file to a new place.
+
+    Raises:
+        RunError: no such study, or something is there already, or it cannot be written.
+    """
+    text = study_text(name)
+    try:
+        with open(path, "x") as file:
+            file.write(text)
+    except FileExistsError as error:
+        raise RunError(f"{path} is there already: choose another name") from error
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror or error}") from error
+
+
 def read_study(name: str) -> StudyConfig:
     """A study by path or name.
 
     Raises:
         RunError: it cannot be read, or asks for what is not possible.
     """
+    text = study_text(name)
     try:
-        return StudyConfig(**tomllib.loads(study_text(name)))
-    except (tomllib.TOMLDecodeError, ValueError, TypeError, RunError) as error:
-        if isinstance(error, RunError) and error.__cause__ is not None:
-            raise
+        return StudyConfig(**tomllib.loads(text))
+    except (tomllib.TOMLDecodeError, ValueError, TypeError) as error:
         raise RunError(f"{name}: {error}") from error
 
 
@@ -293,9 +308,15 @@ def _relapse(study: StudyConfig, run: Run, share: NDArray[np.float64]) -> dict[s
     stop = next((b.begin for a, b in itertools.pairwise(phases) if a.punishes and not b.punishes), None)
     if stop is None:
         return {}
-    after = run.turns > stop
-    relapsed = run.turns[after & (share > RELAPSE_SHARE)]
-    found = {"turns from the end of punishment to relapse": float(relapsed[0] - stop) if len(relapsed) else np.inf}
+    groups = {"": share}
+    if run.config.turnover.first_turn is not None:
+        groups |= {f" among {group}": run.share(study.harmful, group) for group in ("newcomers", "incumbents")}
+    found = {}
+    for group, of_group in groups.items():
+        relapsed = run.turns[(run.turns > stop) & (of_group > RELAPSE_SHARE)]
+        found[f"turns from the end of punishment to relapse{group}"] = (
+            float(relapsed[0] - stop) if len(relapsed) else np.inf
+        )
     strength = run.columns.get(f"norms/strength/{study.harmful}")
     if strength is not None and (run.turns <= stop).any():
         at_stop = float(strength[run.turns <= stop][-1])
