@@ -1,4 +1,4 @@
-"""The command line: train, eval, envs."""
+"""The command line: train, eval, envs, report."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import tyro
 from dualhead.config import RunConfig, settings_error, tuned_settings
 from dualhead.running.checkpoint import RunError
 from dualhead.running.evaluation import EVALUATION_SEED, evaluate_run
+from dualhead.running.report import write_report
 from dualhead.running.trainer import train
 from dualhead.storage import CheckpointError
 from dualhead.worlds.streams import UnavailableEnvironment, environment_ids
@@ -42,6 +43,18 @@ class Envs:
     """Only ids that contain this."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Write runs as one HTML page with curves, settings and a replay; it needs no network."""
+
+    runs: tyro.conf.Positional[tuple[str, ...]]
+    """Run directories. Those that differ only in the seed are shown as one line with a band."""
+    out: str | None = None
+    """The page; default RUN/report.html, or report.html here for several runs."""
+    replay: bool = True
+    """Show an episode, where the environment renders."""
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; errors that a user can mend come as one message and exit status 1 or 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -58,18 +71,21 @@ def main(arguments: list[str] | None = None) -> int:
             return 130
 
 
-def _run(command: RunConfig | Eval | Envs) -> int:
+def _run(command: RunConfig | Eval | Envs | Report) -> int:
     if isinstance(command, RunConfig):
         return _train(command)
+    if isinstance(command, Report):
+        return _report(command)
     return _eval(command) if isinstance(command, Eval) else _envs(command)
 
 
-def _parse(arguments: list[str]) -> RunConfig | Eval | Envs:
+def _parse(arguments: list[str]) -> RunConfig | Eval | Envs | Report:
     tuned = _tuned_defaults(arguments)
     command = Annotated[
         Annotated[RunConfig, tyro.conf.subcommand("train", default=tuned)]
         | Annotated[Eval, tyro.conf.subcommand("eval")]
-        | Annotated[Envs, tyro.conf.subcommand("envs")],
+        | Annotated[Envs, tyro.conf.subcommand("envs")]
+        | Annotated[Report, tyro.conf.subcommand("report")],
         tyro.conf.OmitArgPrefixes,
     ]
     before = settings_error.set(RunError)
@@ -118,6 +134,11 @@ def _envs(command: Envs) -> int:
     for name in environment_ids():
         if command.containing in name:
             print(f"{name}  (tuned settings)" if tuned_settings(name) else name)
+    return 0
+
+
+def _report(command: Report) -> int:
+    print(write_report(command.runs, command.out, replay=command.replay))
     return 0
 
 
