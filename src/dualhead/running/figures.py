@@ -67,7 +67,8 @@ class Figure(NamedTuple):
 
     Fields:
         title: a statement of what is seen.
-        unit, note: of the panel; `note` also says what is missing.
+        unit, note: of the panel; `note` also says how many numbers are missing.
+        names: of the metrics.
         lines: label and style of each legend entry; none where there is one line.
         band: what the shaded band is, or "".
         traces: for plotly.js; `meta` holds the number of the colour and whether it is a "band".
@@ -76,6 +77,7 @@ class Figure(NamedTuple):
     title: str
     unit: str
     note: str
+    names: list[str]
     lines: list[tuple[str, int]]
     band: str
     traces: list[dict[str, Any]]
@@ -198,7 +200,7 @@ def _figures(
     if len(groups) == 1:
         (runs,) = groups.values()
         lines = [_line(panel, name, label, i, runs) for i, (name, label) in enumerate(names.items())]
-        return [_figure(panel, " ".join(names), panel.words, lines)]
+        return [_figure(panel, list(names), panel.words, lines)]
     figures = []
     for name, label in names.items():
         lines = [
@@ -207,7 +209,7 @@ def _figures(
             if any(_has_numbers(run, name) for run in runs)
         ]
         figures.append(
-            _figure(panel, name, f"{panel.words} ({_words(label).lower()})" if label else panel.words, lines)
+            _figure(panel, [name], f"{panel.words} ({_words(label).lower()})" if label else panel.words, lines)
         )
     return figures
 
@@ -222,7 +224,7 @@ def _line(panel: Panel, name: str, label: str, style: int, runs: Sequence[Mappin
     return Line(label, style, curves, interval)
 
 
-def _figure(panel: Panel, names: str, words: str, lines: list[Line]) -> Figure:
+def _figure(panel: Panel, names: list[str], words: str, lines: list[Line]) -> Figure:
     traces: list[dict[str, Any]] = []
     band = ""
     middles = {line.label: mean_and_range(line.curves)[0] for line in lines}
@@ -243,7 +245,8 @@ def _figure(panel: Panel, names: str, words: str, lines: list[Line]) -> Figure:
     return Figure(
         title=f"{words} {statement({label: middle.values for label, middle in middles.items()})}".strip(),
         unit=panel.unit,
-        note="; ".join(part for part in (panel.note, names, gaps) if part),
+        note="; ".join(part for part in (panel.note, gaps) if part),
+        names=names,
         lines=[(line.label, line.style) for line in lines] if len(lines) > 1 or lines[0].label else [],
         band=band,
         traces=traces,
@@ -251,20 +254,29 @@ def _figure(panel: Panel, names: str, words: str, lines: list[Line]) -> Figure:
 
 
 def statement(lines: Mapping[str, FloatArray]) -> str:
-    """What the lines of a figure do, in words; numbers are means of the first and last tenth of a line."""
+    """What the lines of a figure do, in words; numbers are means of the first and last tenth of a line.
+
+    A line rises or falls where these differ by more than a quarter of its range.
+    """
     ends = {label: _first_and_last(values) for label, values in lines.items() if np.isfinite(values).any()}
     if not ends:
         return ""
+    last = {label: number(end) for label, (_, end) in ends.items()}
     if len(ends) == 1:
-        ((label, (first, last)),) = ends.items()
-        values = lines[label]
-        if number(first) == number(last):
-            return f"stayed at {number(last)}" if np.nanmin(values) == np.nanmax(values) else f"ended at {number(last)}"
-        return f"{'rose' if last > first else 'fell'} from {number(first)} to {number(last)}"
+        ((label, (first, end)),) = ends.items()
+        whose = f" ({label})" if label else ""
+        reach = np.nanmax(lines[label]) - np.nanmin(lines[label])
+        if reach == 0:
+            return f"stayed at {last[label]}{whose}"
+        if abs(end - first) <= 0.25 * reach or number(first) == last[label]:
+            return f"ended at {last[label]}{whose}"
+        return f"{'rose' if end > first else 'fell'} from {number(first)} to {last[label]}{whose}"
+    if len(set(last.values())) == 1:
+        return f"ended at {next(iter(last.values()))} everywhere"
     if len(ends) <= 3:
-        return "ended at " + ", ".join(f"{number(last)} ({label})" for label, (_, last) in ends.items())
-    lowest, highest = min(ends, key=lambda label: ends[label][1]), max(ends, key=lambda label: ends[label][1])
-    return f"ended between {number(ends[lowest][1])} ({lowest}) and {number(ends[highest][1])} ({highest})"
+        return "ended at " + ", ".join(f"{text} ({label})" for label, text in last.items())
+    lowest, highest = (f(ends, key=lambda label: ends[label][1]) for f in (min, max))
+    return f"ended between {last[lowest]} ({lowest}) and {last[highest]} ({highest})"
 
 
 def number(value: float) -> str:

@@ -236,6 +236,8 @@ def _title(groups: Mapping[str, Sequence[Run]]) -> str:
         return f"{runs[0].config.network.memory} on {environments}"
     if len(groups) == 1:
         return f"{runs[0].config.network.memory} on {environments}, {len(runs)} seeds"
+    if len(groups) <= 3 and "," not in environments:
+        return f"{' against '.join(groups)} on {environments}"
     return f"{len(groups)} settings on {environments}"
 
 
@@ -251,16 +253,22 @@ def _group_facts(name: str, members: Sequence[Run], style: int) -> dict[str, Any
     elif len(outcomes) == 1:
         final, about = number(means[0]), outcomes[0].about
     else:
-        final, about = number(float(np.mean(means))), f"{number(min(means))} to {number(max(means))} over seeds"
+        final, about = (
+            number(float(np.mean(means))),
+            f"mean; seeds reach from {number(min(means))} to {number(max(means))}",
+        )
     speeds = [run.steps / run.seconds for run in members if run.seconds > 0]
+    states = [_status(run)[0] for run in members]
     return {
         "name": name,
         "style": style,
-        "num_runs": len(members),
+        "seeds": ", ".join(str(run.config.seed) for run in members),
         "final": final,
         "about": about,
         "steps": " to ".join(dict.fromkeys(f"{f(run.steps for run in members):,}" for f in (min, max))),
+        "time": _duration(float(np.mean([run.seconds for run in members]))),
         "speed": f"{np.mean(speeds):,.0f}" if speeds else "–",
+        "states": ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states)),
         "runs": [_run_facts(run) for run in members],
     }
 
