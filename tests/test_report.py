@@ -145,6 +145,17 @@ def test_peaks_and_gaps_of_a_long_line_stay():
     assert np.isnan(curve.values[inside]).all()
 
 
+def test_thick_line_through_a_long_curve_shows_means(tmp_path):
+    values = np.tile([1.0, 5.0], 500)
+    values[300:320] = NAN
+    run = make_run(tmp_path / "run", {"loss/total": values.tolist()}, steps=range(10, 10_010, 10))
+    (figure,) = draw({"lstm": [read_run(run).metrics]})[0]["Optimisation"]
+    pale, thick = figure.traces
+    assert np.array_equal(pale["y"], values, equal_nan=True)
+    assert thick["x"].tolist() == [55 + 100 * i for i in range(100)]  # ten points each, mean step of 10 to 100 is 55
+    assert np.array_equal(thick["y"], [NAN if i in (30, 31) else 3.0 for i in range(100)], equal_nan=True)
+
+
 @given(st.lists(st.floats(-1e6, 1e6) | st.just(NAN), min_size=1, max_size=200), st.integers(4, 40))
 def test_thinning_picks_points_and_keeps_the_extremes(numbers, max_points):
     values = np.array(numbers)
@@ -463,7 +474,8 @@ addEventListener("load", () => setTimeout(() => {
   const stroke = document.querySelector("path.js-line").style.stroke;
   parent.postMessage(JSON.stringify({
     figures: plots.length, drawn: drawn.length, stroke: stroke, width: innerWidth,
-    page: getComputedStyle(document.body).backgroundColor, tooWide: document.documentElement.scrollWidth - document.documentElement.clientWidth,
+    page: getComputedStyle(document.body).backgroundColor,
+    tooWide: document.documentElement.scrollWidth - document.documentElement.clientWidth,
     bands: document.querySelectorAll("path.js-fill").length, points: document.querySelectorAll("path.point").length,
     plotWidth: Math.max(...[...plots].map(plot => plot.querySelector("svg").getBoundingClientRect().width)),
     fetched: performance.getEntriesByType("resource").map(entry => entry.name),

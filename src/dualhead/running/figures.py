@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 FloatArray = NDArray[np.float64]
 
 MAX_POINTS = 1000
-NUM_COLORS = 7
+NUM_MEANS = 100
+"""Means over stretches that a line of more than twice as many points is drawn through."""
+NUM_COLORS = 6
 DASHES = ("solid", "dash", "dot")
 
 
@@ -237,9 +239,10 @@ def _figure(panel: Panel, names: list[str], words: str, lines: list[Line]) -> Fi
         if band and (line.interval is not None or len(line.curves) > 1):
             traces.append(_band_trace(low, high, line.style))
     for line in lines:
-        if len(line.curves) > 1:
-            traces += [_trace(curve, line, seed=True) for curve in line.curves]
-    traces += [_trace(middles[line.label], line, seed=False) for line in lines]
+        if len(line.curves) > 1 or len(line.curves[0].values) > 2 * NUM_MEANS:
+            max_points = max(2 * NUM_MEANS, MAX_POINTS // len(line.curves))
+            traces += [_trace(thin(curve, max_points), line, pale=True) for curve in line.curves]
+    traces += [_trace(stretch_means(middles[line.label]), line, pale=False) for line in lines]
     missing = sum(_num_gaps(curve.values) for line in lines for curve in line.curves)
     gaps = f"{missing} number{'s' * (missing > 1)} missing or not finite" if missing else ""
     return Figure(
@@ -315,6 +318,16 @@ def thin(curve: Curve, max_points: int = MAX_POINTS) -> Curve:
     return Curve(curve.steps[chosen], curve.values[chosen])
 
 
+def stretch_means(curve: Curve, num_stretches: int = NUM_MEANS) -> Curve:
+    """Means over equal stretches of a curve that has more than two points for each; NaN where there is no number."""
+    if len(curve.values) <= 2 * num_stretches:
+        return curve
+    stretches = np.array_split(np.arange(len(curve.values)), num_stretches)
+    finite = [curve.values[stretch][np.isfinite(curve.values[stretch])] for stretch in stretches]
+    means = np.array([part.mean() if len(part) else np.nan for part in finite])
+    return Curve(np.array([curve.steps[stretch].mean() for stretch in stretches]), means)
+
+
 def outline(low: Curve, high: Curve, max_points: int = MAX_POINTS) -> Curve:
     """A band as closed polygons with gaps between them; of a long one, the reach of each of equal stretches."""
     steps, lowest, highest = low.steps, low.values, high.values
@@ -337,8 +350,7 @@ def _reach(values: FloatArray, stretches: Sequence[NDArray[np.intp]]) -> tuple[F
     return low, np.array([part.max() if len(part) else np.nan for part in finite])
 
 
-def _trace(curve: Curve, line: Line, *, seed: bool) -> dict[str, Any]:
-    curve = thin(curve)
+def _trace(curve: Curve, line: Line, *, pale: bool) -> dict[str, Any]:
     finite = np.isfinite(curve.values)
     neighbours = np.append(finite[1:], False) | np.insert(finite[:-1], 0, False)
     alone = bool((finite & ~neighbours).any())
@@ -348,11 +360,11 @@ def _trace(curve: Curve, line: Line, *, seed: bool) -> dict[str, Any]:
         "name": html.escape(line.label),
         "x": _compact(curve.steps),
         "y": curve.values.astype(np.float32),
-        "line": {"width": 1 if seed else 2, "dash": DASHES[line.style // NUM_COLORS % len(DASHES)]},
-        "marker": {"size": 3 if seed else 5},
-        "opacity": 0.45 if seed else 1.0,
+        "line": {"width": 1 if pale else 2, "dash": DASHES[line.style // NUM_COLORS % len(DASHES)]},
+        "marker": {"size": 3 if pale else 5},
+        "opacity": 0.4 if pale else 1.0,
         "meta": {"color": line.style % NUM_COLORS, "band": False},
-        **({"hoverinfo": "skip"} if seed else {"hovertemplate": "%{y:.4g}"}),
+        **({"hoverinfo": "skip"} if pale else {"hovertemplate": "%{y:.4g}"}),
     }
 
 

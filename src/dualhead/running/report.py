@@ -19,7 +19,7 @@ import numpy as np
 from dualhead.config import Config, RunConfig, tuned_settings
 from dualhead.running.checkpoint import RunError, read_config
 from dualhead.running.evaluation import EVALUATION_SEED
-from dualhead.running.figures import DASHES, MAX_POINTS, NUM_COLORS, Curve, Figure, draw, number
+from dualhead.running.figures import DASHES, NUM_COLORS, NUM_MEANS, Curve, Figure, draw, number
 from dualhead.storage import CheckpointError
 from dualhead.worlds.streams import UnavailableEnvironment
 
@@ -212,7 +212,7 @@ def render(groups: Mapping[str, Sequence[Run]], *, replays: Sequence[Replay]) ->
         settings=_settings_rows(groups),
         seeds_differ=any(len(members) > 1 for members in groups.values()),
         replays=replays,
-        max_points=MAX_POINTS,
+        num_means=NUM_MEANS,
         num_colors=NUM_COLORS,
         dashes=DASHES,
         made=f"{datetime.datetime.now():%Y-%m-%d %H:%M}",
