@@ -1,4 +1,4 @@
-"""The command line: train, eval, envs."""
+"""The command line: train, eval, envs, report."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import json
 import sys
 import warnings
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import tyro
@@ -13,6 +14,7 @@ import tyro
 from dualhead.config import RunConfig, settings_error, tuned_settings
 from dualhead.running.checkpoint import RunError
 from dualhead.running.evaluation import EVALUATION_SEED, evaluate_run
+from dualhead.running.report import write_report
 from dualhead.running.study import copy_study, run_study
 from dualhead.running.trainer import train
 from dualhead.storage import CheckpointError
@@ -57,7 +59,19 @@ class Envs:
     """Only ids that contain this."""
 
 
-Command = RunConfig | Study | Eval | Envs
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Write runs as one HTML page with curves, settings and a replay; it needs no network."""
+
+    runs: tyro.conf.Positional[tuple[str, ...]]
+    """Run directories. Those that differ only in the seed are shown as one line with a band."""
+    out: str | None = None
+    """The page; default RUN/report.html, or report.html here for several runs."""
+    replay: bool = True
+    """Show an episode, where the environment renders."""
+
+
+Command = RunConfig | Study | Eval | Report | Envs
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -67,21 +81,14 @@ def main(arguments: list[str] | None = None) -> int:
         warnings.simplefilter("default")
         warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
         try:
-            return _run(_parse(arguments))
+            command = _parse(arguments)
+            return _RUN[type(command)](command)
         except (RunError, CheckpointError, UnavailableEnvironment) as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130
-
-
-def _run(command: Command) -> int:
-    if isinstance(command, RunConfig):
-        return _train(command)
-    if isinstance(command, Study):
-        return _study(command)
-    return _eval(command) if isinstance(command, Eval) else _envs(command)
 
 
 def _parse(arguments: list[str]) -> Command:
@@ -91,6 +98,7 @@ def _parse(arguments: list[str]) -> Command:
         | Annotated[Study, tyro.conf.subcommand("study")]
         | Annotated[Eval, tyro.conf.subcommand("eval")]
         | Annotated[Envs, tyro.conf.subcommand("envs")]
+        | Annotated[Report, tyro.conf.subcommand("report")]
     )
     before = settings_error.set(RunError)
     try:
@@ -155,6 +163,11 @@ def _envs(command: Envs) -> int:
     return 0
 
 
+def _report(command: Report) -> int:
+    print(write_report(command.runs, command.out, replay=command.replay))
+    return 0
+
+
 def _describe(result: dict[str, float]) -> str:
     return (
         f"return {result['mean_return']:.2f} ± {result['std_return']:.2f} over {result['episodes']} episodes "
@@ -168,6 +181,14 @@ def _flat(settings: dict[str, Any]) -> dict[str, Any]:
         flat |= _flat(value) if isinstance(value, dict) else {name: value}
     return flat
 
+
+_RUN: dict[type, Callable[[Any], int]] = {
+    RunConfig: _train,
+    Study: _study,
+    Eval: _eval,
+    Report: _report,
+    Envs: _envs,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

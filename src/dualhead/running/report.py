@@ -1,0 +1,447 @@
+"""A run, or a comparison of runs, as one HTML page that needs no network."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import datetime
+import json
+import math
+import os
+import secrets
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+import numpy as np
+
+from dualhead.config import Config, RunConfig, tuned_settings
+from dualhead.running.checkpoint import RunError, read_config
+from dualhead.running.evaluation import EVALUATION_SEED
+from dualhead.running.figures import DASHES, NUM_COLORS, NUM_MEANS, Curve, Figure, draw, number
+from dualhead.storage import CheckpointError
+from dualhead.worlds.streams import UnavailableEnvironment
+
+REPLAY_STEPS = 500
+MAX_REPLAY_BYTES = 10_000_000
+MAX_REPLAYS = 4
+_NOT_A_CONDITION = ("seed", "run_dir")
+
+
+class Run(NamedTuple):
+    """What is on disk of a run.
+
+    Fields:
+        path: its directory.
+        config: its settings.
+        settings: the same, flat, by dotted name.
+        metrics: curves of `metrics.csv`, and of `evaluations.csv` under `evaluations/`.
+        summary: of `summary.json`; empty where it is missing, or older than the newest numbers.
+        steps: environment steps so far.
+        seconds: spent training (as far as metrics say so).
+        modified: when the newest numbers were written, seconds since the epoch.
+    """
+
+    path: Path
+    config: RunConfig
+    settings: dict[str, Any]
+    metrics: dict[str, Curve]
+    summary: dict[str, Any]
+    steps: int
+    seconds: float
+    modified: float
+
+
+class Outcome(NamedTuple):
+    """A run's final return.
+
+    Fields:
+        mean: task reward per episode.
+        about: interval and where the number comes from.
+    """
+
+    mean: float
+    about: str
+
+
+class Replay(NamedTuple):
+    """Fields:
+    run: whose it is.
+    image: a data URI, or "".
+    problem: why there is no image, or "".
+    """
+
+    run: str
+    image: str
+    problem: str
+
+
+def write_report(
+    runs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str] | None = None, *, replay: bool = True
+) -> Path:
+    """Writes the page of one run, or of several side by side.
+
+    Runs that differ in nothing but seed and directory form a group: mean, range and single seeds.
+
+    Args:
+        runs: run directories, at least one; the same one twice counts once.
+        out: the page; by default `report.html` in the run's directory, or here for several runs.
+        replay: show an episode where the environment renders. `replay.gif` of the run is taken where it is there;
+            otherwise the newest checkpoint is played.
+
+    Returns:
+        Where the page is.
+
+    Raises:
+        RunError: no run is there, a run has no numbers yet, the page cannot be written, or plotly is missing.
+    """
+    _require_plotly()
+    paths = list(dict.fromkeys(Path(run) for run in runs))
+    if not paths:
+        raise RunError("expected at least one run directory, got none")
+    groups = group_runs([read_run(path) for path in paths])
+    shown = list(groups.values())[: MAX_REPLAYS if replay else 0]
+    page = render(groups, replays=[_replay(members[0].path) for members in shown])
+    path = Path(out) if out is not None else (paths[0] if len(paths) == 1 else Path()) / "report.html"
+    try:
+        path.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise RunError(f"cannot write the report {path}: {error.strerror or error}; name a file with --out") from error
+    return path
+
+
+def read_run(path: Path) -> Run:
+    """Reads a run that is finished, stopped, or still going.
+
+    Raises:
+        RunError: no run is there, or it has no numbers yet.
+    """
+    config = read_config(path)
+    metrics = read_table(path / "metrics.csv")
+    if not metrics:
+        raise RunError(f"{path} has no numbers yet: metrics.csv gets a row after the first update")
+    evaluations = read_table(path / "evaluations.csv")
+    for name in ("mean_return", "mean_length", "ci95_low", "ci95_high"):
+        if name in evaluations:
+            metrics[f"evaluations/{name}"] = evaluations[name]
+    newest = int(max(curve.steps[-1] for curve in metrics.values()))
+    summary = _read_summary(path / "summary.json")
+    if summary.get("steps", 0) < newest:
+        summary = {}
+    parts = [metrics[name].values for name in ("time/rollout_s", "time/update_s") if name in metrics]
+    return Run(
+        path=path,
+        config=config,
+        settings=flat(config.model_dump()),
+        metrics=metrics,
+        summary=summary,
+        steps=max(newest, summary.get("steps", 0)),
+        seconds=float(sum(np.nansum(part) for part in parts)) if parts else summary.get("seconds", math.nan),
+        modified=(path / "metrics.csv").stat().st_mtime,
+    )
+
+
+def read_table(path: Path) -> dict[str, Curve]:
+    """Curves by column of a CSV file with a column `steps`; none where the file is missing or has no whole row.
+
+    A last line that was cut off is left out. Where steps go back, a resumed run wrote the same steps again: the later
+    rows count.
+    """
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace").replace("\0", "")
+    except OSError:
+        return {}
+    rows: list[dict[str, Any]] = []
+    for row in csv.DictReader(text[: text.rfind("\n") + 1].splitlines()):
+        steps = _float(row.get("steps"))
+        if math.isfinite(steps):
+            while rows and _float(rows[-1]["steps"]) >= steps:
+                rows.pop()
+            rows.append(row)
+    steps_of_rows = np.array([_float(row["steps"]) for row in rows])
+    names = [name for name in (rows[0] if rows else ()) if name not in (None, "steps")]
+    return {name: Curve(steps_of_rows, np.array([_float(row[name]) for row in rows])) for name in names}
+
+
+def group_runs(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Runs that differ only in seed and directory, together, under the settings that tell the groups apart."""
+    by_settings: dict[frozenset[tuple[str, str]], list[Run]] = {}
+    for run in runs:
+        condition = ((name, value) for name, value in run.settings.items() if name not in _NOT_A_CONDITION)
+        by_settings.setdefault(frozenset((n, _text(v)) for n, v in condition if v is not None), []).append(run)
+    groups = list(by_settings.values())
+    if len(groups) == 1:
+        return {runs[0].config.network.memory: groups[0]}
+    differing = differing_settings([members[0].settings for members in groups])
+    return {_group_name(members[0].settings, differing, groups): members for members in groups}
+
+
+def differing_settings(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Names of settings that are not the same in all, seed and directory aside."""
+    names = dict.fromkeys(name for one in settings for name in one if name not in _NOT_A_CONDITION)
+    return [name for name in names if len({_text(one.get(name)) for one in settings}) > 1]
+
+
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted name."""
+    result: dict[str, Any] = {}
+    for name, value in settings.items():
+        result |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return result
+
+
+def render(groups: Mapping[str, Sequence[Run]], *, replays: Sequence[Replay]) -> str:
+    """The page."""
+    import jinja2
+    import plotly.graph_objects as go
+    from plotly.io.json import to_json_plotly
+    from plotly.offline import get_plotlyjs
+
+    sections, empty = draw({name: [run.metrics for run in members] for name, members in groups.items()})
+    figures = [figure for members in sections.values() for figure in members]
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment.filters["number"] = number
+    template = environment.from_string(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
+    return template.render(
+        title=_title(groups),
+        groups=[_group_facts(name, members, style) for style, (name, members) in enumerate(groups.items())],
+        single=_run_facts(next(iter(groups.values()))[0]) if _is_single(groups) else None,
+        sections=sections,
+        empty=empty,
+        settings=_settings_rows(groups),
+        seeds_differ=any(len(members) > 1 for members in groups.values()),
+        replays=replays,
+        num_means=NUM_MEANS,
+        num_colors=NUM_COLORS,
+        dashes=DASHES,
+        made=f"{datetime.datetime.now():%Y-%m-%d %H:%M}",
+        nonce=secrets.token_urlsafe(16),
+        # Both are script text: to_json_plotly writes <, > and / as escapes, so that no text can end the element.
+        figures=to_json_plotly([_plotly(figure, go) for figure in figures]),
+        plotly=get_plotlyjs(),
+    )
+
+
+def _plotly(figure: Figure, go: Any) -> dict[str, Any]:
+    """Traces checked by plotly, with their numbers packed."""
+    traces: Any = go.Figure(figure.traces).to_dict()["data"]
+    return {"traces": traces, "unit": figure.unit, "title": figure.title}
+
+
+def _title(groups: Mapping[str, Sequence[Run]]) -> str:
+    runs = [run for members in groups.values() for run in members]
+    environments = ", ".join(dict.fromkeys(run.config.env for run in runs))
+    if len(runs) == 1:
+        return f"{runs[0].config.network.memory} on {environments}"
+    if len(groups) == 1:
+        return f"{runs[0].config.network.memory} on {environments}, {len(runs)} seeds"
+    if len(groups) <= 3 and "," not in environments:
+        return f"{' against '.join(groups)} on {environments}"
+    return f"{len(groups)} settings on {environments}"
+
+
+def _is_single(groups: Mapping[str, Sequence[Run]]) -> bool:
+    return sum(len(members) for members in groups.values()) == 1
+
+
+def _group_facts(name: str, members: Sequence[Run], style: int) -> dict[str, Any]:
+    outcomes = [outcome for run in members if (outcome := _outcome(run)) is not None]
+    means = [outcome.mean for outcome in outcomes]
+    if not outcomes:
+        final, about = "–", "no episode has ended yet"
+    elif len(outcomes) == 1:
+        final, about = number(means[0]), outcomes[0].about
+    else:
+        final, about = (
+            number(float(np.mean(means))),
+            f"mean; seeds reach from {number(min(means))} to {number(max(means))}",
+        )
+    speeds = [run.steps / run.seconds for run in members if run.seconds > 0]
+    states = [_status(run)[0] for run in members]
+    return {
+        "name": name,
+        "style": style,
+        "seeds": ", ".join(str(run.config.seed) for run in members),
+        "final": final,
+        "about": about,
+        "steps": " to ".join(dict.fromkeys(f"{f(run.steps for run in members):,}" for f in (min, max))),
+        "time": _duration(float(np.mean([run.seconds for run in members]))),
+        "speed": f"{np.mean(speeds):,.0f}" if speeds else "–",
+        "states": ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states)),
+        "runs": [_run_facts(run) for run in members],
+    }
+
+
+def _run_facts(run: Run) -> dict[str, Any]:
+    outcome = _outcome(run)
+    state, about = _status(run)
+    return {
+        "path": str(run.path),
+        "env": run.config.env,
+        "seed": run.config.seed,
+        "final": "–" if outcome is None else number(outcome.mean),
+        "about": "no episode has ended yet" if outcome is None else outcome.about,
+        "steps": f"{run.steps:,}",
+        "total": f"{run.config.total_steps:,}",
+        "time": _duration(run.seconds),
+        "speed": f"{run.steps / run.seconds:,.0f}" if run.seconds > 0 else "–",
+        "state": state,
+        "state_about": about,
+    }
+
+
+def _outcome(run: Run) -> Outcome | None:
+    """The evaluation at the end, else the newest one, else the return in training."""
+    evaluation = run.summary.get("evaluation")
+    if isinstance(evaluation, dict) and "mean_return" in evaluation:
+        about = f"evaluation over {evaluation['episodes']} episodes"
+        if "ci95_low" in evaluation:
+            interval = f"95% interval {number(evaluation['ci95_low'])} to {number(evaluation['ci95_high'])}"
+        else:
+            interval = f"± {number(evaluation['std_return'])} (deviation)"
+        return Outcome(evaluation["mean_return"], f"{interval}, {about}")
+    for name, source in (("evaluations/mean_return", "evaluation"), ("episode/mean_return", "training")):
+        if (curve := run.metrics.get(name)) is not None and np.isfinite(curve.values).any():
+            last = np.flatnonzero(np.isfinite(curve.values))[-1]
+            interval = ""
+            if source == "evaluation" and "evaluations/ci95_low" in run.metrics:
+                low, high = (run.metrics[f"evaluations/ci95_{end}"].values[last] for end in ("low", "high"))
+                interval = f"95% interval {number(low)} to {number(high)}, "
+            return Outcome(float(curve.values[last]), f"{interval}in {source} after {curve.steps[last]:,.0f} steps")
+    return None
+
+
+def _status(run: Run) -> tuple[str, str]:
+    if not run.summary:
+        written = datetime.datetime.fromtimestamp(run.modified)
+        return "not finished", f"running or killed; newest numbers of {written:%Y-%m-%d %H:%M}"
+    return ("stopped", "before its end, with a checkpoint") if run.summary.get("stopped_early") else ("finished", "")
+
+
+def _settings_rows(groups: Mapping[str, Sequence[Run]]) -> list[dict[str, Any]]:
+    """Settings that are not the default in some group, or that differ between groups."""
+    first = [members[0] for members in groups.values()]
+    default = flat(RunConfig(env=first[0].config.env).model_dump())
+    tuned = [flat(tuned_settings(run.config.env)) for run in first]
+    differing = differing_settings([run.settings for run in first])
+    descriptions = _descriptions(RunConfig)
+    rows = []
+    for name in dict.fromkeys(name for run in first for name in run.settings):
+        values = [run.settings.get(name) for run in first]
+        if name in _NOT_A_CONDITION or (name == "env" and name not in differing):
+            continue
+        if name in differing or any(_text(value) != _text(default.get(name)) for value in values):
+            rows.append(
+                {
+                    "name": name,
+                    "description": descriptions.get(name, ""),
+                    "default": "" if name == "env" else _text(default.get(name)),
+                    "differs": name in differing,
+                    "values": [
+                        {"text": _text(value), "tuned": name in known and _text(known[name]) == _text(value)}
+                        for value, known in zip(values, tuned)
+                    ],
+                }
+            )
+    return rows
+
+
+def _descriptions(model: type[Config], prefix: str = "") -> dict[str, str]:
+    """Descriptions of settings by dotted name."""
+    result: dict[str, str] = {}
+    for name, field in model.model_fields.items():
+        nested = [part for part in (field.annotation, *get_args(field.annotation)) if isinstance(part, type)]
+        nested = [part for part in nested if issubclass(part, Config)]
+        if nested:
+            result |= _descriptions(nested[0], f"{prefix}{name}.")
+        else:
+            result[f"{prefix}{name}"] = field.description or ""
+    return result
+
+
+def _group_name(settings: Mapping[str, Any], differing: Sequence[str], groups: Sequence[Sequence[Run]]) -> str:
+    """The differing settings; of many, the first that tell the groups apart, and how many more there are."""
+    shown = 1
+    while len({tuple(_text(g[0].settings.get(name)) for name in differing[:shown]) for g in groups}) < len(groups):
+        shown += 1
+    shown = len(differing) if len(differing) <= 3 else shown
+    parts = [
+        _text(settings.get(name)) if name == "env" else f"{name.split('.')[-1]}={_text(settings.get(name))}"
+        for name in differing[:shown]
+    ]
+    more = len(differing) - shown
+    return ", ".join(parts) + (f" and {more} more" if more else "")
+
+
+def _replay(run_dir: Path) -> Replay:
+    try:
+        return Replay(str(run_dir), _replay_image(run_dir), "")
+    except ImportError as error:
+        return Replay(str(run_dir), "", f"recording needs {error.name or error}")
+    except (RunError, CheckpointError, UnavailableEnvironment) as error:
+        return Replay(str(run_dir), "", str(error))
+
+
+def _replay_image(run_dir: Path) -> str:
+    """The run's `replay.gif`, or an episode played for this page, as a data URI."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = run_dir / "replay.gif"
+        if not path.exists():
+            path = Path(folder) / "replay.gif"
+            _record(run_dir, path)
+        try:
+            contents = path.read_bytes()
+        except OSError as error:
+            raise RunError(f"cannot read {path}: {error.strerror or error}") from error
+    if contents[:4] != b"GIF8":
+        raise RunError(f"{path.name} is no GIF")
+    if len(contents) > MAX_REPLAY_BYTES:
+        raise RunError(f"{path.name} has {len(contents) / 1e6:.0f} MB, more than fits well into a page")
+    return "data:image/gif;base64," + base64.b64encode(contents).decode()
+
+
+def _record(run_dir: Path, path: Path) -> None:
+    from dualhead.running.video import record_video
+
+    record_video(run_dir, path, max_steps=REPLAY_STEPS, seed=EVALUATION_SEED)
+
+
+def _require_plotly() -> None:
+    try:
+        import jinja2  # noqa: F401
+        import plotly  # noqa: F401
+    except ImportError as error:
+        raise RunError(f"reports need {error.name}: pip install 'dualhead[report]'") from error
+
+
+def _read_summary(path: Path) -> dict[str, Any]:
+    try:
+        summary: Any = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return summary if isinstance(summary, dict) else {}
+
+
+def _float(cell: Any) -> float:
+    try:
+        value = float(cell)
+    except (TypeError, ValueError):
+        return math.nan
+    return value if math.isfinite(value) else math.nan
+
+
+def _text(value: Any) -> str:
+    """A setting as it is written on the command line."""
+    if isinstance(value, (tuple, list)):
+        return " ".join(map(_text, value))
+    return "none" if value is None else str(value)
+
+
+def _duration(seconds: float) -> str:
+    if not math.isfinite(seconds):
+        return "–"
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -1,0 +1,520 @@
+"""The report: numbers read as they are, nothing hidden, nothing executed, and figures that a browser draws."""
+
+import base64
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dualhead.cli import main
+from dualhead.config import NetworkConfig, PPOConfig, RunConfig
+from dualhead.running import report
+from dualhead.running.checkpoint import RunError
+from dualhead.running.figures import Curve, draw, mean_and_range, number, outline, statement, thin
+from dualhead.running.report import group_runs, read_run, read_table, write_report
+
+NAN = math.nan
+GIF = b"GIF89a" + bytes(20)
+CHROMIUM = shutil.which("chromium")
+
+
+class Page(HTMLParser):
+    """Elements, their addresses and the text of a page, with what scripts and styles say apart."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.tags, self.addresses, self.text, self.scripts, self.inside = [], [], "", [], ""
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.inside = tag
+        self.addresses += [value for name, value in attrs if name in ("src", "href", "srcset", "action", "data")]
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_endtag(self, tag):
+        self.inside = ""
+
+    def handle_data(self, data):
+        if self.inside == "script":
+            self.scripts[-1] += data
+        elif self.inside != "style":
+            self.text += f"{data} "
+
+    @property
+    def figures(self):
+        return json.loads(self.scripts[1])
+
+
+def make_run(path, metrics, *, steps=None, summary=None, **settings):
+    """A run directory with these columns of numbers; None leaves a cell empty."""
+    path.mkdir(parents=True)
+    (path / "config.json").write_text(RunConfig(**{"env": "Some-v0", **settings}).model_dump_json())
+    if steps is None:
+        steps = [100 * (i + 1) for i in range(len(next(iter(metrics.values()), [])))]
+    rows = [",".join(["steps", *metrics])]
+    for i, step in enumerate(steps):
+        rows.append(
+            ",".join([str(step), *("" if column[i] is None else str(column[i]) for column in metrics.values())])
+        )
+    (path / "metrics.csv").write_text("".join(f"{row}\r\n" for row in rows))
+    if summary is not None:
+        (path / "summary.json").write_text(json.dumps(summary))
+    return path
+
+
+def page_of(*runs, **options):
+    out = runs[0].parent / "page.html"
+    write_report(runs, out, replay=False, **options)
+    return Page(out.read_text(encoding="utf-8"))
+
+
+def finished(steps, **evaluation):
+    evaluation = {"mean_return": 7.25, "std_return": 1.5, "episodes": 20} | evaluation
+    return {"steps": steps, "stopped_early": False, "seconds": 4.0, "evaluation": evaluation}
+
+
+def test_table_by_hand(tmp_path):
+    path = tmp_path / "metrics.csv"
+    path.write_text("steps,a,b\r\n10,1.5,\r\n20,nan,2\r\n30,inf,x\r\nodd,7,7\r\n40,4\r\n50,5,0.12")
+    table = read_table(path)
+    assert table.keys() == {"a", "b"}
+    assert table["a"].steps.tolist() == [10, 20, 30, 40]  # the last line was cut off: 0.12 may have been 0.1234
+    assert np.array_equal(table["a"].values, [1.5, NAN, NAN, 4], equal_nan=True)
+    assert np.array_equal(table["b"].values, [NAN, 2, NAN, NAN], equal_nan=True)
+    assert read_table(tmp_path / "missing.csv") == {}
+
+
+def test_steps_that_a_resumed_run_wrote_again_count_once(tmp_path):
+    path = tmp_path / "metrics.csv"
+    path.write_text("steps,a\n10,1\n20,2\n30,3\n20,22\n30,33\n40,44\n")
+    curve = read_table(path)["a"]
+    assert curve.steps.tolist() == [10, 20, 30, 40]
+    assert curve.values.tolist() == [1, 22, 33, 44]
+
+
+def test_mean_and_range_where_all_seeds_have_a_number():
+    seeds = [
+        Curve(np.array([1.0, 2, 3, 4]), np.array([1.0, 2, 3, 4])),
+        Curve(np.array([1.0, 2, 3]), np.array([3.0, NAN, 9])),
+    ]
+    mean, low, high = mean_and_range(seeds)
+    assert mean.steps.tolist() == [1, 2, 3]
+    assert np.array_equal(mean.values, [2, NAN, 6], equal_nan=True)
+    assert np.array_equal(low.values, [1, NAN, 3], equal_nan=True)
+    assert np.array_equal(high.values, [3, NAN, 9], equal_nan=True)
+
+
+def test_band_is_cut_at_gaps():
+    steps = np.array([1.0, 2, 3, 4])
+    band = outline(Curve(steps, np.array([1.0, 2, NAN, 4])), Curve(steps, np.array([5.0, 6, 7, 8])))
+    assert np.array_equal(band.steps, [1, 2, 2, 1, NAN, 4, 4], equal_nan=True)
+    assert np.array_equal(band.values, [5, 6, 2, 1, NAN, 8, 4], equal_nan=True)
+
+
+def test_long_band_keeps_its_reach():
+    steps = np.arange(10_000.0)
+    low, high = np.zeros(10_000), np.ones(10_000)
+    low[4321], high[8765] = -3.0, 9.0
+    band = outline(Curve(steps, low), Curve(steps, high), max_points=100)
+    assert len(band.steps) == 100
+    assert band.values.min() == -3
+    assert band.values.max() == 9
+
+
+def test_peaks_and_gaps_of_a_long_line_stay():
+    values = np.sin(np.arange(50_000) / 1000)
+    values[12_345], values[40_000], values[20_000:30_000] = 80.0, -90.0, NAN
+    curve = thin(Curve(np.arange(50_000.0), values), 1000)
+    assert len(curve.steps) <= 1000
+    assert curve.values[curve.steps == 12_345] == 80
+    assert curve.values[curve.steps == 40_000] == -90
+    assert (curve.steps[0], curve.steps[-1]) == (0, 49_999)
+    inside = (curve.steps >= 20_000) & (curve.steps < 30_000)
+    assert inside.sum() > 50
+    assert np.isnan(curve.values[inside]).all()
+
+
+def test_thick_line_through_a_long_curve_shows_means(tmp_path):
+    values = np.tile([1.0, 5.0], 500)
+    values[300:320] = NAN
+    run = make_run(tmp_path / "run", {"loss/total": values.tolist()}, steps=range(10, 10_010, 10))
+    (figure,) = draw({"lstm": [read_run(run).metrics]})[0]["Optimisation"]
+    pale, thick = figure.traces
+    assert np.array_equal(pale["y"], values, equal_nan=True)
+    assert thick["x"].tolist() == [55 + 100 * i for i in range(100)]  # ten points each, mean step of 10 to 100 is 55
+    assert np.array_equal(thick["y"], [NAN if i in (30, 31) else 3.0 for i in range(100)], equal_nan=True)
+
+
+@given(st.lists(st.floats(-1e6, 1e6) | st.just(NAN), min_size=1, max_size=200), st.integers(4, 40))
+def test_thinning_picks_points_and_keeps_the_extremes(numbers, max_points):
+    values = np.array(numbers)
+    curve = thin(Curve(np.arange(len(values), dtype=float), values), max_points)
+    assert len(curve.steps) <= max(max_points, 4)
+    assert np.array_equal(values[curve.steps.astype(int)], curve.values, equal_nan=True)
+    if np.isfinite(values).any():
+        assert np.nanmax(curve.values) == np.nanmax(values)
+        assert np.nanmin(curve.values) == np.nanmin(values)
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        ({"": [1, 2, 3]}, "rose from 1 to 3"),
+        ({"": [NAN, 0.5, 0.25, NAN]}, "fell from 0.5 to 0.25"),
+        ({"": [0, 10, 1]}, "ended at 1"),
+        ({"": [4, 4]}, "stayed at 4"),
+        ({"": [-12345.6]}, "stayed at −12,346"),
+        ({"": [NAN]}, ""),
+        ({"": [0] * 10 + [1] * 8 + [2, 4]}, "rose from 0 to 3"),  # of twenty numbers the last two
+        ({"a": [1, 2]}, "rose from 1 to 2 (a)"),
+        ({"a": [1, 2], "b": [1, 3]}, "ended at 2 (a), 3 (b)"),
+        ({"a": [1, 2], "b": [NAN, 2]}, "ended at 2 everywhere"),
+        ({"a": [2], "b": [7], "c": [-1], "d": [3]}, "ended between −1 (c) and 7 (b)"),
+    ],
+)
+def test_statements(lines, expected):
+    assert statement({label: np.array(values, dtype=float) for label, values in lines.items()}) == expected
+
+
+def test_numbers_as_text():
+    assert [number(value) for value in (1234.5, 0.123456, -2e-7, NAN)] == ["1,234", "0.123", "−2e-07", "–"]
+
+
+def test_runs_that_differ_in_the_seed_are_one_group(tmp_path):
+    runs = []
+    for memory in ("lstm", "none"):
+        for seed in (0, 1, 2):
+            path = tmp_path / f"{memory}{seed}"
+            settings = {"network": NetworkConfig(memory=memory), "seed": seed, "run_dir": str(path)}
+            runs.append(read_run(make_run(path, {"a": [1.0]}, **settings)))
+    groups = group_runs(runs)
+    assert {name: [run.config.seed for run in members] for name, members in groups.items()} == {
+        "memory=lstm": [0, 1, 2],
+        "memory=none": [0, 1, 2],
+    }
+
+
+def test_names_of_groups_with_many_differences_tell_them_apart(tmp_path):
+    ppo = PPOConfig(gamma=0.9, gae_lambda=0.8, clip_coef=0.1)
+    paths = [
+        make_run(tmp_path / "a", {"a": [1.0]}),
+        make_run(tmp_path / "b", {"a": [1.0]}, num_envs=4, ppo=ppo),
+        make_run(tmp_path / "c", {"a": [1.0]}, num_envs=4, ppo=ppo.model_copy(update={"gamma": 0.5})),
+    ]
+    names = list(group_runs([read_run(path) for path in paths]))
+    assert names == [
+        "num_envs=8, gamma=0.99 and 2 more",
+        "num_envs=4, gamma=0.9 and 2 more",
+        "num_envs=4, gamma=0.5 and 2 more",
+    ]
+    rows = page_of(*paths).text
+    assert all(name in rows for name in ("ppo.gamma", "ppo.gae_lambda", "ppo.clip_coef", "num_envs"))
+
+
+def test_report_of_a_trained_run(tmp_path, capsys):
+    options = ["--total-steps", "128", "--num-envs", "2", "--rollout-length", "16", "--batch-size", "16"]
+    options += ["--hidden-size", "8", "--encoder-sizes", "8", "--eval-episodes", "2", "--num-threads", "1"]
+    run = tmp_path / "run"
+    assert main(["train", "dualhead/RecallCue-v0", *options, "--run-dir", str(run), "--gamma", "0.875"]) == 0
+    capsys.readouterr()
+    assert main(["report", str(run), "--no-replay"]) == 0
+    assert capsys.readouterr().out.strip() == str(run / "report.html")
+    page = Page((run / "report.html").read_text(encoding="utf-8"))
+    summary = json.loads((run / "summary.json").read_text())
+    assert f"{summary['evaluation']['mean_return']:.3g}".replace("-", "−") in page.text
+    assert "lstm on dualhead/RecallCue-v0" in page.text
+    assert "finished" in page.text
+    assert re.search(r"ppo\.gamma\s+Discount per step\.\s+0\.99\s+0\.875\s", page.text)
+    assert re.search(r"network\.forget_bias\s+[^.]+\.\s+0\.0\s+2\.0\s+tuned", page.text)
+    assert "gae_lambda" in page.text  # tuned, not given
+    assert "clip_coef" not in page.text  # the default
+    columns = (run / "metrics.csv").read_text().splitlines()[0].split(",")[1:]
+    assert len(columns) > 20
+    assert [name for name in columns if name not in page.text] == []
+    assert len(page.figures) == page.tags.count("figure") > 15
+
+
+def test_numbers_in_figures_are_those_of_the_file(tmp_path):
+    run = make_run(tmp_path / "run", {"episode/mean_return": [1, None, 2.5, 4]})
+    ((figure,), _) = draw({"": [read_run(run).metrics]})[0]["Learning"], None
+    (trace,) = figure.traces
+    assert trace["x"].tolist() == [100, 200, 300, 400]
+    assert np.array_equal(trace["y"], [1, NAN, 2.5, 4], equal_nan=True)
+    assert trace["mode"] == "lines+markers"  # the first point has no neighbour to draw a line to
+    assert "1 number missing" in figure.note
+    assert (figure.unit, figure.title) == ("task reward per episode", "Return in training rose from 1 to 4")
+
+
+def test_seeds_are_thin_lines_under_their_mean_and_range(tmp_path):
+    runs = [make_run(tmp_path / f"{seed}", {"loss/total": [seed, 2 * seed]}, seed=seed) for seed in (1, 5)]
+    sections, _ = draw({"lstm": [read_run(run).metrics for run in runs]})
+    (figure,) = sections["Optimisation"]
+    assert figure.band == "lowest to highest seed"
+    band, *seeds, mean = figure.traces
+    assert band["y"].tolist() == [5, 10, 2, 1]
+    assert [seed["y"].tolist() for seed in seeds] == [[1, 2], [5, 10]]
+    assert mean["y"].tolist() == [3, 6]
+    assert mean["line"]["width"] > seeds[0]["line"]["width"]
+
+
+def test_heads_share_a_figure_until_runs_are_compared(tmp_path):
+    metrics = {"entropy/move": [1.0, 0.5], "entropy/vote": [1.0, 0.25]}
+    a = read_run(make_run(tmp_path / "a", metrics))
+    b = read_run(make_run(tmp_path / "b", {"entropy/move": [1.0, 0.75]}, num_envs=4))
+    alone = draw({"lstm": [a.metrics]})[0]["Policy"]
+    assert [figure.title for figure in alone] == ["Entropy ended at 0.5 (move), 0.25 (vote)"]
+    assert [label for label, _ in alone[0].lines] == ["move", "vote"]
+    compared = draw({"A": [a.metrics], "B": [b.metrics]})[0]["Policy"]
+    assert [figure.title for figure in compared] == [
+        "Entropy (move) ended at 0.5 (A), 0.75 (B)",
+        "Entropy (vote) fell from 1 to 0.25 (A)",
+    ]
+
+
+def test_no_metric_is_hidden(tmp_path):
+    metrics = {
+        "norms/strength/A": [0.0, 6.5],
+        "norms/guilt/A": [0.0, -0.5],
+        "rollout/guilt": [0.0, -0.25],
+        "commons/collected/A": [0.5, 0.25],
+        "commons/collected/B": [0.5, 0.75],
+        "commons/punishment_level": [3, 4],
+        "plain": [1, 2],
+        "commons/never": [NAN, None],
+    }
+    sections, empty = draw({"lstm": [read_run(make_run(tmp_path / "run", metrics)).metrics]})
+    assert empty == ["commons/never"]
+    titles = {section: [figure.title for figure in figures] for section, figures in sections.items()}
+    assert titles == {
+        "Norms": [
+            "Norm strength rose from 0 to 6.5 (A)",
+            "Guilt by resource fell from 0 to −0.5 (A)",
+            *titles["Norms"][2:],
+        ],
+        "Commons": ["Collected ended at 0.25 (A), 0.75 (B)", "Punishment level rose from 3 to 4"],
+        "Plain": ["Plain rose from 1 to 2"],
+    }
+    assert titles["Norms"][2:] == ["Guilt fell from 0 to −0.25"]
+    page = page_of(tmp_path / "run")
+    assert [name for name in metrics if name not in page.text] == []
+
+
+def test_evaluations_with_their_interval(tmp_path):
+    run = make_run(tmp_path / "run", {"a": [1, 2]})
+    text = (
+        "steps,mean_return,std_return,ci95_low,ci95_high,mean_length,episodes\n100,1,9,0,2,5,20\n200,3,9,2.5,4,6,20\n"
+    )
+    (run / "evaluations.csv").write_text(text)
+    returns, lengths = draw({"lstm": [read_run(run).metrics]})[0]["Learning"]
+    assert (returns.band, lengths.band) == ("95% interval over episodes", "")
+    assert returns.traces[0]["y"].tolist() == [2, 4, 2.5, 0]
+    assert "95% interval 2.5 to 4, in evaluation after 200 steps" in page_of(run).text
+
+
+@pytest.mark.parametrize(
+    ("summary", "expected"),
+    [
+        (None, ["not finished", "running or killed", "2 ", "in training after 200 steps", "of 100,000"]),
+        (finished(200), ["finished", "7.25", "± 1.5 (deviation), evaluation over 20 episodes"]),
+        (finished(200, ci95_low=6, ci95_high=8.5), ["7.25", "95% interval 6 to 8.5, evaluation over 20 episodes"]),
+        ({"steps": 210, "stopped_early": True, "seconds": 1}, ["stopped", "210", "with a checkpoint"]),
+        (finished(100), ["not finished", "in training after 200 steps"]),  # resumed since
+        ([], ["not finished"]),
+    ],
+)
+def test_status_and_return(tmp_path, summary, expected):
+    run = make_run(tmp_path / "run", {"episode/mean_return": [1, 2], "time/rollout_s": [2, 3]}, summary=summary)
+    text = page_of(run).text
+    assert [words for words in expected if words not in text] == []
+    assert re.search(r"Training time\s+5 s", text)
+    assert re.search(r"Speed\s+4[02] ", text)
+
+
+def test_comparison_says_mean_and_reach_of_the_seeds(tmp_path):
+    returns = {"lstm": (10, 20), "gru": (1, 4)}
+    runs = []
+    for memory, seeds in returns.items():
+        for seed, value in enumerate(seeds):
+            settings = {"network": NetworkConfig(memory=memory), "seed": seed}
+            summary = finished(100, mean_return=value)
+            runs.append(make_run(tmp_path / f"{memory}{seed}", {"a": [1]}, summary=summary, **settings))
+    text = page_of(*runs, runs[0]).text
+    assert re.search(r"memory=lstm\s+15\s+mean; seeds reach from 10 to 20\s+0, 1\s+100", text)
+    assert re.search(r"memory=gru\s+2\.5\s+mean; seeds reach from 1 to 4\s+0, 1\s+100", text)
+    assert "2 finished" in text
+
+
+def test_default_places(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, seed in (("a", 0), ("b", 1)):
+        make_run(tmp_path / name, {"a": [1]}, seed=seed)
+    for arguments, expected in ((["a"], "a/report.html"), (["a", "b"], "report.html"), (["a", "--out", "x"], "x")):
+        assert main(["report", *arguments, "--no-replay"]) == 0
+        assert capsys.readouterr().out.strip() == expected
+        assert (tmp_path / expected).read_text().startswith("<!doctype html>")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "expected at least one run directory"),
+        (["nowhere"], "nowhere holds no run"),
+        (["run", "fresh"], "fresh has no numbers yet"),
+        (["run", "header"], "header has no numbers yet"),
+        (["run", "--out", "no/such/page.html"], "cannot write the report no/such/page.html: No such file or directory"),
+        (["run", "--out", "run"], "cannot write the report run: Is a directory"),
+    ],
+)
+def test_mistakes_give_one_clear_message(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    make_run(tmp_path / "run", {"a": [1]})
+    make_run(tmp_path / "header", {"a": []})
+    (make_run(tmp_path / "fresh", {}) / "metrics.csv").unlink()
+    assert main(["report", *arguments, "--no-replay"]) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("package", ["plotly", "jinja2"])
+def test_missing_package(tmp_path, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(RunError, match=rf"{package}: pip install 'dualhead\[report\]'"):
+        write_report([make_run(tmp_path / "run", {"a": [1]})])
+
+
+def test_text_of_runs_is_never_markup(tmp_path):
+    evil = """</script></title><img src=x onerror=alert(1)><a href="https://example.org">&amp;{{ 7*7 }}"'"""
+    plain = page_of(make_run(tmp_path / "plain", {"a": [1]}), make_run(tmp_path / "other", {"a": [1]}, num_envs=4))
+    for seed, env in enumerate(("x", evil)):
+        make_run(tmp_path / f"<b>{seed}", {f"commons/{evil.split('/')[0]}": [1], "a": [1]}, env=env)
+    page = page_of(tmp_path / "<b>0", tmp_path / "<b>1")
+    assert set(page.tags) == set(plain.tags)
+    assert page.tags.count("script") == plain.tags.count("script") == 3
+    assert evil in page.text
+    names = {trace["name"] for figure in page.figures for trace in figure["traces"]}
+    assert not any("<" in name for name in names)  # plotly.js reads tags in names
+    assert any("&lt;a href" in name for name in names)
+
+
+def test_page_names_no_address(tmp_path):
+    page = page_of(make_run(tmp_path / "run", {"a": [1, 2]}))
+    assert page.addresses == []
+    assert "default-src 'none'" in (tmp_path / "page.html").read_text()
+
+
+def test_page_of_a_long_run_stays_small(tmp_path):
+    values = np.random.default_rng(0).normal(size=20_000).round(6).tolist()
+    sizes = []
+    for length in (1000, 20_000):
+        run = make_run(tmp_path / str(length), {"a": values[:length], "b": values[:length]})
+        sizes.append(write_report([run], replay=False).stat().st_size)
+    assert abs(sizes[1] - sizes[0]) < 2000
+
+
+def test_replay_is_recorded_where_the_run_has_none(tmp_path, monkeypatch):
+    calls = []
+
+    def record_video(run_dir, path, *, max_steps, seed):
+        calls.append((run_dir, max_steps > 0, seed))
+        path.write_bytes(GIF)
+
+    monkeypatch.setitem(sys.modules, "dualhead.running.video", SimpleNamespace(record_video=record_video))
+    run = make_run(tmp_path / "run", {"a": [1]})
+    before = sorted(run.iterdir())
+    html = write_report([run], tmp_path / "page.html").read_text()
+    assert calls == [(run, True, 10_000)]
+    (address,) = Page(html).addresses
+    assert address.startswith("data:image/gif;base64,")
+    assert base64.b64decode(address.partition(",")[2]) == GIF
+    assert sorted(run.iterdir()) == before
+    assert "<img" not in write_report([run], tmp_path / "page.html", replay=False).read_text()
+    (run / "replay.gif").write_bytes(GIF + b"own")
+    (address,) = Page(write_report([run], tmp_path / "page.html").read_text()).addresses
+    assert base64.b64decode(address.partition(",")[2]) == GIF + b"own"
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (RunError("Some-v0 <b>cannot</b> be filmed"), "Some-v0 <b>cannot</b> be filmed"),
+        (ModuleNotFoundError("No module named 'imageio'", name="imageio"), "recording needs imageio"),
+    ],
+)
+def test_no_replay_says_why(tmp_path, monkeypatch, error, expected):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(report, "_record", fail)
+    run = make_run(tmp_path / "run", {"a": [1]})
+    assert expected in Page(write_report([run]).read_text()).text
+    (run / "replay.gif").write_bytes(b"<script>alert(1)</script>")
+    page = Page(write_report([run]).read_text())
+    assert "replay.gif is no GIF" in page.text
+    assert "img" not in page.tags
+    (run / "replay.gif").write_bytes(GIF + bytes(11_000_000))
+    assert "replay.gif has 11 MB" in Page(write_report([run]).read_text()).text
+
+
+PROBE = """
+addEventListener("load", () => setTimeout(() => {
+  const drawn = [...plots].filter(plot => plot.querySelector(".scatterlayer path.js-line"));
+  const stroke = document.querySelector("path.js-line").style.stroke;
+  parent.postMessage(JSON.stringify({
+    figures: plots.length, drawn: drawn.length, stroke: stroke, width: innerWidth,
+    page: getComputedStyle(document.body).backgroundColor,
+    tooWide: document.documentElement.scrollWidth - document.documentElement.clientWidth,
+    bands: document.querySelectorAll("path.js-fill").length, points: document.querySelectorAll("path.point").length,
+    plotWidth: Math.max(...[...plots].map(plot => plot.querySelector("svg").getBoundingClientRect().width)),
+    fetched: performance.getEntriesByType("resource").map(entry => entry.name),
+  }), "*");
+}, 300));
+</script>
+</body>
+"""
+FRAME = """<iframe src="page.html" style="width:%dpx;height:900px"></iframe><pre></pre>
+<script>onmessage = message => { document.querySelector("pre").textContent = message.data; };</script>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's chromium")
+@pytest.mark.parametrize(
+    ("scheme", "width", "page", "stroke"),
+    [("light", 1300, "rgb(246, 247, 248)", "rgb(0, 114, 178)"), ("dark", 390, "rgb(17, 20, 23)", "rgb(88, 178, 234)")],
+)
+def test_a_browser_draws_the_page(tmp_path, scheme, width, page, stroke):
+    metrics = {"episode/mean_return": [1, 3, 2], "loss/total": [None, 1, None], "time/rollout_s": [1, 1, 1]}
+    runs = [make_run(tmp_path / f"{n}-{s}", metrics, seed=s, num_envs=n) for n in (4, 8) for s in (0, 1)]
+    html = write_report(runs, tmp_path / "page.html", replay=False).read_text()
+    (tmp_path / "page.html").write_text(html.replace("</script>\n</body>", PROBE))
+    (tmp_path / "frame.html").write_text(FRAME % width)
+    command = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1500,1000"]
+    command += ["--virtual-time-budget=4000", f"--user-data-dir={tmp_path / 'profile'}"]
+    command += [f"--blink-settings=preferredColorScheme={int(scheme == 'light')}", "--dump-dom"]
+    done = subprocess.run(
+        [*command, (tmp_path / "frame.html").as_uri()], capture_output=True, text=True, timeout=60, check=True
+    )
+    seen = json.loads(re.search(r"<pre>(.*)</pre>", done.stdout)[1])
+    assert seen.pop("plotWidth") > 250
+    assert seen == {
+        "figures": 3,
+        "drawn": 3,
+        "bands": 6,
+        "points": 6,
+        "stroke": stroke,
+        "page": page,
+        "width": width,
+        "tooWide": 0,
+        "fetched": [],
+    }
