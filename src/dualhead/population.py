@@ -15,14 +15,20 @@ from torch import Tensor
 
 from dualhead.agent import DualHeadRecurrentPPO
 from dualhead.config import TurnoverConfig
+from dualhead.networks.heads import FactoredCategorical, Heads
+from dualhead.networks.policy import PolicyOutput, RecurrentPolicy
 from dualhead.norms import NormEvents
 from dualhead.storage import CheckpointError, with_prefix, without_prefix
+from dualhead.types import Observations, RecurrentState
 
 
 class Learner(Protocol):
     """What the training loop asks of an agent, or of many."""
 
     num_steps: int
+
+    @property
+    def policy(self) -> Any: ...
 
     @property
     def rollout_is_ready(self) -> bool: ...
@@ -66,6 +72,11 @@ class IndependentLearners:
 
     def _seed_of(self, individual: int) -> int:
         return int(np.random.SeedSequence([self._seed, individual]).generate_state(1)[0])
+
+    @property
+    def policy(self) -> IndependentPolicies:
+        """What plays: the learners' own policies, not copies."""
+        return IndependentPolicies([learner.policy for learner in self.learners])
 
     @property
     def rollout_is_ready(self) -> bool:
@@ -152,6 +163,52 @@ class IndependentLearners:
         if isinstance(tree, tuple):
             return tuple(self._of(part, agent) for part in tree)
         return None if tree is None else tree[agent :: len(self.learners)]
+
+
+class IndependentPolicies(torch.nn.Module):
+    """The policies of A agents as one policy of B streams, to be played: stream b is played by policy b mod A.
+
+    Args:
+        policies: of one architecture, with discrete actions.
+    """
+
+    def __init__(self, policies: Sequence[RecurrentPolicy]) -> None:
+        super().__init__()
+        self.policies: Any = torch.nn.ModuleList(policies)
+
+    @property
+    def heads(self) -> Heads:
+        return self.policies[0].heads
+
+    @property
+    def device(self) -> torch.device:
+        return self.policies[0].device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.policies[0].dtype
+
+    def initial_state(self, batch: int) -> RecurrentState:
+        """Zero state [L, batch, H]."""
+        return self.policies[0].initial_state(batch)
+
+    def step(self, observations: Observations, state: RecurrentState) -> tuple[PolicyOutput, RecurrentState]:
+        """One time step; see `RecurrentPolicy.step`."""
+        number, batch = len(self.policies), state.h.shape[1]
+        logits, values, after = [], [], []
+        for agent, policy in enumerate(self.policies):
+            streams = torch.arange(agent, batch, number, device=self.device)
+            output, next_state = policy.step(
+                {name: leaf[agent::number] for name, leaf in observations.items()}, state.select(streams)
+            )
+            logits.append(torch.cat(output.distribution.logits, dim=-1))
+            values.append(output.values)
+            after.append(next_state)
+        nvec = tuple(head.shape[-1] for head in output.distribution.logits)
+        h = torch.stack([part.h for part in after], dim=2).flatten(1, 2)
+        c = None if after[0].c is None else torch.stack([part.c for part in after], dim=2).flatten(1, 2)
+        distribution = FactoredCategorical(torch.stack(logits, dim=1).flatten(0, 1), nvec)
+        return PolicyOutput(distribution, torch.stack(values, dim=1).flatten()), RecurrentState(h, c)
 
 
 class Turnover:

@@ -1,0 +1,355 @@
+"""Independent learners, newcomers, and norms at work in the training loop."""
+
+import csv
+
+import numpy as np
+import pytest
+import torch
+
+from dualhead import (
+    CheckpointError,
+    CommonsConfig,
+    DualHeadRecurrentPPO,
+    NetworkConfig,
+    NormConfig,
+    NormEvents,
+    PPOConfig,
+)
+from dualhead.config import RunConfig, TurnoverConfig
+from dualhead.population import IndependentLearners, IndependentPolicies, Turnover, strengths_by_agent
+from dualhead.running.trainer import train
+from dualhead.worlds.commons import Commons
+
+RULES = CommonsConfig(form="bandit", num_agents=3, resources=("A", "B"), epoch_turns=7)
+NETWORK = NetworkConfig(memory="gru", hidden_size=8, encoder_sizes=(8,))
+PPO = PPOConfig(rollout_length=10, batch_size=20, num_epochs=2, burn_in=2)
+NORMS = NormConfig(resources=("A", "B"))
+NUM_WORLDS = 4
+
+
+def make(seed, num_streams=NUM_WORLDS):
+    world = Commons(RULES)
+    return DualHeadRecurrentPPO(
+        world.observation_space,
+        world.action_space,
+        num_streams=num_streams,
+        config=PPO,
+        network=NETWORK,
+        norms=NORMS,
+        seed=seed,
+    )
+
+
+def make_learners():
+    return IndependentLearners(make, num_agents=3, seed=5)
+
+
+def play(learner, worlds, observations, num_turns):
+    metrics = None
+    for _ in range(num_turns):
+        step = worlds.step(learner.act(observations))
+        learner.record(
+            step.rewards,
+            step.terminated,
+            step.truncated,
+            final_observations=step.final_observations,
+            events=step.events,
+        )
+        observations = step.observations
+        if learner.rollout_is_ready:
+            metrics = learner.learn(observations)
+    return observations, metrics
+
+
+def rows(tree, agent):
+    return {name: part[agent::3] for name, part in tree.items()}
+
+
+def test_independent_learners_are_single_agents_on_their_own_streams():
+    """The reference: three agents driven by hand, each with the rows of its own number."""
+    learners, worlds = make_learners(), Commons(RULES, num_worlds=NUM_WORLDS)
+    singles = [make(learners._seed_of(number)) for number in range(3)]
+    observations = worlds.reset(seed=1)
+    for _ in range(20):
+        actions = learners.act(observations)
+        for number, single in enumerate(singles):
+            assert torch.equal(single.act(rows(observations, number)), actions[number::3])
+        step = worlds.step(actions)
+        final = step.final_observations
+        learners.record(step.rewards, step.terminated, step.truncated, final_observations=final, events=step.events)
+        for number, single in enumerate(singles):
+            single.record(
+                step.rewards[number::3],
+                step.terminated[number::3],
+                step.truncated[number::3],
+                final_observations=None if final is None else rows(final, number),
+                events=NormEvents(step.events.punished[number::3], step.events.collected[number::3]),
+            )
+        observations = step.observations
+        if learners.rollout_is_ready:
+            together = learners.learn(observations)
+            alone = [single.learn(rows(observations, number)) for number, single in enumerate(singles)]
+            for name in ("loss/total", "norms/strength/A", "rollout/guilt"):
+                assert together[name] == pytest.approx(np.mean([metrics[name] for metrics in alone]))
+    for learner, single in zip(learners.learners, singles):
+        for ours, theirs in zip(learner.policy.parameters(), single.policy.parameters()):
+            assert torch.equal(ours, theirs)
+    assert learners.num_steps == 20 * NUM_WORLDS * 3
+    assert not torch.equal(learners.learners[0].policy.critic.weight, learners.learners[1].policy.critic.weight)
+
+
+@pytest.mark.parametrize("memory", ["lstm", "gru", "none"])
+def test_policies_played_together_are_the_policies_alone(memory):
+    world = Commons(RULES, num_worlds=2)
+    network = NETWORK.model_copy(update={"memory": memory})
+    policies = [
+        DualHeadRecurrentPPO(world.observation_space, world.action_space, network=network, seed=seed).policy
+        for seed in range(3)
+    ]
+    together = IndependentPolicies(policies)
+    states, observations = [policy.initial_state(2) for policy in policies], world.reset(seed=3)
+    state = together.initial_state(6)
+    with torch.no_grad():
+        for _ in range(4):
+            output, state = together.step(observations, state)
+            for number, policy in enumerate(policies):
+                alone, states[number] = policy.step(rows(observations, number), states[number])
+                for ours, theirs in zip(output.distribution.logits, alone.distribution.logits):
+                    torch.testing.assert_close(ours[number::3], theirs)
+                assert torch.equal(output.values[number::3], alone.values)
+                assert torch.equal(state.h[:, number::3], states[number].h)
+            observations = world.step(output.distribution.mode()).observations
+
+
+def test_a_newcomer_is_new_and_the_others_stay():
+    learners, worlds = make_learners(), Commons(RULES, num_worlds=NUM_WORLDS)
+    play(learners, worlds, worlds.reset(seed=1), 10)
+    before = [learner.policy.critic.weight.clone() for learner in learners.learners]
+    strengths = learners.strengths()
+    assert strengths.shape == (3, 2)
+    assert (strengths[:, 0] > 0).all()
+    learners.replace(1, individual=7)
+    assert torch.equal(learners.learners[0].policy.critic.weight, before[0])
+    assert not torch.equal(learners.learners[1].policy.critic.weight, before[1])
+    assert learners.strengths()[1].tolist() == [0.0, 0.0]
+    assert torch.equal(learners.strengths()[[0, 2]], strengths[[0, 2]])
+    same = make(learners._seed_of(7))
+    assert torch.equal(learners.learners[1].policy.critic.weight, same.policy.critic.weight)
+    founders = make_learners().learners
+    assert all(not torch.equal(same.policy.critic.weight, one.policy.critic.weight) for one in founders)
+
+
+def test_learners_go_on_where_they_were_saved():
+    learners, worlds = make_learners(), Commons(RULES, num_worlds=NUM_WORLDS)
+    observations, _ = play(learners, worlds, worlds.reset(seed=1), 13)
+    other, same_world = make_learners(), Commons(RULES, num_worlds=NUM_WORLDS)
+    other.restore(*learners.state())
+    same_world.restore(*worlds.state())
+    _, metrics = play(learners, worlds, observations, 17)
+    _, again = play(other, same_world, same_world.observations(), 17)
+    assert metrics == again
+    assert other.num_steps == learners.num_steps
+    few = IndependentLearners(make, num_agents=2, seed=5)
+    with pytest.raises(CheckpointError, match="expected 2 independent learners"):
+        few.restore(*learners.state())
+
+
+def turnover(num_agents=4, num_worlds=2, seed=0, **settings):
+    config = TurnoverConfig(**settings)
+    return Turnover(config, resources=("A", "B"), num_agents=num_agents, num_worlds=num_worlds, seed=seed)
+
+
+@pytest.mark.parametrize(
+    ("settings", "due"),
+    [
+        ({}, []),
+        ({"first_turn": 5}, [5]),
+        ({"first_turn": 5, "every_turns": 3}, [5, 8, 11, 14]),
+        ({"first_turn": 5, "every_turns": 3, "num_times": 2}, [5, 8]),
+    ],
+)
+def test_replacements_happen_on_schedule(settings, due):
+    schedule, happened = turnover(**settings), []
+    learners = make_learners()
+    for turn in range(1, 16):
+        while schedule.is_due(turn):
+            if learners is not None:
+                schedule._choose = lambda: [0]
+            schedule.replace(learners, turn)
+            happened.append(turn)
+    assert happened == due
+
+
+def test_a_rollout_that_ends_late_makes_up_for_missed_replacements():
+    schedule, learners = turnover(first_turn=2, every_turns=1, selection="first_n", num_agents=3), make_learners()
+    while schedule.is_due(4):
+        schedule.replace(learners, 4)
+    assert schedule.num_times == 3
+
+
+def test_whom_newcomers_replace():
+    """first_n takes the lowest numbers; tenure those who came first, ties by number; random differs by seed."""
+    learners = make_learners()
+    first = turnover(num_agents=3, first_turn=1, every_turns=1, selection="first_n")
+    assert [first.replace(learners, turn) for turn in (1, 2)] == [[0], [0]]
+    longest = Turnover(
+        TurnoverConfig(first_turn=1, every_turns=1, num_agents=2, selection="tenure"),
+        resources=("A", "B"),
+        num_agents=3,
+        num_worlds=2,
+        seed=0,
+    )
+    assert [longest.replace(learners, turn) for turn in (1, 2, 3)] == [[0, 1], [0, 2], [0, 1]]
+    assert longest.individuals.tolist() == [7, 8, 6]
+    assert longest.arrivals.tolist() == [3, 3, 2]
+    draws = {
+        seed: tuple(turnover(num_agents=3, first_turn=1, seed=seed).replace(learners, 1)[0] for _ in range(1))
+        for seed in range(20)
+    }
+    assert {place for (place,) in draws.values()} == {0, 1, 2}
+
+
+def test_groups_are_counted_apart():
+    """Two worlds of three agents; agent 1 is a newcomer who takes A every turn, the others B in half of them."""
+    schedule, learners = turnover(num_agents=3, first_turn=1, selection="first_n"), make_learners()
+    schedule._choose = lambda: [1]
+    schedule.replace(learners, 1)
+    a, b, nothing = [True, False], [False, True], [False, False]
+    schedule.count(NormEvents(torch.zeros(6, 2, dtype=torch.bool), torch.tensor([b, a, b, b, a, b])))
+    schedule.count(NormEvents(torch.zeros(6, 2, dtype=torch.bool), torch.tensor([nothing, a, nothing] * 2)))
+    metrics = schedule.metrics(torch.tensor([[1.0, 2.0], [9.0, 9.0], [3.0, 4.0]]))
+    assert metrics == {
+        "lineage/agent_0": 0.0,
+        "lineage/agent_1": 3.0,
+        "lineage/agent_2": 2.0,
+        "newcomers/taken/A": 1.0,
+        "newcomers/taken/B": 0.0,
+        "newcomers/strength/A": 9.0,
+        "newcomers/strength/B": 9.0,
+        "incumbents/taken/A": 0.0,
+        "incumbents/taken/B": 0.5,
+        "incumbents/strength/A": 2.0,
+        "incumbents/strength/B": 3.0,
+    }
+    assert schedule.metrics(None)["incumbents/taken/B"] == 0.0  # reading began the next interval
+
+
+def test_turnover_goes_on_where_it_was_saved():
+    settings = {"num_agents": 3, "first_turn": 1, "every_turns": 1, "seed": 3}
+    one, learners = turnover(**settings), make_learners()
+    for turn in range(1, 6):
+        one.replace(learners, turn)
+    other = turnover(**settings)
+    import json
+
+    other.restore(json.loads(json.dumps(one.state())))
+    assert [one.replace(learners, t) for t in range(6, 20)] == [other.replace(learners, t) for t in range(6, 20)]
+    assert one.metrics(None) == other.metrics(None)
+
+
+def test_with_a_shared_policy_a_newcomer_has_no_memory_and_no_norms():
+    agent, worlds = make(0, num_streams=12), Commons(RULES, num_worlds=4)
+    observations, _ = play(agent, worlds, worlds.reset(seed=1), 10)
+    before = agent._get_hidden_state()
+    weights = agent.policy.critic.weight.clone()
+    schedule = turnover(num_agents=3, num_worlds=4, first_turn=1, selection="first_n")
+    schedule.replace(agent, 10)
+    after = agent._get_hidden_state()
+    newcomers = torch.arange(12) % 3 == 0
+    assert (after.h[:, newcomers] == 0).all()
+    assert torch.equal(after.h[:, ~newcomers], before.h[:, ~newcomers])
+    assert agent._episode_starts[newcomers].all()
+    assert strengths_by_agent(agent, 3)[0].tolist() == [0.0, 0.0]
+    assert strengths_by_agent(agent, 3)[1, 0] > 0
+    assert torch.equal(agent.policy.critic.weight, weights)
+    worlds.step(agent.act(observations))
+    with pytest.raises(RuntimeError, match="record"):
+        agent.restart_streams(newcomers)
+
+
+def test_streams_do_not_change_hands_within_a_rollout():
+    agent, worlds = make(0, num_streams=12), Commons(RULES, num_worlds=4)
+    play(agent, worlds, worlds.reset(seed=1), 3)
+    with pytest.raises(RuntimeError, match="3 steps recorded"):
+        agent.restart_streams(torch.ones(12, dtype=torch.bool))
+
+
+def train_commons(tmp_path, **settings):
+    """Trains and gives the rows of metrics.csv as numbers."""
+    settings = {"env": "commons", "network": NETWORK, "eval_episodes": 0} | settings
+    train(RunConfig(**settings, run_dir=str(tmp_path / "run")), show_progress=False)
+    with (tmp_path / "run" / "metrics.csv").open() as file:
+        return [{name: float(value or "nan") for name, value in row.items()} for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize(("decay_rate", "outlasts"), [(0.995, 138.28), (0.99, 68.97)])
+@pytest.mark.parametrize("policies", ["shared", "independent"])
+def test_the_closed_forms_hold_in_the_training_loop(tmp_path, decay_rate, outlasts, policies):
+    """One resource, taken and punished every turn: guilt from the sixth turn on, and until ln 2 / -ln decay after the last."""
+    punished, free = 40, 160
+    turns = train_commons(
+        tmp_path,
+        policies=policies,
+        enforce_norms=True,
+        norms=NormConfig(decay_rate=decay_rate),
+        num_envs=1,
+        total_steps=2 * (punished + free),
+        ppo=PPOConfig(rollout_length=1, batch_size=1, num_epochs=1),
+        commons=CommonsConfig(
+            form="bandit",
+            num_agents=2,
+            resources=("A",),
+            schedule={"A": (1.0,)},
+            menu_size=1,
+            phases=({"mode": "fixed", "num_turns": punished}, {"mode": "off"}),
+        ),
+    )
+    assert len(turns) == punished + free
+    guilt = np.array([row["rollout/guilt"] for row in turns])
+    assert np.flatnonzero(guilt)[0] == 5  # the sixth turn
+    assert turns[punished - 1]["norms/strength/A"] == pytest.approx(10.0)
+    assert np.flatnonzero(guilt)[-1] + 1 - punished == int(outlasts)
+    assert guilt[punished - 1] == pytest.approx(-2.5)
+
+
+def test_a_run_with_newcomers_logs_who_is_there(tmp_path):
+    rows = train_commons(
+        tmp_path,
+        policies="independent",
+        enforce_norms=True,
+        num_envs=2,
+        total_steps=240,
+        ppo=PPO,
+        commons=RULES,
+        turnover=TurnoverConfig(first_turn=15, num_agents=2, selection="first_n"),
+    )
+    assert [row["steps"] for row in rows] == [60, 120, 180, 240]
+    # Due in turn 15; carried out at the end of that rollout, after its metrics.
+    assert [[row[f"lineage/agent_{n}"] for n in range(3)] for row in rows] == [[0, 1, 2]] * 2 + [[3, 4, 2]] * 2
+    assert np.isnan(rows[1]["newcomers/taken/A"])
+    late = rows[-1]
+    by_group = (2 * late["newcomers/taken/A"] + late["incumbents/taken/A"]) / 3
+    assert by_group == pytest.approx(late["commons/taken/A"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"env": "CartPole-v1", "enforce_norms": True}, "enforce_norms: only the environment 'commons'"),
+        ({"env": "CartPole-v1", "policies": "independent"}, "policies: only the environment 'commons'"),
+        ({"env": "CartPole-v1", "commons": {"form": "bandit"}}, "commons: only the environment 'commons'"),
+        ({"env": "commons", "turnover": {"every_turns": 5}}, "need first_turn"),
+        ({"env": "commons", "turnover": {"first_turn": 5, "num_times": 2}}, "num_times=2 needs every_turns"),
+        ({"env": "commons", "turnover": {"first_turn": 5, "num_agents": 11}}, "at most the 10 agents"),
+        (
+            {"env": "commons", "enforce_norms": True, "norms": {"mode": "action", "harmful_action": 0}},
+            "expected norms.mode='resource'",
+        ),
+        ({"env": "commons", "enforce_norms": True, "norms": {"resources": ("X",)}}, "norms.resources: the commons has"),
+        ({"env": "commons", "policies": "independent", "num_envs": 1, "ppo": {"batch_size": 200}}, "of 1 streams"),
+        ({"env": "commons", "num_envs": 1, "total_steps": 500}, "one rollout is 10 streams"),
+    ],
+)
+def test_impossible_settings_of_the_commons_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        RunConfig(**settings)
