@@ -123,7 +123,7 @@ def test_full_disk_leaves_the_checkpoint_before_whole(tmp_path, monkeypatch):
 
     def fsync(descriptor):
         calls.append(descriptor)
-        if len(calls) == 4:  # config, two checkpoints, then no space
+        if len(calls) == 7:  # file and folder each of config and two checkpoints, then no space
             raise OSError(errno.ENOSPC, "No space left on device")
         real(descriptor)
 
