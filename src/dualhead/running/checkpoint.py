@@ -1,4 +1,4 @@
-"""The run directory, written by one process at a time: configuration, summary, checkpoints (the newest whole counts)."""
+"""The run directory, written by one process at a time: configuration, summary and checkpoints, newest whole first."""
 
 from __future__ import annotations
 
