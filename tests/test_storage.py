@@ -215,7 +215,6 @@ def test_a_kill_at_any_moment_leaves_the_checkpoint_before_or_the_new_one(tmp_pa
             save_steps(tmp_path, 300)
 
         killed = in_child(work) == signal.SIGKILL
-        assert list(tmp_path.rglob("*.tmp")) == [path for path in tmp_path.rglob("*") if ".tmp" in path.name]
         leftovers += bool(list(tmp_path.rglob(".*.tmp")))
         seen.append(read_newest(tmp_path)[2]["num_steps"])
         with locked(tmp_path):
@@ -402,7 +401,7 @@ def truncations(contents, rng):
 
 def flips(contents, rng):
     size = 8 + struct.unpack("<Q", contents[:8])[0]
-    for place in [*range(16), *range(16, size, 23), *rng.sample(range(size, len(contents)), 150)]:
+    for place in [*range(16), *range(16, size, 37), *rng.sample(range(size, len(contents)), 150)]:
         broken = bytearray(contents)
         broken[place] ^= 1 << rng.randrange(8)
         yield bytes(broken)
@@ -454,7 +453,7 @@ def other_entries(contents):
     yield changed(more=torch.ones(3))
     for name, tensor in tensors.items():
         other_type = tensor.double() if tensor.dtype == torch.float32 else tensor.float()
-        wrong = [None, tensor[None], torch.cat([tensor.flatten(), tensor.flatten()[:1]]), other_type]
+        wrong = [None, tensor[None], other_type]
         if tensor.dtype == torch.float32:
             wrong.append(tensor.view(torch.int32))
         if tensor.dim() == 2 and tensor.shape[0] != tensor.shape[1]:
@@ -592,8 +591,8 @@ def test_no_broken_file_is_loaded_or_crashes(tmp_path):
                 with little_memory(2**30) if sys.platform == "linux" else contextlib.nullcontext():
                     assert str(path) in refusal(agent, path), (kind, number)
                 assert digest(agent) == before, (kind, number)
-    print(counts)
-    assert sum(counts.values()) >= 1000
+    assert sum(counts.values()) >= 2000
+    assert min(counts.values()) >= 2
 
 
 def test_a_file_of_a_terabyte_is_refused_at_once(tmp_path):

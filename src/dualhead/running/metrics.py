@@ -10,6 +10,7 @@ import math
 import os
 import re
 import secrets
+import socket
 import sys
 import time
 import warnings
@@ -147,7 +148,8 @@ class CSVWriter:
                 rows = self._rows()
                 self._columns += added
                 self._replace(rows)
-            self._append(self._lines([row]))
+            assert self._file is not None
+            append_whole(self._file, self._lines([row]))
         except OSError as error:
             raise self._failed(error) from error
 
@@ -174,16 +176,6 @@ class CSVWriter:
         write_bytes(self.path, self._lines(rows, header=True))
         self._file = io.FileIO(self.path, "a")
 
-    def _append(self, line: bytes) -> None:
-        assert self._file is not None
-        size, left = os.fstat(self._file.fileno()).st_size, memoryview(line)
-        try:
-            while left:  # a disk that fills up takes a part of it before it refuses
-                left = left[self._file.write(left) :]
-        except BaseException:
-            self._file.truncate(size)
-            raise
-
     def _take_up(self, resume_at: int) -> None:
         contents = self.path.read_bytes()
         whole = contents[: contents.rfind(b"\n") + 1].decode(errors="replace")
@@ -208,6 +200,9 @@ class CSVWriter:
 class TensorBoardWriter:
     """TensorBoard event files in the run directory; non-finite numbers are left out.
 
+    One record per update, written at once and whole. (`torch.utils.tensorboard` writes each number by itself from a
+    thread, where a full disk is an error that nobody catches.)
+
     Args:
         run_dir: of the run.
         resume_at: TensorBoard forgets what an earlier part of this run logged after this many environment steps.
@@ -217,31 +212,50 @@ class TensorBoardWriter:
     """
 
     def __init__(self, run_dir: Path, *, resume_at: int | None = None) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
-        self.path = run_dir / "tensorboard"
-        self._failed = False
+        folder = run_dir / "tensorboard"
+        # TensorBoard reads files in the order of their names.
+        self.path = folder / f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
         try:
-            self._writer = SummaryWriter(str(self.path), purge_step=None if resume_at is None else resume_at + 1)
+            folder.mkdir(exist_ok=True)
+            self._file = io.FileIO(self.path, "a")
         except OSError as error:
-            raise RunError(f"cannot write {self.path}: {error.strerror or error}") from error
+            raise self._failed(error) from error
+        try:
+            self._add(Event(wall_time=time.time(), file_version="brain.Event:2"))
+            if resume_at is not None:
+                start = SessionLog(status=SessionLog.START)
+                self._add(Event(wall_time=time.time(), step=resume_at + 1, session_log=start))
+        except RunError:
+            self.close()
+            raise
 
     def write(self, num_steps: int, metrics: Mapping[str, float]) -> None:
         """Raises:
-        RunError: it cannot be written.
+        RunError: it cannot be written; what was logged before is there.
         """
-        try:
-            for name, value in finite(metrics).items():
-                self._writer.add_scalar(name, value, num_steps)
-            # Its thread is waited for: an error belongs to this update, and a killed run has what it logged.
-            self._writer.flush()
-        except OSError as error:
-            self._failed = True
-            raise RunError(f"cannot write {self.path}: {error.strerror or error}") from error
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in finite(metrics).items()]
+        self._add(Event(wall_time=time.time(), step=num_steps, summary=Summary(value=values)))
 
     def close(self) -> None:
-        if not self._failed:  # its thread has ended already, and would be waited for
-            self._writer.close()
+        self._file.close()
+
+    def _add(self, event: Any) -> None:
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        record = io.BytesIO()
+        RecordWriter(record).write(event.SerializeToString())
+        try:
+            append_whole(self._file, record.getvalue())
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def _failed(self, error: OSError) -> RunError:
+        return RunError(f"cannot write {self.path}: {error.strerror or error}")
 
 
 class WandbWriter:
@@ -361,6 +375,21 @@ class MLflowWriter:
             self._client.set_terminated(self._run_id, status="FAILED" if _is_failing() else "FINISHED")
         except Exception as error:
             warnings.warn(f"MLflow was not told of the end: {error}", stacklevel=2)
+
+
+def append_whole(file: io.FileIO, contents: bytes) -> None:
+    """Writes all of it at the end of a file that was opened for appending, or nothing.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    size, left = os.fstat(file.fileno()).st_size, memoryview(contents)
+    try:
+        while left:  # a disk that fills up takes a part of it before it refuses
+            left = left[file.write(left) :]
+    except BaseException:
+        file.truncate(size)
+        raise
 
 
 def finite(metrics: Mapping[str, float]) -> dict[str, float]:
