@@ -102,6 +102,24 @@ def test_file_mode_is_the_users(tmp_path):
     assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="this system does not say which file a descriptor is of")
+def test_contents_reach_the_disk_before_the_name_and_the_name_before_the_end(tmp_path, monkeypatch):
+    happened = []
+
+    def noted(name, real, what):
+        def call(*arguments):
+            happened.append((name, what(*arguments)))
+            return real(*arguments)
+
+        monkeypatch.setattr(os, name, call)
+
+    noted("fsync", os.fsync, lambda descriptor: os.path.realpath(f"/proc/self/fd/{descriptor}"))
+    noted("replace", os.replace, lambda source, target: str(source))
+    write_bytes(tmp_path / "file", b"x")
+    (first, temporary), second, third = happened
+    assert (first, second, third) == ("fsync", ("replace", temporary), ("fsync", str(tmp_path)))
+
+
 # Which checkpoint counts.
 
 

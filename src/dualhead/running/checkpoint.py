@@ -126,8 +126,15 @@ def _began(path: Path, config: RunConfig) -> bool:
 
 
 def write_json(path: Path, contents: Any) -> None:
-    """Replaces a JSON file atomically."""
-    write_bytes(path, (json.dumps(contents, indent=2) + "\n").encode())
+    """Replaces a JSON file atomically.
+
+    Raises:
+        RunError: it cannot be written; a file that was there before is untouched.
+    """
+    try:
+        write_bytes(path, (json.dumps(contents, indent=2) + "\n").encode())
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def read_config(run_dir: str | os.PathLike[str]) -> RunConfig:
