@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from typing import Any
 
@@ -25,7 +26,7 @@ from dualhead.networks.encoders import (
 from dualhead.networks.heads import ActionSpec
 from dualhead.networks.policy import RecurrentPolicy
 from dualhead.norms import NormEnforcer, NormEvents
-from dualhead.storage import CheckpointError, fill, read_tensors, with_prefix, write_tensors
+from dualhead.storage import CheckpointError, check_fit, fill, read_tensors, with_prefix, write_tensors
 from dualhead.types import ActionSample, DataError, Observations, RecurrentState
 
 _SHAPING_SETTINGS = ("rollout_length", "burn_in", "normalize_observations", "normalize_rewards")
@@ -464,7 +465,8 @@ class DualHeadRecurrentPPO:
         On another kind of device than it was saved on, actions are sampled from this agent's own generator.
 
         Raises:
-            CheckpointError: it was made by another architecture, for other spaces, or another number of streams.
+            CheckpointError: it was made by another architecture, for other spaces or another number of streams, or
+                something is missing in it or of the wrong kind.
         """
         ours = {
             "network": self.network.model_dump(),
@@ -475,26 +477,32 @@ class DualHeadRecurrentPPO:
             "config": {name: getattr(self.config, name) for name in _SHAPING_SETTINGS},
         }
         for name, mine in ours.items():
-            # Through JSON, where a tuple is a list.
             given = metadata.get(name)
             if name == "config" and isinstance(given, dict):
                 given = {key: given.get(key) for key in _SHAPING_SETTINGS}
-            if _plain(given) != _plain(mine):
+            # As JSON, where a tuple is a list and 1 is not True.
+            if json.dumps(given, sort_keys=True) != json.dumps(mine, sort_keys=True):
                 raise CheckpointError(f"{source} is of another architecture: its {name} is {given}, expected {mine}")
-        try:
-            num_steps, num_updates = int(metadata["num_steps"]), int(metadata["num_updates"])
-            length, tail_length = map(int, metadata["rollout"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{source} lacks its counters: {error!r}") from error
+        memory = self.rollout_memory
+        num_steps, num_updates, length, tail_length = _counters(metadata, memory, source=source)
+        if not isinstance(metadata.get("device"), str):
+            raise CheckpointError(f"{source} does not say which device it is from: {metadata.get('device')!r}")
         ours_now = self._tensors_to_save()
-        same_device = metadata.get("device") == self.device.type
+        same_device = metadata["device"] == self.device.type
         if not same_device and "rng/sampling" in tensors:  # generators of other devices have other states
             tensors = {**tensors, "rng/sampling": ours_now["rng/sampling"]}
+        check_fit(ours_now, tensors, what=source)
+        generators = {"rng/sampling": self._sampling, "rng/shuffling": self._shuffling}
+        for name, generator in generators.items():
+            try:
+                torch.Generator(generator.device).set_state(tensors[name])
+            except RuntimeError as error:
+                raise CheckpointError(f"{source}: {name} is no state of a generator: {error}") from error
         fill(ours_now, tensors, what=source)
-        self._sampling.set_state(tensors["rng/sampling"])
-        self._shuffling.set_state(tensors["rng/shuffling"])
+        for name, generator in generators.items():
+            generator.set_state(tensors[name])
         self.num_steps, self.num_updates = num_steps, num_updates
-        self.rollout_memory.length, self.rollout_memory.tail_length = length, tail_length
+        memory.length, memory.tail_length = length, tail_length
         self._step_is_pending = False
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -553,7 +561,17 @@ def _holds_tensors(observations: Any) -> bool:
     return isinstance(observations, Tensor)
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(part) for key, part in value.items()}
-    return [_plain(part) for part in value] if isinstance(value, tuple | list) else value
+def _counters(metadata: dict[str, Any], memory: Rollout, *, source: str) -> tuple[int, int, int, int]:
+    """num_steps, num_updates, and the rollout's length and tail_length."""
+    rollout = metadata.get("rollout")
+    filled: list[Any] = rollout if isinstance(rollout, list) and len(rollout) == 2 else [None, None]
+    counters = (
+        ("num_steps", metadata.get("num_steps"), None),
+        ("num_updates", metadata.get("num_updates"), None),
+        ("rollout", filled[0], memory.rollout_length),
+        ("rollout", filled[1], memory.max_tail),
+    )
+    for name, count, most in counters:
+        if type(count) is not int or count < 0 or (most is not None and count > most):
+            raise CheckpointError(f"{source} lacks its counters: {name} cannot be {metadata.get(name)!r}")
+    return metadata["num_steps"], metadata["num_updates"], filled[0], filled[1]

@@ -325,6 +325,10 @@ class RunConfig(Config):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where networks and rollouts live.")
     num_threads: PositiveInt | None = Field(None, description="Threads of torch; default: as torch decides.")
     checkpoint_every: PositiveInt = Field(50_000, description="Environment steps between checkpoints.")
+    keep_checkpoints: PositiveInt = Field(2, description="How many of the newest checkpoints stay; the best one does.")
+    log_to: tuple[Literal["wandb", "mlflow"], ...] = Field(
+        (), description="Also log to Weights & Biases or MLflow, beside TensorBoard and metrics.csv."
+    )
     eval_episodes: NonNegativeInt = Field(20, description="Evaluation episodes at the end; 0: none.")
     policies: Literal["shared", "independent"] = Field(
         "shared", description="Commons: one policy for all agents, or a policy and optimiser for each."

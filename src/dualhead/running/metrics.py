@@ -1,14 +1,21 @@
-"""Where a run's numbers go: TensorBoard, CSV, and a progress display or plain lines."""
+"""Where a run's numbers go: CSV, TensorBoard, W&B, MLflow, and a progress display or plain lines."""
 
 from __future__ import annotations
 
 import csv
+import importlib.util
+import io
+import json
 import math
 import os
+import re
+import secrets
+import socket
 import sys
 import time
+import warnings
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -16,6 +23,9 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from dualhead.config import RunConfig
+from dualhead.running.checkpoint import RunError, write_json
+from dualhead.storage import write_bytes
 from dualhead.types import as_numpy
 from dualhead.worlds.streams import StreamStep
 
@@ -67,54 +77,354 @@ class Writer(Protocol):
         """Flushes what is not written yet."""
 
 
-class TensorBoardWriter:
-    """TensorBoard event files in the run directory; non-finite numbers are left out."""
+def make_writers(config: RunConfig, run_dir: Path, *, resume_at: int | None = None) -> list[Writer]:
+    """All that a run writes to, opened.
 
-    def __init__(self, run_dir: Path) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+    Args:
+        config: of the run.
+        run_dir: of the run.
+        resume_at: environment steps of the checkpoint that the run goes on from; what was written after it gives way.
 
-        self._writer = SummaryWriter(str(run_dir / "tensorboard"))
+    Raises:
+        RunError: a package is missing, or something cannot be opened or written.
+    """
+    require_packages(config)
+    writers: list[Writer] = []
+    try:
+        writers.append(CSVWriter(run_dir, resume_at=resume_at))
+        writers.append(TensorBoardWriter(run_dir, resume_at=resume_at))
+        for name in config.log_to:
+            writer = WandbWriter if name == "wandb" else MLflowWriter
+            writers.append(writer(run_dir, config=config, resume_at=resume_at))
+    except BaseException:
+        for opened in writers:
+            opened.close()
+        raise
+    return [*writers, ProgressDisplay(config.total_steps)]
 
-    def write(self, num_steps: int, metrics: Mapping[str, float]) -> None:
-        for name, value in metrics.items():
-            if math.isfinite(value):
-                self._writer.add_scalar(name, value, num_steps)
 
-    def close(self) -> None:
-        self._writer.close()
+def require_packages(config: RunConfig) -> None:
+    """Looks for the packages that the writers of a run need, without importing them.
+
+    Raises:
+        RunError: one is missing; the message says how to install it.
+    """
+    for name in config.log_to:
+        if importlib.util.find_spec(name) is None:
+            raise RunError(f"log_to={name!r} needs a package that is not installed: pip install 'dualhead[{name}]'")
 
 
 class CSVWriter:
-    """`metrics.csv`: a row per update, a column per metric; a metric that appears later adds a column."""
+    """A row per update, a column per metric; a metric that appears later adds a column.
 
-    def __init__(self, run_dir: Path) -> None:
-        self.path = run_dir / "metrics.csv"
+    A row is in the file whole or not at all, also where the disk is full.
+
+    Args:
+        run_dir: where the file lies.
+        name: of the file.
+        resume_at: go on with the file that is there after this many environment steps; later rows, and one that was
+            cut off when its process was killed, are dropped. None: start a new file with the first row.
+
+    Raises:
+        RunError: the file that is there is not one of these, or cannot be written.
+    """
+
+    def __init__(self, run_dir: Path, *, name: str = "metrics.csv", resume_at: int | None = None) -> None:
+        self.path = run_dir / name
         self._columns: list[str] = []
-        self._file: TextIO | None = None
+        self._file: io.FileIO | None = None
+        if resume_at is not None and self.path.exists():
+            try:
+                self._take_up(resume_at)
+            except OSError as error:
+                raise self._failed(error) from error
 
     def write(self, num_steps: int, metrics: Mapping[str, float]) -> None:
+        """Raises:
+        RunError: it cannot be written; the rows before are there.
+        """
         row: dict[str, Any] = {"steps": num_steps, **metrics}
-        if not row.keys() <= set(self._columns):
-            self._widen(row)
-        assert self._file is not None
-        csv.DictWriter(self._file, self._columns, restval="").writerow(row)
-        self._file.flush()
-
-    def _widen(self, row: Mapping[str, Any]) -> None:
-        self.close()
-        before = []
-        if self._columns:
-            with self.path.open(newline="") as file:
-                before = list(csv.DictReader(file))
-        self._columns += [name for name in row if name not in self._columns]
-        self._file = self.path.open("w", newline="")
-        writer = csv.DictWriter(self._file, self._columns, restval="")
-        writer.writeheader()
-        writer.writerows(before)
+        added = [name for name in row if name not in self._columns]
+        try:
+            if added:
+                rows = self._rows()
+                self._columns += added
+                self._replace(rows)
+            assert self._file is not None
+            append_whole(self._file, self._lines([row]))
+        except OSError as error:
+            raise self._failed(error) from error
 
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
+
+    def _rows(self) -> list[dict[str, str]]:
+        if not self._columns:
+            return []
+        with self.path.open(newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+
+    def _lines(self, rows: Iterable[Mapping[str, Any]], *, header: bool = False) -> bytes:
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self._columns, restval="")
+        if header:
+            writer.writeheader()
+        writer.writerows(rows)
+        return text.getvalue().encode()
+
+    def _replace(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        self.close()
+        write_bytes(self.path, self._lines(rows, header=True))
+        self._file = io.FileIO(self.path, "a")
+
+    def _take_up(self, resume_at: int) -> None:
+        contents = self.path.read_bytes()
+        whole = contents[: contents.rfind(b"\n") + 1].decode(errors="replace")
+        try:
+            columns, *rows = csv.reader(io.StringIO(whole, newline="")) if whole else [[]]
+        except csv.Error as error:
+            raise RunError(f"cannot go on with {self.path}: {error}; mend it or move it away") from error
+        if not columns:
+            return
+        if columns[0] != "steps":
+            raise RunError(f"{self.path} is no file of metrics: its first column is {columns[0]!r}, expected 'steps'")
+        sound = [row for row in rows if len(row) == len(columns) and row[0].isdecimal()]
+        if len(sound) < len(rows):
+            warnings.warn(f"{self.path}: {len(rows) - len(sound)} damaged rows are left out", stacklevel=4)
+        self._columns = columns
+        self._replace(dict(zip(columns, row)) for row in sound if int(row[0]) <= resume_at)
+
+    def _failed(self, error: OSError) -> RunError:
+        return RunError(f"cannot write {self.path}: {error.strerror or error}; the rows before this one are there")
+
+
+class TensorBoardWriter:
+    """TensorBoard event files in the run directory; non-finite numbers are left out.
+
+    One record per update, written at once and whole. (`torch.utils.tensorboard` writes each number by itself from a
+    thread, where a full disk is an error that nobody catches.)
+
+    Args:
+        run_dir: of the run.
+        resume_at: TensorBoard forgets what an earlier part of this run logged after this many environment steps.
+
+    Raises:
+        RunError: they cannot be written.
+    """
+
+    def __init__(self, run_dir: Path, *, resume_at: int | None = None) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+        folder = run_dir / "tensorboard"
+        # TensorBoard reads files in the order of their names.
+        self.path = folder / f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
+        try:
+            folder.mkdir(exist_ok=True)
+            self._file = io.FileIO(self.path, "a")
+        except OSError as error:
+            raise self._failed(error) from error
+        try:
+            self._add(Event(wall_time=time.time(), file_version="brain.Event:2"))
+            if resume_at is not None:
+                start = SessionLog(status=SessionLog.START)
+                self._add(Event(wall_time=time.time(), step=resume_at + 1, session_log=start))
+        except RunError:
+            self.close()
+            raise
+
+    def write(self, num_steps: int, metrics: Mapping[str, float]) -> None:
+        """Raises:
+        RunError: it cannot be written; what was logged before is there.
+        """
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in finite(metrics).items()]
+        self._add(Event(wall_time=time.time(), step=num_steps, summary=Summary(value=values)))
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _add(self, event: Any) -> None:
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        record = io.BytesIO()
+        RecordWriter(record).write(event.SerializeToString())
+        try:
+            append_whole(self._file, record.getvalue())
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def _failed(self, error: OSError) -> RunError:
+        return RunError(f"cannot write {self.path}: {error.strerror or error}")
+
+
+class WandbWriter:
+    """A run of Weights & Biases: `steps` is the horizontal axis, the settings are its config.
+
+    Its id stays in `wandb.json`, so that a resumed run goes on as the same one; what was logged after the checkpoint
+    is logged again. Project, entity and mode (`WANDB_MODE=offline`) are taken from W&B's own environment variables.
+
+    Args:
+        run_dir: of the run.
+        config: of the run.
+        resume_at: not None to go on with the run that is there.
+
+    Raises:
+        RunError: W&B refuses; not logged in, most likely.
+    """
+
+    def __init__(self, run_dir: Path, *, config: RunConfig, resume_at: int | None = None) -> None:
+        remembered = _remembered(run_dir / "wandb.json") if resume_at is not None else {}
+        run_id = remembered.get("id") or secrets.token_hex(4)
+        try:
+            import wandb
+
+            self._run = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", "dualhead"),
+                id=run_id,
+                name=_title(config),
+                dir=str(run_dir),
+                config=config.model_dump(),
+                resume="allow",
+                settings={"console": "off"},  # standard output and error stay as they are
+            )
+            self._run.define_metric("steps")
+            self._run.define_metric("*", step_metric="steps")
+        except Exception as error:
+            raise RunError(
+                f"cannot begin a W&B run: {error} (WANDB_MODE=offline logs to the run directory, without an account)"
+            ) from error
+        write_json(run_dir / "wandb.json", {"id": run_id})
+        self._warned = False
+
+    def write(self, num_steps: int, metrics: Mapping[str, float]) -> None:
+        """What W&B does not take is warned of once: metrics.csv has it, and the run goes on."""
+        try:
+            self._run.log({"steps": num_steps, **finite(metrics)})
+        except Exception as error:
+            if not self._warned:
+                warnings.warn(f"W&B took no metrics: {error}", stacklevel=2)
+            self._warned = True
+
+    def close(self) -> None:
+        self._run.finish(exit_code=int(_is_failing()))
+
+
+class MLflowWriter:
+    """A run of MLflow; the settings are its parameters.
+
+    It lies in `mlflow.db` in the run directory unless `MLFLOW_TRACKING_URI` says where else, in the experiment
+    `dualhead` unless `MLFLOW_EXPERIMENT_NAME` says which. Its id stays in `mlflow.json`, so that a resumed run goes on
+    as the same one; what was logged after the checkpoint is logged again.
+
+    Args:
+        run_dir: of the run.
+        config: of the run.
+        resume_at: not None to go on with the run that is there.
+
+    Raises:
+        RunError: MLflow refuses.
+    """
+
+    _MOST_PARAMS = 100  # in one call
+
+    def __init__(self, run_dir: Path, *, config: RunConfig, resume_at: int | None = None) -> None:
+        uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(run_dir / 'mlflow.db').resolve()}"
+        remembered = _remembered(run_dir / "mlflow.json") if resume_at is not None else {}
+        try:
+            from mlflow import MlflowClient
+            from mlflow.entities import Param
+
+            self._client = MlflowClient(tracking_uri=uri)
+            if remembered.get("tracking_uri") == uri:
+                self._run_id = remembered["run_id"]
+                self._client.update_run(self._run_id, status="RUNNING")
+            else:
+                name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "dualhead")
+                experiment = self._client.get_experiment_by_name(name)
+                experiment_id = experiment.experiment_id if experiment else self._client.create_experiment(name)
+                self._run_id = self._client.create_run(experiment_id, run_name=_title(config)).info.run_id
+                params = [Param(name, str(value)) for name, value in _flat(config.model_dump()).items()]
+                for begin in range(0, len(params), self._MOST_PARAMS):
+                    self._client.log_batch(self._run_id, params=params[begin : begin + self._MOST_PARAMS])
+        except Exception as error:
+            raise RunError(f"cannot begin an MLflow run at {uri}: {error}") from error
+        write_json(run_dir / "mlflow.json", {"run_id": self._run_id, "tracking_uri": uri})
+        self._warned = False
+
+    def write(self, num_steps: int, metrics: Mapping[str, float]) -> None:
+        """What MLflow does not take is warned of once: metrics.csv has it, and the run goes on."""
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        try:
+            self._client.log_batch(
+                self._run_id,
+                metrics=[
+                    Metric(re.sub(r"[^\w./ -]", "_", name), value, now, num_steps)
+                    for name, value in finite(metrics).items()
+                ],
+            )
+        except Exception as error:
+            if not self._warned:
+                warnings.warn(f"MLflow took no metrics: {error}", stacklevel=2)
+            self._warned = True
+
+    def close(self) -> None:
+        try:
+            self._client.set_terminated(self._run_id, status="FAILED" if _is_failing() else "FINISHED")
+        except Exception as error:
+            warnings.warn(f"MLflow was not told of the end: {error}", stacklevel=2)
+
+
+def append_whole(file: io.FileIO, contents: bytes) -> None:
+    """Writes all of it at the end of a file that was opened for appending, or nothing.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    size, left = os.fstat(file.fileno()).st_size, memoryview(contents)
+    try:
+        while left:  # a disk that fills up takes a part of it before it refuses
+            left = left[file.write(left) :]
+    except BaseException:
+        file.truncate(size)
+        raise
+
+
+def finite(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The metrics that are numbers a curve can be drawn of."""
+    return {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
+
+
+def _remembered(path: Path) -> dict[str, str]:
+    try:
+        known = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"cannot read {path}: {error}; without it a new run would be logged: mend or remove it"
+        ) from error
+    return known if isinstance(known, dict) else {}
+
+
+def _title(config: RunConfig) -> str:
+    return f"{config.env} {config.network.memory}-seed{config.seed}"
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def _is_failing() -> bool:
+    """Writers are closed in a `finally`: whether an error is on its way through it."""
+    return sys.exc_info()[0] is not None
 
 
 class ProgressDisplay:

@@ -116,10 +116,10 @@ def run_loop(
             for writer in writers:
                 writer.write(agent.num_steps, metrics)
             if agent.num_steps >= next_checkpoint:
-                save_checkpoint(run_dir, *agent.state())
+                save_checkpoint(run_dir, *agent.state(), keep=config.keep_checkpoints)
                 next_checkpoint = agent.num_steps + config.checkpoint_every
             update_started = now
-    save_checkpoint(run_dir, *agent.state())
+    save_checkpoint(run_dir, *agent.state(), keep=config.keep_checkpoints)
     return time.perf_counter() - started, metrics
 
 

@@ -1,0 +1,382 @@
+"""Where metrics go: files that a killed run can go on with, full disks, and services that are optional."""
+
+import contextlib
+import csv
+import importlib
+import json
+import math
+import os
+import resource
+import sys
+import warnings
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from dualhead import RunConfig
+from dualhead.running.checkpoint import RunError
+from dualhead.running.metrics import CSVWriter, TensorBoardWriter, make_writers, require_packages
+
+CONFIG = RunConfig(env="CartPole-v1", total_steps=800, seed=3)
+LOGGED = {"time/steps_per_s": 10.0, "episode/mean_return": 1.5, "loss/value": math.nan}
+
+
+@contextlib.contextmanager
+def files_of_at_most(size):
+    """The system refuses to let files grow beyond `size` bytes, as a full disk would."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize(
+    ("there", "expected"),
+    [
+        ("steps,a\r\n10,1.0\r\n20,2.0\r\n", "steps,a 10,1.0 20,2.0 25,9.5"),
+        ("steps,a\r\n10,1.0\r\n20,2.0\r\n30,3.0\r\n", "steps,a 10,1.0 20,2.0 25,9.5"),
+        ("steps,a\n10,1.0\n20,2.0\n30,3", "steps,a 10,1.0 20,2.0 25,9.5"),
+        ("steps,a\r\n10,1.0\r\n2", "steps,a 10,1.0 25,9.5"),
+        ("steps,b\r\n10,1.0\r\n20,2.0\r\n", "steps,b,a 10,1.0, 20,2.0, 25,,9.5"),
+        ("steps,a,b\r\n10,1.0,\r\n", "steps,a,b 10,1.0, 25,9.5,"),
+        ('steps,"x,y",a\r\n10,1.0,\r\n', 'steps,"x,y",a 10,1.0, 25,,9.5'),
+        ("steps,a\r\n30,1.0\r\n", "steps,a 25,9.5"),
+        ("steps,a\r\n", "steps,a 25,9.5"),
+        ("steps,", "steps,a 25,9.5"),
+        ("", "steps,a 25,9.5"),
+        (None, "steps,a 25,9.5"),
+    ],
+)
+def test_a_resumed_run_goes_on_with_its_rows(there, expected, tmp_path):
+    """Up to 20 steps: later rows go, and what was cut off; what was not there is begun."""
+    if there is not None:
+        (tmp_path / "evaluations.csv").write_bytes(there.encode())
+    writer = CSVWriter(tmp_path, name="evaluations.csv", resume_at=20)
+    writer.write(25, {"a": 9.5})
+    writer.close()
+    assert (tmp_path / "evaluations.csv").read_text().split() == expected.split()
+    assert os.listdir(tmp_path) == ["evaluations.csv"]
+
+
+def test_a_new_run_begins_its_rows_anew(tmp_path):
+    (tmp_path / "metrics.csv").write_text("steps,old\n1,2\n")
+    writer = CSVWriter(tmp_path)
+    writer.write(5, {"a": 1})
+    writer.close()
+    assert (tmp_path / "metrics.csv").read_text().split() == ["steps,a", "5,1"]
+
+
+@pytest.mark.parametrize("damaged", ["15,1.0,2.0", "15", "15 1.0", "", "\0\0\0,1.0"])
+def test_damaged_rows_are_said_and_left_out(damaged, tmp_path):
+    (tmp_path / "metrics.csv").write_text(f"steps,a\n10,1.0\n{damaged}\n20,2.0\n")
+    if "\0" in damaged and sys.version_info < (3, 11):
+        with pytest.raises(RunError, match="cannot go on with"):
+            CSVWriter(tmp_path, resume_at=20)
+        return
+    with pytest.warns(UserWarning, match=r"metrics.csv: 1 damaged rows are left out"):
+        CSVWriter(tmp_path, resume_at=20).close()
+    assert (tmp_path / "metrics.csv").read_text().split() == ["steps,a", "10,1.0", "20,2.0"]
+
+
+def test_a_file_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "metrics.csv").write_text("name,grade\nA,1\n")
+    with pytest.raises(RunError, match=r"metrics.csv is no file of metrics: its first column is 'name'"):
+        CSVWriter(tmp_path, resume_at=20)
+    assert (tmp_path / "metrics.csv").read_text() == "name,grade\nA,1\n"
+
+
+def test_rows_are_whole_or_not_there_where_the_disk_is_full(tmp_path):
+    writer, step = CSVWriter(tmp_path), 0
+
+    def write_on():
+        nonlocal step
+        while True:
+            writer.write(step, {"a": step / 7, "b": 1.0})
+            step += 1
+
+    with files_of_at_most(1000):
+        with pytest.raises(RunError, match=r"cannot write .*metrics.csv: File too large; the rows before"):
+            write_on()
+        # A column more is a new file: also that one there is no room for.
+        before = (tmp_path / "metrics.csv").read_bytes()
+        with pytest.raises(RunError, match="cannot write"):
+            writer.write(step, {"c" * 900: 1.0})
+    writer.close()
+    assert (tmp_path / "metrics.csv").read_bytes() == before
+    assert os.listdir(tmp_path) == ["metrics.csv"]
+    with (tmp_path / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(before) > 950
+    assert rows == [{"steps": str(n), "a": str(n / 7), "b": "1.0"} for n in range(step)]
+    again = CSVWriter(tmp_path, resume_at=step - 1)
+    again.write(step, {"a": 0.5, "b": 2.0})
+    again.close()
+    assert (tmp_path / "metrics.csv").read_bytes() == before + f"{step},0.5,2.0\r\n".encode()
+
+
+def tensorboard_steps(run_dir):
+    events = EventAccumulator(str(run_dir / "tensorboard")).Reload()
+    return [(event.step, event.value) for event in events.Scalars("episode/mean_return")]
+
+
+def test_tensorboard_forgets_what_came_after_the_checkpoint(tmp_path):
+    first = TensorBoardWriter(tmp_path)
+    for step in (100, 200, 300):
+        first.write(step, {"episode/mean_return": step / 100})
+    assert tensorboard_steps(tmp_path) == [(100, 1.0), (200, 2.0), (300, 3.0)]  # at once: a killed run closes nothing
+    second = TensorBoardWriter(tmp_path, resume_at=200)
+    second.write(250, {"episode/mean_return": 7.0})
+    second.close()
+    first.close()
+    assert tensorboard_steps(tmp_path) == [(100, 1.0), (200, 2.0), (250, 7.0)]
+
+
+def test_tensorboard_on_a_full_disk(tmp_path):
+    writer, logged = TensorBoardWriter(tmp_path), 0
+
+    def write_on():
+        nonlocal logged
+        while True:
+            writer.write(logged, {"episode/mean_return": float(logged), "a": 1.0})
+            logged += 1
+
+    with files_of_at_most(5000), pytest.raises(RunError, match=r"cannot write .*tfevents.*: File too large"):
+        write_on()
+    assert logged > 20
+    assert tensorboard_steps(tmp_path) == [(step, float(step)) for step in range(logged)]
+    writer.write(999, {"episode/mean_return": 1.0})
+    writer.close()
+    assert tensorboard_steps(tmp_path)[logged:] == [(999, 1.0)]
+    (tmp_path / "other").mkdir()
+    with files_of_at_most(10), pytest.raises(RunError, match="cannot write"):
+        TensorBoardWriter(tmp_path / "other")
+    with pytest.raises(RunError, match="cannot write"):
+        TensorBoardWriter(tmp_path / "nowhere")
+
+
+FAKE_WANDB = """
+calls = []
+
+class Run:
+    def define_metric(self, name, step_metric=None):
+        calls.append(("define_metric", name, step_metric))
+
+    def log(self, values):
+        if "refused" in values:
+            raise OSError("no line")
+        calls.append(("log", values))
+
+    def finish(self, exit_code):
+        calls.append(("finish", exit_code))
+
+def init(**settings):
+    if settings["config"]["env"] == "refused":
+        raise ValueError("No API key configured.")
+    calls.append(("init", settings))
+    return Run()
+"""
+
+FAKE_MLFLOW = """
+from types import SimpleNamespace as Record
+
+runs = {}
+
+class MlflowClient:
+    def __init__(self, tracking_uri):
+        self.uri = tracking_uri
+
+    def get_experiment_by_name(self, name):
+        return Record(experiment_id="7") if name == "known" else None
+
+    def create_experiment(self, name):
+        return "new " + name
+
+    def create_run(self, experiment_id, run_name):
+        run_id = f"run{len(runs)}"
+        runs[run_id] = Record(experiment=experiment_id, name=run_name, uri=self.uri, params={}, metrics=[], status="")
+        return Record(info=Record(run_id=run_id))
+
+    def update_run(self, run_id, status):
+        runs[run_id].status = status
+
+    def log_batch(self, run_id, metrics=(), params=()):
+        assert len(params) <= 100
+        if any(metric[0] == "refused" for metric in metrics):
+            raise ConnectionError("no line")
+        runs[run_id].metrics += [(name, value, step) for name, value, _, step in metrics]
+        runs[run_id].params.update(params)
+
+    def set_terminated(self, run_id, status):
+        runs[run_id].status = status
+"""
+
+FAKE_ENTITIES = """
+def Metric(name, value, timestamp, step):
+    assert timestamp > 1_600_000_000_000, "milliseconds"
+    return (name, value, timestamp, step)
+
+def Param(name, value):
+    assert isinstance(value, str)
+    return (name, value)
+"""
+
+
+@pytest.fixture
+def fakes(tmp_path, monkeypatch):
+    """Packages `wandb` and `mlflow` that remember what they were told."""
+
+    def forget():
+        names = [name for name in sys.modules if name.split(".")[0] in ("wandb", "mlflow")]
+        return {name: sys.modules.pop(name) for name in names}
+
+    packages = tmp_path / "packages"
+    for name, source in (
+        ("wandb/__init__.py", FAKE_WANDB),
+        ("mlflow/__init__.py", FAKE_MLFLOW),
+        ("mlflow/entities.py", FAKE_ENTITIES),
+    ):
+        (packages / name).parent.mkdir(parents=True, exist_ok=True)
+        (packages / name).write_text(source)
+    for name in ("WANDB_PROJECT", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    real = forget()
+    monkeypatch.syspath_prepend(packages)
+    yield importlib.import_module("wandb").calls, importlib.import_module("mlflow").runs
+    forget()
+    sys.modules.update(real)
+
+
+def with_log_to(*names, **changes):
+    return CONFIG.model_copy(update={"log_to": names, **changes})
+
+
+def write_and_close(run_dir, config, num_steps, *, resume_at=None, logged=LOGGED):
+    writers = make_writers(config, run_dir, resume_at=resume_at)
+    try:
+        for writer in writers:
+            writer.write(num_steps, logged)
+    finally:
+        for writer in writers:
+            writer.close()
+    return [type(writer).__name__ for writer in writers]
+
+
+def test_a_run_writes_csv_tensorboard_and_progress(tmp_path, capsys):
+    assert write_and_close(tmp_path, CONFIG, 100) == ["CSVWriter", "TensorBoardWriter", "ProgressDisplay"]
+    assert write_and_close(tmp_path, CONFIG, 150, resume_at=120)[0] == "CSVWriter"
+    assert (tmp_path / "metrics.csv").read_text().split()[1:] == ["100,10.0,1.5,nan", "150,10.0,1.5,nan"]
+    assert tensorboard_steps(tmp_path) == [(100, 1.5), (150, 1.5)]
+    assert "steps       150 / 800" in capsys.readouterr().err
+
+
+def test_wandb_is_told_once_and_goes_on(fakes, tmp_path):
+    calls, _ = fakes
+    write_and_close(tmp_path, with_log_to("wandb"), 100)
+    (_, settings), *rest = calls
+    assert settings["project"] == "dualhead"
+    assert settings["name"] == "CartPole-v1 lstm-seed3"
+    assert settings["dir"] == str(tmp_path)
+    assert settings["config"]["ppo"]["gamma"] == 0.99
+    assert rest == [
+        ("define_metric", "steps", None),
+        ("define_metric", "*", "steps"),
+        ("log", {"steps": 100, "time/steps_per_s": 10.0, "episode/mean_return": 1.5}),
+        ("finish", 0),
+    ]
+    calls.clear()
+    write_and_close(tmp_path, with_log_to("wandb"), 200, resume_at=100)
+    assert (calls[0][1]["id"], calls[0][1]["resume"]) == (settings["id"], "allow")
+    calls.clear()
+    (tmp_path / "other").mkdir()
+    write_and_close(tmp_path / "other", with_log_to("wandb"), 100)
+    assert calls[0][1]["id"] != settings["id"]
+
+
+def test_mlflow_is_told_once_and_goes_on(fakes, tmp_path, monkeypatch):
+    _, runs = fakes
+    write_and_close(tmp_path, with_log_to("mlflow"), 100, logged={**LOGGED, "entropy/Wo? (x)": 2.0})
+    (run,) = runs.values()
+    assert run.uri == f"sqlite:///{tmp_path}/mlflow.db"
+    assert (run.experiment, run.name, run.status) == ("new dualhead", "CartPole-v1 lstm-seed3", "FINISHED")
+    assert run.params["ppo.gamma"] == "0.99"
+    assert run.params["network.memory"] == "lstm"
+    assert run.metrics == [
+        ("time/steps_per_s", 10.0, 100),
+        ("episode/mean_return", 1.5, 100),
+        ("entropy/Wo_ _x_", 2.0, 100),
+    ]
+    write_and_close(tmp_path, with_log_to("mlflow"), 200, resume_at=100)
+    assert list(runs) == ["run0"]
+    assert run.metrics[-1] == ("episode/mean_return", 1.5, 200)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://elsewhere")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "known")
+    write_and_close(tmp_path, with_log_to("mlflow"), 300, resume_at=200)
+    assert (runs["run1"].uri, runs["run1"].experiment) == ("https://elsewhere", "7")
+
+
+def test_a_failed_run_is_a_failed_run_there_too(fakes, tmp_path):
+    calls, runs = fakes
+    with pytest.raises(KeyError, match="time/steps_per_s"):  # the progress line wants it
+        write_and_close(tmp_path, with_log_to("wandb", "mlflow"), 100, logged={"a": 1.0})
+    assert calls[-1] == ("finish", 1)
+    assert runs["run0"].status == "FAILED"
+
+
+def test_a_service_that_fails_is_warned_of_once_and_ends_no_run(fakes, tmp_path):
+    writers = make_writers(with_log_to("wandb", "mlflow"), tmp_path)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        for step in range(100, 400, 100):
+            for writer in writers:
+                writer.write(step, {**LOGGED, "refused": 1.0})
+    for writer in writers:
+        writer.close()
+    said = [str(warning.message) for warning in warned]
+    assert said == ["W&B took no metrics: no line", "MLflow took no metrics: no line"]
+    assert len((tmp_path / "metrics.csv").read_text().split()) == 4
+
+
+def test_a_service_that_refuses_says_so_before_the_run(fakes, tmp_path):
+    with pytest.raises(RunError, match=r"cannot begin a W&B run: No API key configured.*WANDB_MODE=offline"):
+        make_writers(with_log_to("wandb", env="refused"), tmp_path)
+    (tmp_path / "wandb.json").write_text("{")
+    with pytest.raises(RunError, match=r"cannot read .*wandb.json"):
+        make_writers(with_log_to("wandb"), tmp_path, resume_at=100)
+
+
+@pytest.mark.parametrize("name", ["wandb", "mlflow"])
+def test_a_missing_package_is_said_with_how_to_install_it(name, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda asked: None if asked == name else object())
+    with pytest.raises(RunError, match=rf"log_to='{name}' needs .*pip install 'dualhead\[{name}\]'"):
+        require_packages(with_log_to(name))
+    with pytest.raises(RunError, match="pip install"):
+        make_writers(with_log_to(name), tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_real_wandb_offline(tmp_path, monkeypatch):
+    pytest.importorskip("wandb", reason="the real Weights & Biases is not installed: pip install 'dualhead[wandb]'")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    write_and_close(tmp_path, with_log_to("wandb"), 100)
+    write_and_close(tmp_path, with_log_to("wandb"), 200, resume_at=100)
+    run_id = json.loads((tmp_path / "wandb.json").read_text())["id"]
+    parts = list(tmp_path.glob(f"wandb/offline-run-*-{run_id}/run-{run_id}.wandb"))
+    assert parts
+    assert all(b"episode/mean_return" in part.read_bytes() for part in parts)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_real_mlflow_in_the_run_directory(tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow", reason="the real MLflow is not installed: pip install 'dualhead[mlflow]'")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    write_and_close(tmp_path, with_log_to("mlflow"), 100)
+    write_and_close(tmp_path, with_log_to("mlflow"), 200, resume_at=100)
+    known = json.loads((tmp_path / "mlflow.json").read_text())
+    client = mlflow.MlflowClient(tracking_uri=known["tracking_uri"])
+    run = client.get_run(known["run_id"])
+    assert (run.info.status, run.data.params["ppo.gamma"]) == ("FINISHED", "0.99")
+    history = client.get_metric_history(known["run_id"], "episode/mean_return")
+    assert sorted((metric.step, metric.value) for metric in history) == [(100, 1.5), (200, 1.5)]
