@@ -106,6 +106,7 @@ class DualHeadRecurrentPPO:
 
         self.num_steps = 0
         self.num_updates = 0
+        self._num_skipped = 0  # optimiser steps in a row, up to now
         self._current_hidden: RecurrentState | None = None
         self._step_is_pending = False
         self._episode_starts = torch.ones(num_streams, dtype=torch.bool, device=self.device)
@@ -174,6 +175,18 @@ class DualHeadRecurrentPPO:
         self._episode_starts = self._episode_starts | streams
         if self.norms is not None:
             self.norms.reset(streams)
+
+    def abandon_rollout(self) -> int:
+        """Forgets the recorded steps that were not learned from, and begins an episode in every stream.
+
+        For a run whose environments could not be saved. Returns how many steps that were.
+        """
+        self._expect_no_pending("abandon_rollout()")
+        forgotten = self.rollout_memory.length * self.num_streams
+        self.num_steps -= forgotten
+        self.rollout_memory.length = self.rollout_memory.tail_length = 0
+        self.reset_state()
+        return forgotten
 
     @torch.no_grad()
     def act(self, observations: Any, *, deterministic: bool = False) -> Any:
@@ -326,7 +339,9 @@ class DualHeadRecurrentPPO:
             entropy_coefs=coefs,
             head_names=self.action_spec.names,
             generator=self._shuffling,
+            num_skipped=self._num_skipped,
         )
+        self._num_skipped = int(metrics.pop("skipped_in_a_row"))
         metrics |= {
             "rollout/task_reward": memory.task_rewards[:T].mean().item(),
             "rollout/value": memory.values[:T].mean().item(),
@@ -457,6 +472,7 @@ class DualHeadRecurrentPPO:
             "num_steps": self.num_steps,
             "num_updates": self.num_updates,
             "rollout": [memory.length, memory.tail_length],
+            "num_skipped": self._num_skipped,
         }
 
     def restore(self, tensors: dict[str, Tensor], metadata: dict[str, Any], *, source: str = "checkpoint") -> None:
@@ -484,7 +500,7 @@ class DualHeadRecurrentPPO:
             if json.dumps(given, sort_keys=True) != json.dumps(mine, sort_keys=True):
                 raise CheckpointError(f"{source} is of another architecture: its {name} is {given}, expected {mine}")
         memory = self.rollout_memory
-        num_steps, num_updates, length, tail_length = _counters(metadata, memory, source=source)
+        num_steps, num_updates, num_skipped, length, tail_length = _counters(metadata, memory, source=source)
         if not isinstance(metadata.get("device"), str):
             raise CheckpointError(f"{source} does not say which device it is from: {metadata.get('device')!r}")
         ours_now = self._tensors_to_save()
@@ -501,7 +517,7 @@ class DualHeadRecurrentPPO:
         fill(ours_now, tensors, what=source)
         for name, generator in generators.items():
             generator.set_state(tensors[name])
-        self.num_steps, self.num_updates = num_steps, num_updates
+        self.num_steps, self.num_updates, self._num_skipped = num_steps, num_updates, num_skipped
         memory.length, memory.tail_length = length, tail_length
         self._step_is_pending = False
 
@@ -561,17 +577,18 @@ def _holds_tensors(observations: Any) -> bool:
     return isinstance(observations, Tensor)
 
 
-def _counters(metadata: dict[str, Any], memory: Rollout, *, source: str) -> tuple[int, int, int, int]:
-    """num_steps, num_updates, and the rollout's length and tail_length."""
+def _counters(metadata: dict[str, Any], memory: Rollout, *, source: str) -> tuple[int, ...]:
+    """num_steps, num_updates, num_skipped, and the rollout's length and tail_length."""
     rollout = metadata.get("rollout")
     filled: list[Any] = rollout if isinstance(rollout, list) and len(rollout) == 2 else [None, None]
     counters = (
         ("num_steps", metadata.get("num_steps"), None),
         ("num_updates", metadata.get("num_updates"), None),
+        ("num_skipped", metadata.get("num_skipped"), None),
         ("rollout", filled[0], memory.rollout_length),
         ("rollout", filled[1], memory.max_tail),
     )
     for name, count, most in counters:
         if type(count) is not int or count < 0 or (most is not None and count > most):
             raise CheckpointError(f"{source} lacks its counters: {name} cannot be {metadata.get(name)!r}")
-    return metadata["num_steps"], metadata["num_updates"], filled[0], filled[1]
+    return tuple(count for _, count, _ in counters)

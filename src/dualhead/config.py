@@ -100,6 +100,9 @@ class PPOConfig(Config):
         0, description="Number of learn() calls over which the entropy weight moves linearly to its end."
     )
     max_grad_norm: PositiveFloat | None = Field(0.5, description="Gradient norm is clipped to this.")
+    max_skipped_steps: PositiveInt = Field(
+        20, description="Optimiser steps in a row that may be skipped for a non-finite loss or gradient."
+    )
     value_coef: NonNegativeFloat = Field(0.5, description="Weight of the value loss.")
     ratio: Literal["per_head", "joint"] = Field(
         "per_head", description="Clip each head's ratio and sum the surrogates, or clip the product."
@@ -329,7 +332,10 @@ class RunConfig(Config):
     log_to: tuple[Literal["wandb", "mlflow"], ...] = Field(
         (), description="Also log to Weights & Biases or MLflow, beside TensorBoard and metrics.csv."
     )
-    eval_episodes: NonNegativeInt = Field(20, description="Evaluation episodes at the end; 0: none.")
+    eval_episodes: NonNegativeInt = Field(20, description="Episodes of an evaluation; 0: none at the end.")
+    eval_every: NonNegativeInt = Field(
+        0, description="Environment steps between evaluations during training, the best of which is kept; 0: none."
+    )
     policies: Literal["shared", "independent"] = Field(
         "shared", description="Commons: one policy for all agents, or a policy and optimiser for each."
     )

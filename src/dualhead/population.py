@@ -49,6 +49,8 @@ class Learner(Protocol):
 
     def learn(self, next_observations: Any = None, *, partial: bool = False) -> dict[str, float]: ...
 
+    def abandon_rollout(self) -> int: ...
+
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]: ...
 
     def restore(self, tensors: dict[str, Tensor], metadata: dict[str, Any], *, source: str = "checkpoint") -> None: ...
@@ -123,6 +125,12 @@ class IndependentLearners:
         # An update may lack a metric (no drift where no segment begins inside a run).
         names = dict.fromkeys(name for metrics in gathered for name in metrics)
         return {name: float(np.mean([metrics[name] for metrics in gathered if name in metrics])) for name in names}
+
+    def abandon_rollout(self) -> int:
+        """Forgets what is not learned from yet; see `DualHeadRecurrentPPO.abandon_rollout`."""
+        forgotten = sum(learner.abandon_rollout() for learner in self.learners)
+        self.num_steps -= forgotten
+        return forgotten
 
     def replace(self, agent: int, individual: int) -> None:
         """A newcomer takes an agent's place: fresh weights and optimiser, zero state and strengths."""

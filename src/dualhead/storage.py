@@ -29,6 +29,10 @@ _CHECKSUM = b'"checksum":"'
 """Nothing else in a header can read like this: quotes inside of names and metadata are escaped there."""
 
 
+RUN_PREFIX = "run"
+"""Tensors and metadata of a run's checkpoint that belong to the run and not to its agent."""
+
+
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be read, or does not fit what it is loaded into."""
 

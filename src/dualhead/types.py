@@ -23,6 +23,10 @@ class DataError(ValueError):
     """What came from an environment cannot be learned from: wrong shape, missing part, not finite."""
 
 
+class DivergedError(RuntimeError):
+    """Losses or gradients stayed non-finite: there is nothing left to learn from."""
+
+
 class RecurrentState(NamedTuple):
     """State of a memory: `h, c = state`. A GRU has `c=None`; the memoryless control has H = 0.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from dualhead.learning.rollout import Rollout
 from dualhead.learning.segments import IntArray, Segments, cut, minibatches
 from dualhead.networks.memory import concatenate_states
 from dualhead.networks.policy import PolicyOutput, RecurrentPolicy
-from dualhead.types import RecurrentState, SegmentBatch
+from dualhead.types import DivergedError, RecurrentState, SegmentBatch
 
 DRIFT_SEGMENTS = 64
 _MEASURED = ("loss/total", "loss/policy", "loss/value", "policy/approx_kl", "policy/clip_fraction", "policy/grad_norm")
@@ -30,8 +31,11 @@ def ppo_update(
     entropy_coefs: tuple[float, ...],
     head_names: tuple[str, ...],
     generator: torch.Generator,
+    num_skipped: int = 0,
 ) -> dict[str, float]:
     """Improves the policy by one rollout.
+
+    A minibatch whose loss or gradient is not finite is skipped: weights and optimiser stay as they are.
 
     Args:
         policy, rollout: what learns, from what.
@@ -41,9 +45,14 @@ def ppo_update(
         entropy_coefs: weight of each head's entropy, K of them.
         head_names: K names for the metrics.
         generator: shuffles the segments (on the CPU).
+        num_skipped: optimiser steps in a row that were skipped before this update.
 
     Returns:
-        Metrics by name; means over minibatches unless their name says otherwise.
+        Metrics by name; means over minibatches unless their name says otherwise. `skipped_in_a_row` is the next
+        update's `num_skipped`.
+
+    Raises:
+        DivergedError: too many steps in a row were skipped.
     """
     returns = advantages + rollout.values[: rollout.length]
     values_explained = explained_variance(rollout.values[: rollout.length], returns)
@@ -61,7 +70,7 @@ def ppo_update(
     parameters = list(policy.parameters())
     sums: Tensor | None = None
     metrics: dict[str, float] = {}
-    num_minibatches = 0
+    num_minibatches = skipped_here = 0
     stopped = False
 
     for epoch in range(config.num_epochs):
@@ -98,6 +107,12 @@ def ppo_update(
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf)
+            if not (loss.detach() + norm).isfinite():
+                num_skipped += 1
+                skipped_here += 1
+                _tell_skipped(loss, norm, num_skipped, limit=config.max_skipped_steps)
+                continue
+            num_skipped = 0
             optimizer.step()
             num_minibatches += 1
             with torch.no_grad():
@@ -114,7 +129,19 @@ def ppo_update(
         metrics |= dict(zip(names, (sums / num_minibatches).tolist()))
     metrics["policy/explained_variance"] = values_explained.item()
     metrics["update/optimizer_steps"] = num_minibatches
+    metrics["update/skipped_steps"] = skipped_here
+    metrics["skipped_in_a_row"] = num_skipped
     return metrics
+
+
+def _tell_skipped(loss: Tensor, norm: Tensor, num_skipped: int, *, limit: int) -> None:
+    what = f"loss {loss.item()}, gradient norm {norm.item()}"
+    if num_skipped >= limit:
+        raise DivergedError(
+            f"{num_skipped} optimiser steps in a row had a non-finite loss or gradient ({what}): lower learning_rate, "
+            f"set normalize_rewards, or look for extreme rewards and observations"
+        )
+    warnings.warn(f"an optimiser step was skipped: {what} ({num_skipped} in a row)", stacklevel=4)
 
 
 def gather(

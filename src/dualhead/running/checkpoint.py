@@ -137,6 +137,15 @@ def write_json(path: Path, contents: Any) -> None:
         raise RunError(f"cannot write {path}: {error.strerror or error}") from error
 
 
+def read_json(path: Path) -> dict[str, Any] | None:
+    """What a JSON file says; None where there is none, or no whole one."""
+    try:
+        contents = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return contents if isinstance(contents, dict) else None
+
+
 def read_config(run_dir: str | os.PathLike[str]) -> RunConfig:
     """The configuration of a run.
 

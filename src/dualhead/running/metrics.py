@@ -66,6 +66,36 @@ class EpisodeTracker:
             "episode/count": self.num_episodes,
         }
 
+    def abandon_episodes(self) -> None:
+        """Forgets the running episodes: others begin in their place."""
+        self.running_returns[:] = 0.0
+        self.running_lengths[:] = 0
+
+    def state(self) -> dict[str, Any]:
+        """JSON that `restore` takes back."""
+        return {
+            "running_returns": self.running_returns.tolist(),
+            "running_lengths": self.running_lengths.tolist(),
+            "returns": list(self.returns),
+            "lengths": list(self.lengths),
+            "num_episodes": self.num_episodes,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Takes back what `state` gave.
+
+        Raises:
+            ValueError: it is of another number of streams.
+        """
+        running = np.array(state["running_returns"], dtype=np.float64)
+        if running.shape != self.running_returns.shape:
+            raise ValueError(f"episodes of {len(running)} streams, expected {len(self.running_returns)}")
+        self.running_returns = running
+        self.running_lengths = np.array(state["running_lengths"], dtype=np.int64)
+        self.returns = deque(map(float, state["returns"]), maxlen=EPISODE_WINDOW)
+        self.lengths = deque(map(int, state["lengths"]), maxlen=EPISODE_WINDOW)
+        self.num_episodes = int(state["num_episodes"])
+
 
 class Writer(Protocol):
     """Takes a run's metrics, once per update."""
@@ -78,7 +108,7 @@ class Writer(Protocol):
 
 
 def make_writers(config: RunConfig, run_dir: Path, *, resume_at: int | None = None) -> list[Writer]:
-    """All that a run writes to, opened.
+    """All that a run's metrics are written to, opened.
 
     Args:
         config: of the run.
@@ -100,7 +130,7 @@ def make_writers(config: RunConfig, run_dir: Path, *, resume_at: int | None = No
         for opened in writers:
             opened.close()
         raise
-    return [*writers, ProgressDisplay(config.total_steps)]
+    return writers
 
 
 def require_packages(config: RunConfig) -> None:

@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
-import math
+import random
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 
-from dualhead.agent import DualHeadRecurrentPPO
 from dualhead.config import RunConfig
-from dualhead.population import IndependentLearners, Learner, Turnover, strengths_by_agent
-from dualhead.running.checkpoint import RunError, checkpoints, new_run_dir, save_checkpoint, write_json
+from dualhead.running.checkpoint import (
+    RunError,
+    checkpoints,
+    locked,
+    new_run_dir,
+    read_config,
+    read_json,
+    save_best,
+    write_json,
+)
 from dualhead.running.evaluation import EVALUATION_ENVS, evaluate
 from dualhead.running.machine import keep_freed_memory, use_threads
-from dualhead.running.metrics import CSVWriter, EpisodeTracker, ProgressDisplay, TensorBoardWriter, Writer
-from dualhead.types import DataError
+from dualhead.running.metrics import CSVWriter, ProgressDisplay, Writer, make_writers, require_packages
+from dualhead.running.session import Session, restore_newest
+from dualhead.types import DataError, DivergedError
 from dualhead.worlds.registry import open_streams
-from dualhead.worlds.streams import Streams
 
 
 def train(config: RunConfig, *, show_progress: bool = True) -> dict[str, Any]:
@@ -36,139 +45,193 @@ def train(config: RunConfig, *, show_progress: bool = True) -> dict[str, Any]:
 
     Raises:
         UnavailableEnvironment: the environment cannot be made.
-        RunError: spaces or settings do not go together, the run directory cannot be written, or the environment gave
-            what cannot be learned from.
+        RunError: spaces or settings do not go together, the run directory cannot be written or is in use, or the
+            environment gave what cannot be learned from.
     """
+    require_packages(config)
+    _prepare(config)
+    session = Session(config)
+    try:
+        run_dir = new_run_dir(config)
+        with locked(run_dir):
+            session.begin()
+            return _run(session, run_dir, resume_at=None, show_progress=show_progress)
+    finally:
+        session.close()
+
+
+def resume(run_dir: str | Path, *, total_steps: int | None = None, show_progress: bool = True) -> dict[str, Any]:
+    """Goes on with a run that was stopped, from its newest whole checkpoint, to the bits of one that never stopped.
+
+    Args:
+        run_dir: of the run; one that was killed before its first checkpoint begins again.
+        total_steps: new end of the run, written into its configuration; None: as it was. A learning rate that falls
+            over the whole run then falls to the new end.
+        show_progress: on the terminal.
+
+    Returns:
+        As `train` does.
+
+    Raises:
+        RunError: no run is there, it is complete, another process is writing it, or as `train` does.
+        CheckpointError: its checkpoint does not fit its configuration.
+    """
+    run_dir = Path(run_dir)
+    config = read_config(run_dir)
+    if total_steps is not None:
+        config = RunConfig(**config.model_dump() | {"total_steps": total_steps})
+    config = config.model_copy(update={"run_dir": str(run_dir)})
+    require_packages(config)
+    _prepare(config)
+    with locked(run_dir):
+        session = Session(config)
+        try:
+            resume_at = 0
+            if checkpoints(run_dir):
+                path = restore_newest(session, run_dir)
+                resume_at = session.learner.num_steps
+                if resume_at >= config.total_steps and _is_complete(run_dir, resume_at):
+                    raise RunError(
+                        f"{run_dir} is complete after {resume_at} steps: say --total-steps to train it longer"
+                    )
+                print(f"going on from {path}")
+            else:
+                print(f"{run_dir} was stopped before its first checkpoint: it begins again")
+                session.begin()
+            if total_steps is not None:
+                write_json(run_dir / "config.json", config.model_dump())
+            return _run(session, run_dir, resume_at=resume_at, show_progress=show_progress)
+        finally:
+            session.close()
+
+
+def _prepare(config: RunConfig) -> None:
     keep_freed_memory()
     use_threads(config.num_threads)
-    device = choose_device(config)
-    streams = open_streams(config, vectorization=config.vectorization, device=device)
-    try:
-        try:
-            agent = make_learner(config, streams, device=device)
-        except (TypeError, ValueError) as error:
-            raise RunError(f"{config.env}: {error}") from error
-        run_dir = new_run_dir(config)
-        writers: list[Writer] = [CSVWriter(run_dir), TensorBoardWriter(run_dir)]
+    # Our own code never draws from these; an environment may.
+    random.seed(config.seed)
+    np.random.seed(config.seed % 2**32)
+    torch.manual_seed(config.seed)
+
+
+def _is_complete(run_dir: Path, num_steps: int) -> bool:
+    summary = read_json(run_dir / "summary.json")
+    return summary is not None and summary.get("steps") == num_steps and not summary.get("stopped_early")
+
+
+def _run(session: Session, run_dir: Path, *, resume_at: int | None, show_progress: bool) -> dict[str, Any]:
+    """Trains to the end, evaluates and sums up."""
+    config = session.config
+    if session.streams.resumable is not None:
+        warnings.warn(
+            f"{config.env}: {session.streams.resumable}. A resumed run will begin new episodes, with recurrent states "
+            f"reset, instead of going on exactly",
+            stacklevel=3,
+        )
+    with ExitStack() as stack:
+        writers = make_writers(config, run_dir, resume_at=resume_at)
         if show_progress:
             writers.append(ProgressDisplay(config.total_steps))
+        for writer in writers:
+            stack.callback(writer.close)
+        evaluator = stack.enter_context(Evaluator(session, run_dir, resume_at=resume_at))
+        stop = stack.enter_context(stop_requests())
         try:
-            with stop_requests() as stop:
-                seconds, metrics = run_loop(config, agent, streams, writers, run_dir, stop)
-        except DataError as error:
+            metrics = run_loop(session, writers, evaluator, run_dir, stop)
+        except (DataError, DivergedError) as error:
             raise RunError(
-                f"{config.env} after {agent.num_steps} steps: {error}; the newest checkpoint is "
+                f"{config.env} after {session.learner.num_steps} steps: {error}; the newest checkpoint is "
                 f"{next(iter(checkpoints(run_dir)), 'none')}"
             ) from error
-        finally:
-            for writer in writers:
-                writer.close()
-    finally:
-        streams.close()
-    return _conclude(config, agent, run_dir, seconds, metrics, stopped=bool(stop))
+        return _conclude(session, evaluator, run_dir, metrics, stopped=bool(stop))
 
 
 def run_loop(
-    config: RunConfig,
-    agent: Learner,
-    streams: Streams,
-    writers: list[Writer],
-    run_dir: Path,
-    stop: list[int],
-) -> tuple[float, dict[str, float]]:
-    """Act, step, record, learn, log, until `total_steps` or a request to stop; seconds taken and the last metrics."""
-    tracker = EpisodeTracker(streams.num_streams)
-    turnover = make_turnover(config)
+    session: Session, writers: list[Writer], evaluator: Evaluator, run_dir: Path, stop: list[int]
+) -> dict[str, float]:
+    """Act, step, record, learn, log, until `total_steps` or a request to stop; the last metrics."""
+    config, learner = session.config, session.learner
     metrics: dict[str, float] = {}
-    started = update_started = time.perf_counter()
-    next_checkpoint = config.checkpoint_every
-    observations = streams.reset(seed=config.seed)
-    while agent.num_steps < config.total_steps and not stop:
-        actions = agent.act(observations)
-        step = streams.step(agent.to_env(actions))
-        agent.record(
-            step.rewards,
-            step.terminated,
-            step.truncated,
-            final_observations=step.final_observations,
-            events=step.events if config.enforce_norms else None,
-        )
-        tracker.step(step)
-        if turnover is not None and step.events is not None:
-            turnover.count(step.events)
-        observations = step.observations
-        if agent.rollout_is_ready:
-            learn_started = time.perf_counter()
-            metrics = agent.learn(observations)
+    begun = update_begun = time.perf_counter()
+    seconds_before = session.seconds
+    while learner.num_steps < config.total_steps and not stop:
+        session.step()
+        if learner.rollout_is_ready:
+            learn_begun = time.perf_counter()
+            metrics = session.learn()
             now = time.perf_counter()
-            steps = config.ppo.rollout_length * streams.num_streams
-            metrics |= tracker.metrics() | streams.statistics()
-            if turnover is not None:
-                metrics |= turnover.metrics(strengths_by_agent(agent, config.commons.num_agents))
-                turn = agent.num_steps // streams.num_streams
-                while turnover.is_due(turn):
-                    turnover.replace(agent, turn)
             metrics |= {
-                "time/steps_per_s": steps / (now - update_started),
-                "time/rollout_s": learn_started - update_started,
-                "time/update_s": now - learn_started,
+                "time/steps_per_s": config.ppo.rollout_length * config.num_streams / (now - update_begun),
+                "time/rollout_s": learn_begun - update_begun,
+                "time/update_s": now - learn_begun,
             }
+            update_begun = now
+            if learner.num_steps >= session.next_evaluation:
+                metrics |= evaluator.evaluate()
+                session.next_evaluation = learner.num_steps + config.eval_every
             for writer in writers:
-                writer.write(agent.num_steps, metrics)
-            if agent.num_steps >= next_checkpoint:
-                save_checkpoint(run_dir, *agent.state(), keep=config.keep_checkpoints)
-                next_checkpoint = agent.num_steps + config.checkpoint_every
-            update_started = now
-    save_checkpoint(run_dir, *agent.state(), keep=config.keep_checkpoints)
-    return time.perf_counter() - started, metrics
+                writer.write(learner.num_steps, metrics)
+            session.seconds = seconds_before + time.perf_counter() - begun
+            if learner.num_steps >= session.next_checkpoint:
+                session.next_checkpoint = learner.num_steps + config.checkpoint_every
+                session.save(run_dir)
+    session.seconds = seconds_before + time.perf_counter() - begun
+    session.save(run_dir)
+    return metrics
 
 
-def choose_device(config: RunConfig) -> str:
-    """Where a run's networks live."""
-    if config.device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise RunError("device='cuda' but torch sees no GPU here: use --device cpu, or install torch with CUDA")
-    return config.device
+class Evaluator:
+    """Evaluates a session's policy in environments of its own; rows of `evaluations.csv`, and the best checkpoint.
+
+    Training does not notice: global random states are as before.
+    """
+
+    def __init__(self, session: Session, run_dir: Path, *, resume_at: int | None) -> None:
+        self._session, self._run_dir = session, run_dir
+        self._writer = CSVWriter(run_dir, name="evaluations.csv", resume_at=resume_at)
+        self._episodes = session.config.eval_episodes or 20
+        self._streams: Any = None
+        self._last: tuple[int, dict[str, float]] = (-1, {})
+
+    def __enter__(self) -> Evaluator:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._writer.close()
+        if self._streams is not None:
+            self._streams.close()
+
+    def evaluate(self) -> dict[str, float]:
+        """Plays episodes; metrics `evaluation/*`. The best by mean return is kept as `best.safetensors`."""
+        session = self._session
+        if self._last[0] == session.learner.num_steps:
+            return self._last[1]
+        with preserved_randomness():
+            if self._streams is None:
+                self._streams = open_streams(session.config, num_envs=self._num_envs())
+            summary = evaluate(session.learner.policy, self._streams, episodes=self._episodes).summary()
+        self._writer.write(session.learner.num_steps, summary)
+        if session.config.eval_every:
+            save_best(self._run_dir, *session.learner.state(), score=summary["mean_return"])
+        metrics = {f"evaluation/{name}": value for name, value in summary.items()}
+        self._last = session.learner.num_steps, metrics
+        return metrics
+
+    def _num_envs(self) -> int:
+        streams_of_one = self._session.config.num_streams // self._session.config.num_envs
+        return max(1, min(self._episodes, EVALUATION_ENVS) // streams_of_one)
 
 
-def make_learner(config: RunConfig, streams: Streams, *, device: str = "cpu") -> Learner:
-    """The agent, or independent agents, that a configuration asks for."""
-    ppo, norms = config.ppo, None
-    num_learners = config.commons.num_agents if config.policies == "independent" else 1
-    if ppo.learning_rate_schedule == "linear" and ppo.learning_rate_decay_steps is None:
-        ppo = ppo.model_copy(update={"learning_rate_decay_steps": math.ceil(config.total_steps / num_learners)})
-    if config.enforce_norms:
-        norms = config.norms.model_copy(update={"resources": config.commons.resources})
-
-    def make(seed: int) -> DualHeadRecurrentPPO:
-        return DualHeadRecurrentPPO(
-            streams.observation_space,
-            streams.action_space,
-            num_streams=streams.num_streams // num_learners,
-            config=ppo,
-            network=config.network,
-            norms=norms,
-            seed=seed,
-            device=device,
-        )
-
-    if config.policies == "shared":
-        return make(config.seed)
-    return IndependentLearners(make, num_agents=num_learners, seed=config.seed)
-
-
-def make_turnover(config: RunConfig) -> Turnover | None:
-    """The schedule of newcomers, where a run has one."""
-    if config.turnover.first_turn is None:
-        return None
-    return Turnover(
-        config.turnover,
-        resources=config.commons.resources,
-        num_agents=config.commons.num_agents,
-        num_worlds=config.num_envs,
-        seed=config.seed,
-    )
+@contextmanager
+def preserved_randomness() -> Iterator[None]:
+    """Puts the global random states back as they were."""
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
 
 
 @contextmanager
@@ -191,31 +254,23 @@ def stop_requests() -> Iterator[list[int]]:
 
 
 def _conclude(
-    config: RunConfig,
-    agent: Learner,
-    run_dir: Path,
-    seconds: float,
-    metrics: dict[str, float],
-    *,
-    stopped: bool,
+    session: Session, evaluator: Evaluator, run_dir: Path, metrics: dict[str, float], *, stopped: bool
 ) -> dict[str, Any]:
+    config, num_steps = session.config, session.learner.num_steps
     summary: dict[str, Any] = {
         "env": config.env,
         "memory": config.network.memory,
         "seed": config.seed,
-        "steps": agent.num_steps,
+        "steps": num_steps,
         "stopped_early": stopped,
-        "seconds": round(seconds, 3),
-        "steps_per_s": round(agent.num_steps / seconds, 1),
+        "seconds": round(session.seconds, 3),
+        "steps_per_s": round(num_steps / session.seconds, 1),
         "run_dir": str(run_dir),
         "checkpoint": str(next(iter(checkpoints(run_dir)))),
         "metrics": metrics,
     }
     if config.eval_episodes and not stopped:
-        streams = open_streams(config, num_envs=min(config.eval_episodes, EVALUATION_ENVS))
-        try:
-            summary["evaluation"] = evaluate(agent.policy, streams, episodes=config.eval_episodes).summary()
-        finally:
-            streams.close()
+        evaluated = evaluator.evaluate()
+        summary["evaluation"] = {name.removeprefix("evaluation/"): value for name, value in evaluated.items()}
     write_json(run_dir / "summary.json", summary)
     return summary

@@ -1,0 +1,211 @@
+"""Everything of a run that goes on from one step to the next, and how it is saved and taken back."""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dualhead.agent import DualHeadRecurrentPPO
+from dualhead.config import RunConfig
+from dualhead.population import IndependentLearners, Learner, Turnover, strengths_by_agent
+from dualhead.running.checkpoint import RunError, read_newest, save_checkpoint
+from dualhead.running.metrics import EpisodeTracker
+from dualhead.storage import RUN_PREFIX, CheckpointError, with_prefix, without_prefix
+from dualhead.worlds.registry import open_streams
+from dualhead.worlds.streams import Streams, StreamStep, restart
+
+
+class Session:
+    """A run in progress: learner, world, and what is counted on the way.
+
+    Args:
+        config: of the run.
+
+    Attributes:
+        observations: [B, ...] what the next actions answer to.
+        seconds: training took so far, over all parts of a resumed run.
+        next_checkpoint, next_evaluation: environment steps.
+
+    Raises:
+        UnavailableEnvironment: the environment cannot be made.
+        RunError: spaces, settings or the device do not go together.
+    """
+
+    observations: Any
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        device = choose_device(config)
+        self.streams = open_streams(config, vectorization=config.vectorization, device=device)
+        try:
+            self.learner = make_learner(config, self.streams, device=device)
+        except (TypeError, ValueError) as error:
+            self.streams.close()
+            raise RunError(f"{config.env}: {error}") from error
+        self.turnover = make_turnover(config)
+        self.tracker = EpisodeTracker(self.streams.num_streams)
+        self.seconds = 0.0
+        self.next_checkpoint = config.checkpoint_every
+        self.next_evaluation = config.eval_every or math.inf
+
+    def begin(self) -> None:
+        """The first observations."""
+        self.observations = self.streams.reset(seed=self.config.seed)
+
+    def step(self) -> StreamStep:
+        """Acts, steps the world and records what it answered."""
+        learner = self.learner
+        step = self.streams.step(learner.to_env(learner.act(self.observations)))
+        learner.record(
+            step.rewards,
+            step.terminated,
+            step.truncated,
+            final_observations=step.final_observations,
+            events=step.events if self.config.enforce_norms else None,
+        )
+        self.tracker.step(step)
+        if self.turnover is not None and step.events is not None:
+            self.turnover.count(step.events)
+        self.observations = step.observations
+        return step
+
+    def learn(self) -> dict[str, float]:
+        """Updates the learner, and lets newcomers in where they are due; metrics of the rollout and the update."""
+        metrics = self.learner.learn(self.observations)
+        metrics |= self.tracker.metrics() | self.streams.statistics()
+        if self.turnover is not None:
+            metrics |= self.turnover.metrics(strengths_by_agent(self.learner, self.config.commons.num_agents))
+            turn = self.learner.num_steps // self.streams.num_streams
+            while self.turnover.is_due(turn):
+                self.turnover.replace(self.learner, turn)
+        return metrics
+
+    def save(self, run_dir: Path) -> Path:
+        """Writes a checkpoint."""
+        tensors, metadata = self.state()
+        return save_checkpoint(run_dir, tensors, metadata, keep=self.config.keep_checkpoints)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and JSON of a checkpoint: the learner's own, and the rest under the prefix `run`."""
+        tensors, metadata = self.learner.state()
+        run: dict[str, Any] = {
+            "seconds": self.seconds,
+            "next_checkpoint": self.next_checkpoint,
+            "next_evaluation": None if math.isinf(self.next_evaluation) else self.next_evaluation,
+            "tracker": self.tracker.state(),
+            "turnover": None if self.turnover is None else self.turnover.state(),
+            "streams": None,
+        }
+        kept = {"rng": torch.get_rng_state()}
+        if self.streams.resumable is None:
+            of_streams, run["streams"] = self.streams.state()
+            kept |= with_prefix("streams", of_streams)
+        return tensors | with_prefix(RUN_PREFIX, kept), metadata | {RUN_PREFIX: run}
+
+    def restore(self, tensors: dict[str, Tensor], metadata: dict[str, Any], *, source: str) -> None:
+        """Goes on where `state` was taken.
+
+        Where the environments could not be saved their episodes begin again, with zero recurrent states, and steps
+        that were recorded but not learned from are forgotten.
+
+        Raises:
+            CheckpointError: it belongs to another run.
+        """
+        own = {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{RUN_PREFIX}/")}
+        kept = without_prefix(RUN_PREFIX, tensors)
+        self.learner.restore(own, metadata, source=source)
+        try:
+            run = metadata[RUN_PREFIX]
+            self.seconds, self.next_checkpoint = float(run["seconds"]), int(run["next_checkpoint"])
+            # Settings that a resumed run may change decide, not what was planned before.
+            if self.config.eval_every:
+                planned = run["next_evaluation"] or self.learner.num_steps + self.config.eval_every
+                self.next_evaluation = int(planned)
+            self.tracker.restore(run["tracker"])
+            if self.turnover is not None:
+                self.turnover.restore(run["turnover"])
+            of_streams = run["streams"]
+            torch.set_rng_state(kept["rng"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"{source} lacks a part of the run: {error!r}") from error
+        if of_streams is not None:
+            self.observations = self.streams.restore(without_prefix("streams", kept), of_streams, source=source)
+            return
+        forgotten = self.learner.abandon_rollout()
+        self.tracker.abandon_episodes()
+        self.observations = restart(self.streams, seed=self.config.seed, num_steps=self.learner.num_steps)
+        warnings.warn(
+            f"the state of {self.config.env} was not kept: its episodes begin again, with recurrent states reset"
+            + (f", and {forgotten} steps that were not learned from yet are forgotten" if forgotten else ""),
+            stacklevel=2,
+        )
+
+    def close(self) -> None:
+        """Closes the environments."""
+        self.streams.close()
+
+
+def restore_newest(session: Session, run_dir: str | os.PathLike[str]) -> Path:
+    """Restores the newest checkpoint that is whole; its path.
+
+    Raises:
+        RunError: there is none.
+        CheckpointError: it belongs to another run.
+    """
+    path, tensors, metadata = read_newest(run_dir)
+    session.restore(tensors, metadata, source=str(path))
+    return path
+
+
+def choose_device(config: RunConfig) -> str:
+    """Where a run's networks live."""
+    if config.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise RunError("device='cuda' but torch sees no GPU here: use --device cpu, or install torch with CUDA")
+    return config.device
+
+
+def make_learner(config: RunConfig, streams: Streams, *, device: str = "cpu") -> Learner:
+    """The agent, or independent agents, that a configuration asks for."""
+    ppo, norms = config.ppo, None
+    num_learners = config.commons.num_agents if config.policies == "independent" else 1
+    if ppo.learning_rate_schedule == "linear" and ppo.learning_rate_decay_steps is None:
+        ppo = ppo.model_copy(update={"learning_rate_decay_steps": math.ceil(config.total_steps / num_learners)})
+    if config.enforce_norms:
+        norms = config.norms.model_copy(update={"resources": config.commons.resources})
+
+    def make(seed: int) -> DualHeadRecurrentPPO:
+        return DualHeadRecurrentPPO(
+            streams.observation_space,
+            streams.action_space,
+            num_streams=streams.num_streams // num_learners,
+            config=ppo,
+            network=config.network,
+            norms=norms,
+            seed=seed,
+            device=device,
+        )
+
+    if config.policies == "shared":
+        return make(config.seed)
+    return IndependentLearners(make, num_agents=num_learners, seed=config.seed)
+
+
+def make_turnover(config: RunConfig) -> Turnover | None:
+    """The schedule of newcomers, where a run has one."""
+    if config.turnover.first_turn is None:
+        return None
+    return Turnover(
+        config.turnover,
+        resources=config.commons.resources,
+        num_agents=config.commons.num_agents,
+        num_worlds=config.num_envs,
+        seed=config.seed,
+    )
