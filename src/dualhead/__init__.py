@@ -3,6 +3,7 @@
 from dualhead.agent import DualHeadRecurrentPPO
 from dualhead.config import NetworkConfig, NormConfig, PPOConfig, RunConfig
 from dualhead.norms import NormEnforcer, NormEvents
+from dualhead.running.playing import Player, load_policy
 from dualhead.storage import CheckpointError
 from dualhead.types import DataError, RecurrentState
 
@@ -17,6 +18,8 @@ __all__ = [
     "NormEnforcer",
     "NormEvents",
     "PPOConfig",
+    "Player",
     "RecurrentState",
     "RunConfig",
+    "load_policy",
 ]

@@ -1,9 +1,10 @@
-"""The command line: train, eval, envs."""
+"""The command line: train, eval, export, envs."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
 import warnings
 from typing import Annotated, Any
@@ -13,7 +14,9 @@ import tyro
 from dualhead.config import RunConfig, settings_error, tuned_settings
 from dualhead.running.checkpoint import RunError
 from dualhead.running.evaluation import EVALUATION_SEED, evaluate_run
+from dualhead.running.export import export_policy
 from dualhead.running.trainer import train
+from dualhead.running.video import record_video
 from dualhead.storage import CheckpointError
 from dualhead.worlds.streams import UnavailableEnvironment, environment_ids
 
@@ -23,7 +26,7 @@ class Eval:
     """Play the newest checkpoint of a run."""
 
     run: tyro.conf.Positional[str]
-    """The run directory."""
+    """The run directory, or one of its checkpoint files."""
     episodes: int = 20
     """Episodes to play."""
     seed: int = EVALUATION_SEED
@@ -31,7 +34,19 @@ class Eval:
     sample: bool = False
     """Sample actions instead of taking the likeliest."""
     json: bool = False
-    """Print mean_return, std_return, mean_length and episodes as JSON."""
+    """Print mean_return, its 95% interval, std_return, mean_length and the single returns and lengths as JSON."""
+    video: str | None = None
+    """Also film one episode: a file that ends in .mp4 or .gif."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """Write the policy of a run as an ONNX file, and a JSON file that says how to use it."""
+
+    run: tyro.conf.Positional[str]
+    """The run directory, or one of its checkpoint files."""
+    out: str = "policy.onnx"
+    """Where to; the JSON file takes the same name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,17 +73,20 @@ def main(arguments: list[str] | None = None) -> int:
             return 130
 
 
-def _run(command: RunConfig | Eval | Envs) -> int:
+def _run(command: RunConfig | Eval | Export | Envs) -> int:
     if isinstance(command, RunConfig):
         return _train(command)
+    if isinstance(command, Export):
+        return _export(command)
     return _eval(command) if isinstance(command, Eval) else _envs(command)
 
 
-def _parse(arguments: list[str]) -> RunConfig | Eval | Envs:
+def _parse(arguments: list[str]) -> RunConfig | Eval | Export | Envs:
     tuned = _tuned_defaults(arguments)
     command = Annotated[
         Annotated[RunConfig, tyro.conf.subcommand("train", default=tuned)]
         | Annotated[Eval, tyro.conf.subcommand("eval")]
+        | Annotated[Export, tyro.conf.subcommand("export")]
         | Annotated[Envs, tyro.conf.subcommand("envs")],
         tyro.conf.OmitArgPrefixes,
     ]
@@ -107,10 +125,33 @@ def _train(config: RunConfig) -> int:
 
 
 def _eval(command: Eval) -> int:
-    result = evaluate_run(
-        command.run, episodes=command.episodes, seed=command.seed, deterministic=not command.sample
-    ).summary()
-    print(json.dumps(result) if command.json else _describe(result))
+    deterministic = not command.sample
+    # The video first: what is wrong with it shows at once.
+    video = command.video and record_video(command.run, command.video, seed=command.seed, deterministic=deterministic)
+    played = evaluate_run(command.run, episodes=command.episodes, seed=command.seed, deterministic=deterministic)
+    result = played.summary()
+    if command.json:
+        numbers = {name: value if math.isfinite(value) else None for name, value in result.items()}
+        print(json.dumps(numbers | played._asdict() | ({"video": str(video)} if video else {})))
+        return 0
+    print("returns " + " ".join(f"{value:.6g}" for value in played.returns))
+    print(_describe(result))
+    if video:
+        print(f"video: {video}")
+    return 0
+
+
+def _export(command: Export) -> int:
+    written = export_policy(command.run, command.out)
+    run, verified = written["run"], written["verified"]
+    print(f"{command.out}: {written['memory']} policy of {run['env']} after {run['steps']:,} steps")
+    if verified:
+        print(
+            f"checked: ONNX Runtime {verified['onnxruntime']} and the policy differ by at most "
+            f"{verified['largest_difference']:.1g}"
+        )
+    else:
+        print("not checked: ONNX Runtime is not installed (pip install 'dualhead[onnx]')")
     return 0
 
 
@@ -122,9 +163,10 @@ def _envs(command: Envs) -> int:
 
 
 def _describe(result: dict[str, float]) -> str:
+    interval = f"95% interval {result['ci95_low']:.2f} to {result['ci95_high']:.2f}, " if result["episodes"] > 1 else ""
     return (
         f"return {result['mean_return']:.2f} ± {result['std_return']:.2f} over {result['episodes']} episodes "
-        f"(mean length {result['mean_length']:.0f})"
+        f"({interval}mean length {result['mean_length']:.0f})"
     )
 
 
