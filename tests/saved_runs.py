@@ -31,10 +31,11 @@ def save_run(path, env="dualhead/RecallCue-v0", *, memory="lstm", num_layers=1, 
 
 
 def randomize(policy, seed=0):
-    """Weights that make much of state and input, biases that are not zero, statistics that are not 0 and 1."""
+    """Weights away from their initialisation, biases that are not zero, statistics that are not 0 and 1."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in policy.parameters():
-            parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+            fan_in = max(1, parameter[0].numel())
+            parameter += 0.3 * fan_in**-0.5 * torch.randn(parameter.shape, generator=generator)
         for normalizer in policy.encoder.normalizers.values():
             normalizer.update(1.0 + 2.0 * torch.randn(50, *normalizer.mean.shape, generator=generator))
