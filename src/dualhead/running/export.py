@@ -139,6 +139,13 @@ class StepGraph(nn.Module):
         after = [part for part in next_state if part is not None] if self.has_state else []
         return (*chosen, output.values, *after)
 
+    def input_dtype(self, leaf: Leaf) -> torch.dtype:
+        """Its own; floats as the policy's, and wide unsigned integers, which the exporter does not know, as int64."""
+        own = torch_dtype(leaf.space.dtype)
+        if own.is_floating_point:
+            return self.policy.dtype
+        return torch.int64 if own in (torch.uint16, torch.uint32, torch.uint64) else own
+
     def zero_state(self, batch: int) -> list[Tensor]:
         """The state inputs at the beginning of an episode."""
         return [part for part in self.policy.initial_state(batch) if part is not None] if self.has_state else []
@@ -153,7 +160,7 @@ class StepGraph(nn.Module):
                 "role": "action_mask" if leaf.is_mask else "observation",
                 "part": leaf.name if nested else None,
                 "space": str(leaf.space),
-                "dtype": dtype if torch_dtype(leaf.space.dtype).is_floating_point else str(leaf.space.dtype),
+                "dtype": str(self.input_dtype(leaf)).removeprefix("torch."),
                 "shape": ["batch", *(leaf.space.shape or ())],
             }
             for name, leaf in zip(self.observation_inputs, self.spec.leaves)
@@ -283,26 +290,30 @@ def random_observations(graph: StepGraph, batch: int, rng: np.random.Generator) 
 
 
 def _random_leaf(leaf: Leaf, graph: StepGraph, batch: int, rng: np.random.Generator) -> Tensor:
-    space, dtype = leaf.space, leaf.space.dtype
+    space = leaf.space
     shape = (batch, *(space.shape or ()))
     if leaf.is_mask:
         size = int(np.prod(shape[1:]))
-        allowed = rng.random((batch, size)) < 0.5
+        drawn = rng.random((batch, size)) < 0.5
         start = 0
         for n in graph.actions.nvec if leaf.name.rpartition("/")[2] == ACTION_MASK else (size,):
-            allowed[np.arange(batch), start + rng.integers(n, size=batch)] = True
+            drawn[np.arange(batch), start + rng.integers(n, size=batch)] = True
             start += n
-        return torch.from_numpy(allowed.reshape(shape).astype(dtype))
-    if isinstance(space, spaces.Box) and np.issubdtype(dtype, np.floating):
+        drawn = drawn.reshape(shape)
+    elif isinstance(space, spaces.Box) and np.issubdtype(space.dtype, np.floating):
         near_zero = np.clip(0.0, space.low, space.high)
         drawn = np.clip(near_zero + 3.0 * rng.normal(size=shape), space.low, space.high)
-        return torch.from_numpy(drawn).to(graph.policy.dtype)
-    if isinstance(space, spaces.Box):
-        low, high = space.low, space.high
-    elif isinstance(space, spaces.MultiBinary):
-        low, high = np.array(0), np.array(1)
     else:
-        assert isinstance(space, spaces.Discrete | spaces.MultiDiscrete)
-        low = np.asarray(space.start)
-        high = low + (space.n if isinstance(space, spaces.Discrete) else space.nvec) - 1
-    return torch.from_numpy(np.asarray(rng.integers(low, high, size=shape, dtype=dtype, endpoint=True)))
+        low, high = _integer_bounds(space)
+        drawn = np.asarray(rng.integers(low, high, size=shape, dtype=space.dtype, endpoint=True))
+    return torch.from_numpy(drawn).to(graph.input_dtype(leaf))
+
+
+def _integer_bounds(space: Any) -> tuple[Any, Any]:
+    """Lowest and highest numbers of a space of integers."""
+    if isinstance(space, spaces.Box):
+        return space.low, space.high
+    if isinstance(space, spaces.MultiBinary):
+        return 0, 1
+    size = space.n if isinstance(space, spaces.Discrete) else space.nvec
+    return space.start, space.start + size - 1
