@@ -89,6 +89,7 @@ def test_run_directory_holds_everything(tmp_path):
     assert list((run / "tensorboard").glob("events*"))
     assert [path.name for path in checkpoints(run)] == ["step-000000000400.safetensors"]
     assert summary["evaluation"]["episodes"] == 2
+    assert summary["evaluation"]["ci95_low"] <= summary["evaluation"]["ci95_high"]
 
 
 def test_same_seed_same_run_to_the_bit(tmp_path):
@@ -155,7 +156,8 @@ def test_evaluation_repeats_and_leaves_the_run_alone(tmp_path, capsys):
         assert main(["eval", str(run), "--episodes", "7", "--seed", "3", "--sample", "--json"]) == 0
         results.append(json.loads(capsys.readouterr().out))
     assert results[0] == results[1]
-    assert results[0].keys() == {"mean_return", "std_return", "mean_length", "episodes"}
+    numbers = {"mean_return", "std_return", "ci95_low", "ci95_high", "mean_length", "episodes"}
+    assert results[0].keys() == numbers | {"returns", "lengths"}
     assert results[0]["episodes"] == 7
     assert results[0]["mean_length"] == 22
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before

@@ -3,6 +3,7 @@
 from dualhead.agent import DualHeadRecurrentPPO
 from dualhead.config import CommonsConfig, NetworkConfig, NormConfig, Phase, PPOConfig, RunConfig
 from dualhead.norms import NormEnforcer, NormEvents
+from dualhead.running.playing import Player, load_policy
 from dualhead.storage import CheckpointError
 from dualhead.types import DataError, RecurrentState
 
@@ -19,6 +20,8 @@ __all__ = [
     "NormEvents",
     "PPOConfig",
     "Phase",
+    "Player",
     "RecurrentState",
     "RunConfig",
+    "load_policy",
 ]

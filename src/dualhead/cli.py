@@ -1,9 +1,10 @@
-"""The command line: train, eval, envs, report."""
+"""The command line: train, resume, eval, study, report, export, envs."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
 import warnings
 from collections.abc import Callable
@@ -14,11 +15,23 @@ import tyro
 from dualhead.config import RunConfig, settings_error, tuned_settings
 from dualhead.running.checkpoint import RunError
 from dualhead.running.evaluation import EVALUATION_SEED, evaluate_run
+from dualhead.running.export import export_policy
 from dualhead.running.report import write_report
 from dualhead.running.study import copy_study, run_study
-from dualhead.running.trainer import train
+from dualhead.running.trainer import resume, train
+from dualhead.running.video import record_video
 from dualhead.storage import CheckpointError
 from dualhead.worlds.streams import UnavailableEnvironment, environment_ids
+
+
+@dataclasses.dataclass(frozen=True)
+class Resume:
+    """Go on with a run that was stopped, exactly where its newest checkpoint left it."""
+
+    run: tyro.conf.Positional[str]
+    """The run directory."""
+    total_steps: int | None = None
+    """Train to another end than was asked for at first; a learning rate that falls over the run falls to it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +39,7 @@ class Eval:
     """Play the newest checkpoint of a run."""
 
     run: tyro.conf.Positional[str]
-    """The run directory."""
+    """The run directory, or one of its checkpoint files."""
     episodes: int = 20
     """Episodes to play."""
     seed: int = EVALUATION_SEED
@@ -34,7 +47,19 @@ class Eval:
     sample: bool = False
     """Sample actions instead of taking the likeliest."""
     json: bool = False
-    """Print mean_return, std_return, mean_length and episodes as JSON."""
+    """Print mean_return, its 95% interval, std_return, mean_length and the single returns and lengths as JSON."""
+    video: str | None = None
+    """Also film one episode: a file that ends in .mp4 or .gif."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """Write the policy of a run as an ONNX file, and a JSON file that says how to use it."""
+
+    run: tyro.conf.Positional[str]
+    """The run directory, or one of its checkpoint files."""
+    out: str = "policy.onnx"
+    """Where to; the JSON file takes the same name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +96,7 @@ class Report:
     """Show an episode, where the environment renders."""
 
 
-Command = RunConfig | Study | Eval | Report | Envs
+Command = RunConfig | Resume | Study | Eval | Export | Report | Envs
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -95,10 +120,12 @@ def _parse(arguments: list[str]) -> Command:
     tuned = _tuned_defaults(arguments)
     command = (
         Annotated[RunConfig, tyro.conf.subcommand("train", default=tuned)]
+        | Annotated[Resume, tyro.conf.subcommand("resume")]
         | Annotated[Study, tyro.conf.subcommand("study")]
         | Annotated[Eval, tyro.conf.subcommand("eval")]
-        | Annotated[Envs, tyro.conf.subcommand("envs")]
+        | Annotated[Export, tyro.conf.subcommand("export")]
         | Annotated[Report, tyro.conf.subcommand("report")]
+        | Annotated[Envs, tyro.conf.subcommand("envs")]
     )
     before = settings_error.set(RunError)
     try:
@@ -128,9 +155,17 @@ def _train(config: RunConfig) -> int:
     used = {name: value for name, value in tuned.items() if chosen[name] == value}
     if used:
         print(f"tuned for {config.env}: " + " ".join(f"{name}={value}" for name, value in used.items()))
-    summary = train(config)
+    return _tell(train(config))
+
+
+def _resume(command: Resume) -> int:
+    return _tell(resume(command.run, total_steps=command.total_steps))
+
+
+def _tell(summary: dict[str, Any]) -> int:
     if summary["stopped_early"]:
         print(f"stopped after {summary['steps']:,} steps; checkpoint: {summary['checkpoint']}")
+        print(f"go on with: dualhead resume {summary['run_dir']}")
         return 130
     print(f"{summary['steps']:,} steps in {summary['seconds']:.0f} s, {summary['steps_per_s']:,.0f} steps/s")
     if "evaluation" in summary:
@@ -140,10 +175,33 @@ def _train(config: RunConfig) -> int:
 
 
 def _eval(command: Eval) -> int:
-    result = evaluate_run(
-        command.run, episodes=command.episodes, seed=command.seed, deterministic=not command.sample
-    ).summary()
-    print(json.dumps(result) if command.json else _describe(result))
+    deterministic = not command.sample
+    # The video first: what is wrong with it shows at once.
+    video = command.video and record_video(command.run, command.video, seed=command.seed, deterministic=deterministic)
+    played = evaluate_run(command.run, episodes=command.episodes, seed=command.seed, deterministic=deterministic)
+    result = played.summary()
+    if command.json:
+        numbers = {name: value if math.isfinite(value) else None for name, value in result.items()}
+        print(json.dumps(numbers | played._asdict() | ({"video": str(video)} if video else {})))
+        return 0
+    print("returns " + " ".join(f"{value:.6g}" for value in played.returns))
+    print(_describe(result))
+    if video:
+        print(f"video: {video}")
+    return 0
+
+
+def _export(command: Export) -> int:
+    written = export_policy(command.run, command.out)
+    run, verified = written["run"], written["verified"]
+    print(f"{command.out}: {written['memory']} policy of {run['env']} after {run['steps']:,} steps")
+    if verified:
+        print(
+            f"checked: ONNX Runtime {verified['onnxruntime']} and the policy differ by at most "
+            f"{verified['largest_difference']:.1g}"
+        )
+    else:
+        print("not checked: ONNX Runtime is not installed (pip install 'dualhead[onnx]')")
     return 0
 
 
@@ -169,9 +227,10 @@ def _report(command: Report) -> int:
 
 
 def _describe(result: dict[str, float]) -> str:
+    interval = f"95% interval {result['ci95_low']:.2f} to {result['ci95_high']:.2f}, " if result["episodes"] > 1 else ""
     return (
         f"return {result['mean_return']:.2f} ± {result['std_return']:.2f} over {result['episodes']} episodes "
-        f"(mean length {result['mean_length']:.0f})"
+        f"({interval}mean length {result['mean_length']:.0f})"
     )
 
 
@@ -184,8 +243,10 @@ def _flat(settings: dict[str, Any]) -> dict[str, Any]:
 
 _RUN: dict[type, Callable[[Any], int]] = {
     RunConfig: _train,
+    Resume: _resume,
     Study: _study,
     Eval: _eval,
+    Export: _export,
     Report: _report,
     Envs: _envs,
 }

@@ -24,6 +24,8 @@ class ActionSpec:
         names: one per head; K of them.
         nvec: choices per head, or empty for a Box.
         num_columns: width of the actions tensor: K, or D for a Box of D numbers.
+        starts: [K] lowest index of each head, in the environment's counting.
+        bounded, centre, half: [D] of a Box: which numbers have two bounds, and where the policy's [-1, 1] lies.
 
     Raises:
         TypeError: an unsupported action space.
@@ -41,12 +43,12 @@ class ActionSpec:
             self.num_columns = space.shape[0]
             bounded = np.isfinite(space.low) & np.isfinite(space.high)
             low, high = np.where(bounded, space.low, -1.0), np.where(bounded, space.high, 1.0)
-            self._bounded, self._centre, self._half = bounded, (low + high) / 2, (high - low) / 2
+            self.bounded, self.centre, self.half = bounded, (low + high) / 2, (high - low) / 2
             return
         heads = _heads(space, "action", nested=False)
         self.names = tuple(name for name, _, _ in heads)
         self.nvec = tuple(n for _, n, _ in heads)
-        self._starts = np.array([start for _, _, start in heads], dtype=np.int64)
+        self.starts = np.array([start for _, _, start in heads], dtype=np.int64)
         self.num_columns = len(heads)
 
     def to_env(self, actions: np.ndarray) -> Any:
@@ -55,10 +57,10 @@ class ActionSpec:
         A Gaussian acts in units in which a bounded Box spans [-1, 1]: its actions are clipped there and scaled.
         """
         if self.is_continuous:
-            scaled = np.where(self._bounded, actions.clip(-1.0, 1.0), actions) * self._half + self._centre
+            scaled = np.where(self.bounded, actions.clip(-1.0, 1.0), actions) * self.half + self.centre
             assert isinstance(self.space, spaces.Box)
             return scaled.astype(self.space.dtype).clip(self.space.low, self.space.high)
-        actions = actions + self._starts
+        actions = actions + self.starts
         return _split(self.space, actions)[0]
 
     def check_masks(self, masks: tuple[Leaf, ...]) -> None:

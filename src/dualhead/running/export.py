@@ -1,0 +1,319 @@
+"""A policy as an ONNX file, recurrent state in and recurrent state out, and a JSON file that says how to use it."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from torch import Tensor, nn
+
+import dualhead
+from dualhead.networks.encoders import ACTION_MASK, WHOLE, Leaf, ObservationSpec, torch_dtype
+from dualhead.networks.heads import ActionSpec, DiagonalGaussian, FactoredCategorical
+from dualhead.networks.policy import RecurrentPolicy
+from dualhead.running.checkpoint import RunError, read_config, write_json
+from dualhead.running.playing import load_weights, run_directory
+from dualhead.storage import write_bytes
+from dualhead.types import RecurrentState
+from dualhead.worlds.streams import make_streams
+
+FORMAT, FORMAT_VERSION = "dualhead-onnx-policy", 1
+OPSET = 17
+TOLERANCE = 1e-5
+VERIFIED_STEPS = 20
+
+_RESET = (
+    "Every state input is zeros in a stream's first step and at every later episode start; in all other steps it is "
+    "the state output of the step before. Other streams are not touched when one is reset."
+)
+_DISCRETE = (
+    "Each head's output holds log-probabilities [batch, size], masked choices near -3.4e38. Deterministic: argmax. "
+    "Sampled: draw an index with probability exp(output). The action of a head is that index plus its start; `place` "
+    "says where it belongs in the environment's action: keys and positions from the outside in; [] is the whole action."
+)
+_CONTINUOUS = (
+    "Deterministic: x = mean. Sampled: x = mean + std * standard normal noise. Then, number by number: where bounded, "
+    "clip x to [-1, 1]; action = x * scale + offset; clip to [low, high], null being no limit."
+)
+
+
+def export_policy(run: str | os.PathLike[str], out: str | os.PathLike[str]) -> dict[str, Any]:
+    """Writes `out` and, beside it, the JSON file of the same name, once ONNX Runtime agrees with the policy.
+
+    The graph is one step of any number of streams: observations (in their own dtypes, images as uint8), action masks
+    and recurrent state in; masked log-probabilities of each head (or mean and deviation), value and next state out.
+    Statistics of normalised observations are part of it.
+
+    Args:
+        run: a run directory (its newest whole checkpoint is taken), or one of its checkpoint files.
+        out: a name that ends in .onnx; folders are made, files that are there are replaced.
+
+    Returns:
+        What the JSON file says. Its `verified` is None where ONNX Runtime is not installed; else its version and the
+        largest difference seen.
+
+    Raises:
+        RunError: a missing package, something that ONNX cannot say, a graph that disagrees with the policy, a file
+            that cannot be written, or no run.
+        CheckpointError, UnavailableEnvironment: as for `load_policy`.
+    """
+    out = Path(out)
+    if out.suffix != ".onnx":
+        raise RunError(f"export to {out}: expected a name that ends in .onnx")
+    if importlib.util.find_spec("onnx") is None:
+        raise RunError("exporting needs the package onnx: pip install 'dualhead[onnx]'")
+    folder = run_directory(run)
+    config = read_config(folder)
+    streams = make_streams(config.env, 1)
+    streams.close()
+    spec, actions = ObservationSpec(streams.observation_space), ActionSpec(streams.action_space)
+    policy, checkpoint, metadata = load_weights(run, config, streams.observation_space, streams.action_space)
+    graph = StepGraph(policy, spec, actions)
+    contents = to_onnx(graph)
+    description = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "dualhead_version": dualhead.__version__,
+        "model": out.name,
+        "run": {
+            "directory": folder.name,
+            "checkpoint": checkpoint.name,
+            "env": config.env,
+            "seed": config.seed,
+            "steps": metadata["num_steps"],
+        },
+        "memory": config.network.memory,
+        **graph.describe(),
+        "verified": verify(contents, graph),
+    }
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(out, contents)
+        write_json(out.with_suffix(".json"), description)
+    except OSError as error:
+        raise RunError(f"cannot write {out}: {error.strerror or error}") from error
+    return description
+
+
+class StepGraph(nn.Module):
+    """One step of a policy with a flat list of tensors in and out, as ONNX has it."""
+
+    def __init__(self, policy: RecurrentPolicy, spec: ObservationSpec, actions: ActionSpec) -> None:
+        super().__init__()
+        self.policy = policy
+        self.spec = spec
+        self.actions = actions
+        state = policy.initial_state(1)
+        self.has_state = state.h.shape[-1] > 0
+        parts = [] if not self.has_state else ["h"] if state.c is None else ["h", "c"]
+        self.state_shape = (state.h.shape[0], "batch", state.h.shape[2])
+        self.state_inputs = [f"state/{part}" for part in parts]
+        self.state_outputs = [f"next_state/{part}" for part in parts]
+        nested = isinstance(spec.space, spaces.Dict | spaces.Tuple)
+        self.observation_inputs = [f"{WHOLE}/{leaf.name}" if nested else WHOLE for leaf in spec.leaves]
+        names = ["mean", "std"] if actions.is_continuous else [f"logits/{name}" for name in actions.names]
+        self.input_names = [*self.observation_inputs, *self.state_inputs]
+        self.output_names = [*names, "value", *self.state_outputs]
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Leaves [B, ...] and state parts [L, B, H] -> [B, n_k] per head (or mean and std [B, D]), value [B], state."""
+        observations = {leaf.name: tensor for leaf, tensor in zip(self.spec.leaves, tensors)}
+        given = tensors[len(observations) :]
+        state = self.policy.initial_state(1)  # of no units where there is no memory
+        if self.has_state:
+            state = RecurrentState(given[0], given[1] if len(given) > 1 else None)
+        output, next_state = self.policy.step(observations, state)
+        distribution = output.distribution
+        if isinstance(distribution, DiagonalGaussian):
+            chosen = [distribution.mean, distribution.log_std.exp().expand_as(distribution.mean)]
+        else:
+            assert isinstance(distribution, FactoredCategorical)
+            chosen = distribution.logits
+        after = [part for part in next_state if part is not None] if self.has_state else []
+        return (*chosen, output.values, *after)
+
+    def input_dtype(self, leaf: Leaf) -> torch.dtype:
+        """Its own; floats as the policy's, and wide unsigned integers, which the exporter does not know, as int64."""
+        own = torch_dtype(leaf.space.dtype)
+        if own.is_floating_point:
+            return self.policy.dtype
+        return torch.int64 if own in (torch.uint16, torch.uint32, torch.uint64) else own
+
+    def zero_state(self, batch: int) -> list[Tensor]:
+        """The state inputs at the beginning of an episode."""
+        return [part for part in self.policy.initial_state(batch) if part is not None] if self.has_state else []
+
+    def describe(self) -> dict[str, Any]:
+        """Inputs, outputs, reset and actions for the JSON file."""
+        dtype = str(self.policy.dtype).removeprefix("torch.")
+        nested = isinstance(self.spec.space, spaces.Dict | spaces.Tuple)
+        inputs: list[dict[str, Any]] = [
+            {
+                "name": name,
+                "role": "action_mask" if leaf.is_mask else "observation",
+                "part": leaf.name if nested else None,
+                "space": str(leaf.space),
+                "dtype": str(self.input_dtype(leaf)).removeprefix("torch."),
+                "shape": ["batch", *(leaf.space.shape or ())],
+            }
+            for name, leaf in zip(self.observation_inputs, self.spec.leaves)
+        ]
+        state = {"role": "state", "dtype": dtype, "shape": list(self.state_shape)}
+        sizes = self.actions.nvec or (self.actions.num_columns,) * 2
+        outputs: list[dict[str, Any]] = [
+            {"name": name, "role": name.partition("/")[0], "dtype": dtype, "shape": ["batch", size]}
+            for name, size in zip(self.output_names, sizes)
+        ]
+        outputs.append({"name": "value", "role": "value", "dtype": dtype, "shape": ["batch"]})
+        return {
+            "inputs": inputs + [{"name": name, **state} for name in self.state_inputs],
+            "outputs": outputs + [{"name": name, **state} for name in self.state_outputs],
+            "state": [{"input": a, "output": b} for a, b in zip(self.state_inputs, self.state_outputs)],
+            "reset": _RESET if self.has_state else "There is no recurrent state.",
+            "actions": self._describe_actions(),
+        }
+
+    def _describe_actions(self) -> dict[str, Any]:
+        actions = self.actions
+        if not isinstance(actions.space, spaces.Box):
+            heads = [
+                {"name": name, "output": output, "size": size, "start": int(start), "place": place}
+                for name, output, size, start, place in zip(
+                    actions.names, self.output_names, actions.nvec, actions.starts, _places(actions.space)
+                )
+            ]
+            return {"kind": "categorical", "space": str(actions.space), "how": _DISCRETE, "heads": heads}
+        return {
+            "kind": "gaussian",
+            "space": str(actions.space),
+            "how": _CONTINUOUS,
+            "dtype": str(actions.space.dtype),
+            "bounded": actions.bounded.tolist(),
+            "scale": actions.half.tolist(),
+            "offset": actions.centre.tolist(),
+            "low": [float(x) if np.isfinite(x) else None for x in actions.space.low],
+            "high": [float(x) if np.isfinite(x) else None for x in actions.space.high],
+        }
+
+
+def _places(space: Any) -> list[list[str | int]]:
+    """Where each head's index belongs in an action: keys and positions from the outside in."""
+    if isinstance(space, spaces.Dict):
+        return [[key, *place] for key, part in space.items() for place in _places(part)]
+    return [[i] for i in range(len(space.nvec))] if isinstance(space, spaces.MultiDiscrete) else [[]]
+
+
+def to_onnx(graph: StepGraph) -> bytes:
+    """The graph as an ONNX model with a free batch axis.
+
+    Raises:
+        RunError: a part of it is not exportable.
+    """
+    examples = [*random_observations(graph, 2, np.random.default_rng(0)), *graph.zero_state(2)]
+    axes = {name: {0: "batch"} for name in graph.input_names + graph.output_names}
+    axes |= {name: {1: "batch"} for name in graph.state_inputs + graph.state_outputs}
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        # The exporter that traces works alike in every torch from 2.5 on and in a tenth of a second. Its announced
+        # successor needs a further package of matching version and several seconds. What it warns of, its own age and
+        # branches on the batch size, is looked after by `verify`.
+        warnings.simplefilter("ignore")
+        try:
+            torch.onnx.export(
+                graph,
+                tuple(examples),
+                file,  # type: ignore[arg-type]
+                input_names=graph.input_names,
+                output_names=graph.output_names,
+                dynamic_axes=axes,
+                opset_version=OPSET,
+                dynamo=False,
+            )
+        except Exception as error:  # of many kinds
+            raise RunError(f"this policy cannot be exported to ONNX: {error}") from error
+    return file.getvalue()
+
+
+def verify(contents: bytes, graph: StepGraph) -> dict[str, Any] | None:
+    """Plays random observations with resets through ONNX Runtime and through the policy, each with its own state.
+
+    Returns:
+        Version of ONNX Runtime and the largest difference, relative to 1 + |expected|; None where it is not installed.
+
+    Raises:
+        RunError: it differs by more than 1e-5, or ONNX Runtime cannot run it.
+    """
+    if importlib.util.find_spec("onnxruntime") is None:
+        return None
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level, options.intra_op_num_threads = 3, 1
+    rng = np.random.default_rng(1)
+    worst = 0.0
+    try:
+        session = onnxruntime.InferenceSession(contents, options, providers=["CPUExecutionProvider"])
+        for batch in (1, 5):
+            ours, theirs = graph.zero_state(batch), [part.numpy() for part in graph.zero_state(batch)]
+            for _ in range(VERIFIED_STEPS):
+                observations = random_observations(graph, batch, rng)
+                with torch.no_grad():
+                    expected = graph(*observations, *ours)
+                inputs = [*(tensor.numpy() for tensor in observations), *theirs]
+                outputs = session.run(graph.output_names, dict(zip(graph.input_names, inputs)))
+                for name, a, b in zip(graph.output_names, outputs, expected):
+                    difference = np.max(np.abs(a - b.numpy()) / (1.0 + np.abs(b.numpy())))
+                    if a.shape != b.shape or not difference <= TOLERANCE:
+                        raise RunError(f"the exported graph differs from the policy: {name} by {difference:.2g}")
+                    worst = max(worst, float(difference))
+                goes_on = (rng.random(batch) > 0.1).astype(np.float32)[:, None]
+                num_states = len(ours)
+                ours = [part * torch.from_numpy(goes_on) for part in expected[len(expected) - num_states :]]
+                theirs = [part * goes_on for part in outputs[len(outputs) - num_states :]]
+    except RunError:
+        raise
+    except Exception as error:  # of many kinds
+        raise RunError(f"ONNX Runtime cannot run the exported graph: {error}") from error
+    return {"onnxruntime": onnxruntime.__version__, "largest_difference": worst}
+
+
+def random_observations(graph: StepGraph, batch: int, rng: np.random.Generator) -> list[Tensor]:
+    """Observations [batch, ...] from all over their spaces; masks that leave every head a choice."""
+    return [_random_leaf(leaf, graph, batch, rng) for leaf in graph.spec.leaves]
+
+
+def _random_leaf(leaf: Leaf, graph: StepGraph, batch: int, rng: np.random.Generator) -> Tensor:
+    space = leaf.space
+    shape = (batch, *(space.shape or ()))
+    if leaf.is_mask:
+        size = int(np.prod(shape[1:]))
+        drawn = rng.random((batch, size)) < 0.5
+        start = 0
+        for n in graph.actions.nvec if leaf.name.rpartition("/")[2] == ACTION_MASK else (size,):
+            drawn[np.arange(batch), start + rng.integers(n, size=batch)] = True
+            start += n
+        drawn = drawn.reshape(shape)
+    elif isinstance(space, spaces.Box) and np.issubdtype(space.dtype, np.floating):
+        near_zero = np.clip(0.0, space.low, space.high)
+        drawn = np.clip(near_zero + 3.0 * rng.normal(size=shape), space.low, space.high)
+    else:
+        low, high = _integer_bounds(space)
+        drawn = np.asarray(rng.integers(low, high, size=shape, dtype=space.dtype, endpoint=True))
+    return torch.from_numpy(drawn).to(graph.input_dtype(leaf))
+
+
+def _integer_bounds(space: Any) -> tuple[Any, Any]:
+    """Lowest and highest numbers of a space of integers."""
+    if isinstance(space, spaces.Box):
+        return space.low, space.high
+    if isinstance(space, spaces.MultiBinary):
+        return 0, 1
+    size = space.n if isinstance(space, spaces.Discrete) else space.nvec
+    return space.start, space.start + size - 1

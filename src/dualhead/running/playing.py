@@ -1,0 +1,148 @@
+"""A trained policy that acts: with a recurrent state and random numbers of its own, and away from any training."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+
+from dualhead.config import RunConfig
+from dualhead.networks.encoders import ObservationSpec
+from dualhead.networks.heads import ActionSpec
+from dualhead.networks.policy import RecurrentPolicy
+from dualhead.running.checkpoint import read_config, read_newest
+from dualhead.storage import fill, read_tensors, without_prefix
+from dualhead.types import DataError, RecurrentState
+from dualhead.worlds.streams import make_streams
+
+
+class Player:
+    """Plays a policy in any number of streams.
+
+        player = dualhead.load_policy("runs/...")
+        observation, _ = env.reset()
+        episode_start = True
+        while True:
+            action = player.act(observation, episode_start)
+            observation, _, terminated, truncated, _ = env.step(action)
+            episode_start = terminated or truncated
+            if episode_start:
+                observation, _ = env.reset()
+
+    Args:
+        policy: is read only; what it learns elsewhere meanwhile is played.
+        observation_space, action_space: of one stream.
+        seed: of sampled actions; the global random state is neither read nor changed.
+    """
+
+    def __init__(
+        self, policy: RecurrentPolicy, observation_space: gym.Space, action_space: gym.Space, *, seed: int = 0
+    ) -> None:
+        self.policy = policy
+        self.observation_space = observation_space
+        self.action_space = action_space
+        self._observation_spec = ObservationSpec(observation_space)
+        self._action_spec = ActionSpec(action_space)
+        self._sampling = torch.Generator(policy.device).manual_seed(seed)
+        self._state: RecurrentState | None = None
+
+    def reset(self) -> None:
+        """Forgets everything seen: the next call of `act` begins an episode in every stream, in any number of them."""
+        self._state = None
+
+    @torch.no_grad()
+    def act(self, observations: Any, episode_starts: Any, *, deterministic: bool = True) -> Any:
+        """Chooses actions and advances the recurrent state.
+
+        Args:
+            observations: [B, ...] nested as the observation space is; of one plain environment without the B.
+            episode_starts: [B] bool, this observation is the first of an episode: its stream remembers nothing of
+                before. A single bool for one plain environment. The first call begins an episode everywhere.
+            deterministic: the likeliest actions, or sampled ones.
+
+        Returns:
+            Actions as the action space has them, NumPy arrays with a batch axis, or without where `episode_starts`
+            was a single bool.
+
+        Raises:
+            DataError: wrong shapes, missing parts, non-finite numbers, a mask without a legal choice.
+            ValueError: another number of streams than before.
+        """
+        starts = np.asarray(episode_starts)
+        if starts.ndim > 1 or not ((starts == 0) | (starts == 1)).all():
+            raise DataError(f"episode_starts: expected a bool for each stream, or one bool, got {episode_starts!r}")
+        num_streams = starts.size
+        if self._state is not None and self._state.h.shape[1] != num_streams:
+            raise ValueError(
+                f"episode_starts of {num_streams} streams after calls with {self._state.h.shape[1]}: "
+                f"reset() comes before another number of streams"
+            )
+        policy = self.policy
+        tensors = self._observation_spec.to_tensors(observations, num_streams, device=policy.device, dtype=policy.dtype)
+        policy.heads.check_mask(tensors)
+        if self._state is None:
+            state = policy.initial_state(num_streams)
+        else:
+            begins = torch.tensor(starts.reshape(num_streams) != 0, device=policy.device)
+            state = self._state.reset_where(begins)
+        output, self._state = policy.step(tensors, state)
+        distribution = output.distribution
+        chosen = distribution.mode() if deterministic else distribution.sample(self._sampling)
+        actions = self._action_spec.to_env(chosen.cpu().numpy())
+        return actions if starts.ndim else _first(actions)
+
+
+def _first(actions: Any) -> Any:
+    """The action of the only stream, without the batch axis."""
+    return {key: _first(part) for key, part in actions.items()} if isinstance(actions, dict) else actions[0]
+
+
+def load_policy(run: str | os.PathLike[str], *, seed: int = 0) -> Player:
+    """The policy of a run, ready to act; see `Player.act`.
+
+    The run's environment is made once, to know its spaces, and closed.
+
+    Args:
+        run: a run directory (its newest whole checkpoint is taken), or one of its checkpoint files.
+        seed: of sampled actions.
+
+    Raises:
+        RunError: no run, or no whole checkpoint, is there.
+        CheckpointError: the checkpoint does not fit the run's configuration, or the named one cannot be read.
+        UnavailableEnvironment: the run's environment cannot be made here.
+    """
+    config = read_config(run_directory(run))
+    streams = make_streams(config.env, 1)
+    streams.close()
+    policy, _, _ = load_weights(run, config, streams.observation_space, streams.action_space)
+    return Player(policy, streams.observation_space, streams.action_space, seed=seed)
+
+
+def run_directory(run: str | os.PathLike[str]) -> Path:
+    """The run directory, where `run` is one or one of its checkpoint files."""
+    path = Path(run)
+    return path.absolute().parent.parent if path.is_file() else path
+
+
+def load_weights(
+    run: str | os.PathLike[str], config: RunConfig, observation_space: gym.Space, action_space: gym.Space
+) -> tuple[RecurrentPolicy, Path, dict[str, Any]]:
+    """The policy of a run's newest whole checkpoint (or of the checkpoint file given), that file and its metadata."""
+    policy = RecurrentPolicy(
+        ObservationSpec(observation_space),
+        ActionSpec(action_space),
+        config=config.network,
+        normalize_observations=config.ppo.normalize_observations,
+    )
+    path = Path(run)
+    if path.is_file():
+        tensors, metadata = read_tensors(path)
+    else:
+        path, tensors, metadata = read_newest(path)
+    weights: dict[str, Any] = policy.state_dict(keep_vars=True)
+    fill(weights, without_prefix("policy", tensors), what=str(path))
+    return policy, path, metadata

@@ -1,0 +1,41 @@
+"""Run directories without training: an untrained agent's checkpoint, as `train` would leave it."""
+
+from pathlib import Path
+
+import torch
+
+from dualhead.config import NetworkConfig, PPOConfig, RunConfig
+from dualhead.running.checkpoint import new_run_dir, save_checkpoint
+from dualhead.running.trainer import make_agent
+from dualhead.worlds.streams import make_streams
+
+
+def save_run(path, env="dualhead/RecallCue-v0", *, memory="lstm", num_layers=1, seed=0, num_envs=2) -> Path:
+    """The directory of a run of a small agent whose weights and observation statistics are all random."""
+    config = RunConfig(
+        env=env,
+        seed=seed,
+        run_dir=str(path),
+        total_steps=50 * num_envs,
+        num_envs=num_envs,
+        network=NetworkConfig(memory=memory, hidden_size=16, num_layers=num_layers, encoder_sizes=(12,)),
+        ppo=PPOConfig(rollout_length=50, batch_size=50, normalize_observations=True),
+    )
+    run_dir = new_run_dir(config)
+    streams = make_streams(env, num_envs)
+    agent = make_agent(config, streams)
+    randomize(agent.policy, seed)
+    save_checkpoint(run_dir, *agent.state())
+    streams.close()
+    return run_dir
+
+
+def randomize(policy, seed=0):
+    """Weights away from their initialisation, biases that are not zero, statistics that are not 0 and 1."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            fan_in = max(1, parameter[0].numel())
+            parameter += 0.3 * fan_in**-0.5 * torch.randn(parameter.shape, generator=generator)
+        for normalizer in policy.encoder.normalizers.values():
+            normalizer.update(1.0 + 2.0 * torch.randn(50, *normalizer.mean.shape, generator=generator))

@@ -1,0 +1,326 @@
+"""An exported policy answers as ours does, over whole episodes, and its JSON file is all that one needs to use it."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from gymnasium import spaces
+from saved_runs import randomize, save_run
+
+from dualhead import load_policy
+from dualhead.cli import main
+from dualhead.config import NetworkConfig
+from dualhead.networks.encoders import ObservationSpec
+from dualhead.networks.heads import ActionSpec
+from dualhead.networks.policy import RecurrentPolicy
+from dualhead.running.checkpoint import RunError
+from dualhead.running.export import StepGraph, export_policy, to_onnx, verify
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "06_serve_onnx.py"
+STEPS = 200
+BOX = spaces.Box(-np.inf, np.inf, (5,), np.float32)
+HEADS = spaces.Dict(move=spaces.Discrete(4, start=1), vote=spaces.MultiDiscrete([3, 2]))
+OBSERVATIONS = {
+    "vector": BOX,
+    "grid": spaces.Box(0, 255, (3, 6, 6), np.uint8),
+    "large frame": spaces.Box(0, 255, (38, 40, 3), np.uint8),
+    "flat picture": spaces.Box(0.0, 1.0, (8, 6), np.float32),
+    "numbers": spaces.Box(-3, 7, (4,), np.int32),
+    "depth": spaces.Box(0, 9000, (1, 6, 6), np.uint16),
+    "yes or no": spaces.Box(0, 1, (3,), np.bool_),
+    "double": spaces.Box(-1.0, 1.0, (2,), np.float64),
+    "bits": spaces.MultiBinary(6),
+    "discrete": spaces.Discrete(5, start=-2),
+    "multi": spaces.MultiDiscrete([[2, 3], [4, 2]]),
+    "tuple": spaces.Tuple((spaces.Discrete(3), BOX)),
+    "dict": spaces.Dict(
+        grid=spaces.Box(0, 1, (2, 5, 5), np.uint8),
+        inner=spaces.Dict(h=BOX, kind=spaces.Discrete(4)),
+        action_mask=spaces.Dict(move=spaces.MultiBinary(4), vote_1=spaces.MultiBinary(2)),
+    ),
+    "whole mask": spaces.Dict(x=BOX, action_mask=spaces.Box(0, 1, (9,), np.uint8)),
+}
+
+
+def make_policy(observation_space, action_space, memory, num_layers=2):
+    config = NetworkConfig(memory=memory, hidden_size=24, num_layers=num_layers, encoder_sizes=(16,))
+    spec, actions = ObservationSpec(observation_space), ActionSpec(action_space)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        policy = RecurrentPolicy(spec, actions, config=config, normalize_observations=True)
+    randomize(policy)
+    return policy, spec, actions
+
+
+def session_of(contents):
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    return onnxruntime.InferenceSession(contents, options)
+
+
+def sample(space, batch, rng):
+    """A batch of observations; masks have at least one choice per head."""
+    space = gym.vector.utils.batch_space(space, batch)
+    space.seed(int(rng.integers(2**31)))
+    seen = space.sample()
+    if isinstance(seen, dict) and "action_mask" in seen:
+        masks = seen["action_mask"]
+        parts = masks.values() if isinstance(masks, dict) else np.split(masks, [4, 7], axis=1)
+        for part in parts:  # views, so this writes into the observation
+            part[np.arange(batch), rng.integers(part.shape[1], size=batch)] = 1
+    return seen
+
+
+def part_of(observation, name):
+    for key in [] if name is None else name.split("/"):
+        observation = observation[int(key)] if isinstance(observation, tuple) else observation[key]
+    return observation
+
+
+def zeros(description, batch):
+    shapes = {port["name"]: port["shape"] for port in description["inputs"]}
+    return {
+        name: np.zeros([batch if n == "batch" else n for n in shapes[name]], np.float32)
+        for name in (pair["input"] for pair in description["state"])
+    }
+
+
+def inputs_of(description, observation, batch):
+    """Observation and mask inputs as the JSON file asks for them."""
+    inputs = {}
+    for port in description["inputs"]:
+        if port["role"] != "state":
+            array = np.asarray(part_of(observation, port["part"])).astype(port["dtype"])
+            inputs[port["name"]] = array.reshape([batch if n == "batch" else n for n in port["shape"]])
+    return inputs
+
+
+def play_both(policy, spec, session, description, *, batch, steps=STEPS):
+    """Differences of ONNX Runtime and policy over random observations, each with its own state, resets at random."""
+    rng = np.random.default_rng(batch)
+    ours, theirs = policy.initial_state(batch), zeros(description, batch)
+    names = [port["name"] for port in description["outputs"]]
+    worst = 0.0
+    for _ in range(steps):
+        seen = sample(spec.space, batch, rng)
+        tensors = spec.to_tensors(seen, batch, device=policy.device, dtype=policy.dtype)
+        with torch.no_grad():
+            output, ours = policy.step(tensors, ours)
+        given = dict(zip(names, session.run(names, inputs_of(description, seen, batch) | theirs)))
+        theirs = {pair["input"]: given[pair["output"]] for pair in description["state"]}
+        expected = {"value": output.values}
+        if description["actions"]["kind"] == "gaussian":
+            std = output.distribution.log_std.detach().exp().expand(batch, -1)
+            expected |= {"mean": output.distribution.mean, "std": std}
+        else:
+            for head, logits in zip(description["actions"]["heads"], output.distribution.logits):
+                expected[head["output"]] = logits
+        if description["state"]:
+            expected |= {f"next_state/{name}": part for name, part in ours._asdict().items() if part is not None}
+        assert expected.keys() == given.keys()
+        for name, tensor in expected.items():
+            legal = tensor.numpy() > -1e30
+            assert given[name].shape == tensor.shape
+            assert (given[name][~legal] < -1e30).all()
+            worst = max(worst, np.abs(given[name] - tensor.numpy())[legal].max())
+        starts = rng.random(batch) < 0.05
+        ours = ours.reset_where(torch.from_numpy(starts))
+        for part in theirs.values():
+            part[:, starts] = 0.0
+    return worst
+
+
+@pytest.mark.parametrize("memory", ["lstm", "gru", "none"])
+@pytest.mark.parametrize(
+    ("kind", "action_space"),
+    [("vector", HEADS), ("grid", HEADS), ("dict", HEADS), ("vector", spaces.Box(-2.0, 2.0, (3,), np.float32))],
+    ids=["vector", "grid", "dict", "box"],
+)
+def test_onnx_equals_ours_over_episodes(memory, kind, action_space):
+    policy, spec, actions = make_policy(OBSERVATIONS[kind], action_space, memory)
+    graph = StepGraph(policy, spec, actions)
+    session, description = session_of(to_onnx(graph)), graph.describe()
+    for batch in (1, 64):
+        assert play_both(policy, spec, session, description, batch=batch) < 1e-5
+
+
+@pytest.mark.parametrize("kind", OBSERVATIONS)
+def test_every_kind_of_observation(kind):
+    policy, spec, actions = make_policy(OBSERVATIONS[kind], HEADS, "lstm", num_layers=1)
+    graph = StepGraph(policy, spec, actions)
+    session, description = session_of(to_onnx(graph)), graph.describe()
+    assert play_both(policy, spec, session, description, batch=3, steps=20) < 1e-5
+    types = {"float32": "float"}
+    for ports, asked in (
+        (description["inputs"], session.get_inputs()),
+        (description["outputs"], session.get_outputs()),
+    ):
+        assert [(p["name"], f"tensor({types.get(p['dtype'], p['dtype'])})", p["shape"]) for p in ports] == [
+            (port.name, port.type, port.shape) for port in asked
+        ]
+
+
+def test_pictures_stay_uint8():
+    policy, spec, actions = make_policy(OBSERVATIONS["dict"], HEADS, "gru")
+    described = {port["part"]: port["dtype"] for port in StepGraph(policy, spec, actions).describe()["inputs"][:5]}
+    assert described == {
+        "action_mask/move": "int8",
+        "action_mask/vote_1": "int8",
+        "grid": "uint8",
+        "inner/h": "float32",
+        "inner/kind": "int64",
+    }
+
+
+def decode(how, outputs):
+    """Deterministic action of the only stream, by the words of the JSON file."""
+    if how["kind"] == "gaussian":
+        x = np.where(how["bounded"], outputs["mean"][0].clip(-1, 1), outputs["mean"][0])
+        low = [-np.inf if n is None else n for n in how["low"]]
+        high = [np.inf if n is None else n for n in how["high"]]
+        return (x * how["scale"] + how["offset"]).clip(low, high)
+    action = {}
+    for head in how["heads"]:
+        index, place = int(outputs[head["output"]][0].argmax()) + head["start"], head["place"]
+        if not place:
+            return index
+        if isinstance(place[0], int):
+            action.setdefault("whole", []).append(index)
+        elif len(place) == 1:
+            action[place[0]] = index
+        else:
+            action.setdefault(place[0], []).append(index)
+    return action.get("whole", action)
+
+
+@pytest.mark.parametrize(
+    "action_space",
+    [
+        spaces.Discrete(7, start=3),
+        spaces.MultiDiscrete([3, 4], start=[1, -1]),
+        HEADS,
+        spaces.Box(np.float32([-0.1, -np.inf, 0.5, -5]), np.float32([0.3, np.inf, np.inf, 0])),
+    ],
+    ids=["discrete", "multi", "dict", "box"],
+)
+def test_actions_by_the_json_file(action_space):
+    policy, spec, actions = make_policy(BOX, action_space, "none", num_layers=1)
+    graph = StepGraph(policy, spec, actions)
+    session, description = session_of(to_onnx(graph)), json.loads(json.dumps(graph.describe(), allow_nan=False))
+    names = [port["name"] for port in description["outputs"]]
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        seen = 3 * rng.normal(size=(1, 5)).astype(np.float32)
+        action = decode(description["actions"], dict(zip(names, session.run(names, {"observation": seen}))))
+        output, _ = policy.step({"observation": torch.from_numpy(seen)}, policy.initial_state(1))
+        wanted = actions.to_env(output.distribution.mode().detach().numpy())
+        wanted = {key: part[0] for key, part in wanted.items()} if isinstance(wanted, dict) else wanted[0]
+        assert (action.keys() if isinstance(action, dict) else None) == getattr(wanted, "keys", lambda: None)()
+        for got, want in zip(*(x.values() if isinstance(x, dict) else [x] for x in (action, wanted))):
+            np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_an_exported_run_plays_its_environment(tmp_path, capsys):
+    run = save_run(tmp_path / "run", "dualhead/PendulumNoVel-v1")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    out = tmp_path / "made" / "for" / "policy.onnx"
+    assert main(["export", str(run), "--out", str(out)]) == 0
+    said = capsys.readouterr()
+    assert "lstm policy of dualhead/PendulumNoVel-v1 after 0 steps" in said.out
+    assert "differ by at most" in said.out
+    assert said.err == ""
+    description = json.loads(out.with_suffix(".json").read_text())
+    assert description["run"]["checkpoint"] == "step-000000000000.safetensors"
+    assert description["verified"]["largest_difference"] < 1e-5
+    session = session_of(out.read_bytes())
+    names = [port["name"] for port in description["outputs"]]
+    player, env = load_policy(run), gym.make("dualhead/PendulumNoVel-v1")
+    seen, start, played = env.reset(seed=0)[0], True, []
+    for _ in range(2 * STEPS + 20):  # two whole episodes and the beginning of a third
+        if start:
+            state = zeros(description, 1)
+        outputs = dict(zip(names, session.run(names, inputs_of(description, seen, 1) | state)))
+        state = {pair["input"]: outputs[pair["output"]] for pair in description["state"]}
+        wanted = player.act(seen, start)
+        np.testing.assert_allclose(decode(description["actions"], outputs), wanted, atol=3e-5)
+        played.append(wanted)
+        seen, _, _, start, _ = env.step(wanted)
+        if start:
+            seen, _ = env.reset()
+    assert np.std(played) > 0.01
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_a_graph_that_differs_is_not_let_through(tmp_path, monkeypatch):
+    policy, spec, actions = make_policy(BOX, HEADS, "lstm")
+    graph = StepGraph(policy, spec, actions)
+    contents = to_onnx(graph)
+    assert verify(contents, graph)["largest_difference"] < 1e-5
+    with torch.no_grad():
+        policy.memory.lstm.weight_hh_l1[0, 0] += 0.01
+    with pytest.raises(RunError, match="the exported graph differs from the policy"):
+        verify(contents, graph)
+    run = save_run(tmp_path / "run")
+    monkeypatch.setattr("dualhead.running.export.to_onnx", lambda _: contents)
+    with pytest.raises(RunError, match="ONNX Runtime cannot run the exported graph"):
+        export_policy(run, tmp_path / "policy.onnx")
+    assert not list(tmp_path.glob("policy*"))
+
+
+def test_missing_packages_are_said(tmp_path, monkeypatch, capsys):
+    run, out = save_run(tmp_path / "run"), tmp_path / "policy.onnx"
+    real, missing = importlib.util.find_spec, "onnxruntime"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == missing else real(name, *a))
+    assert main(["export", str(run), "--out", str(out)]) == 0
+    assert "not checked: ONNX Runtime is not installed (pip install 'dualhead[onnx]')" in capsys.readouterr().out
+    assert json.loads(out.with_suffix(".json").read_text())["verified"] is None
+    out.unlink()
+    missing = "onnx"
+    assert main(["export", str(run), "--out", str(out)]) == 1
+    assert "error: exporting needs the package onnx: pip install 'dualhead[onnx]'" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_what_cannot_be_exported_is_said(tmp_path):
+    run = save_run(tmp_path / "run")
+    with pytest.raises(RunError, match=r"policy\.pt: expected a name that ends in \.onnx"):
+        export_policy(run, tmp_path / "policy.pt")
+    with pytest.raises(RunError, match="holds no run"):
+        export_policy(tmp_path, tmp_path / "policy.onnx")
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(RunError, match="cannot write"):
+        export_policy(run, tmp_path / "file" / "policy.onnx")
+
+
+def test_serving_needs_no_torch(tmp_path):
+    run = save_run(tmp_path / "run", "dualhead/CartPoleNoVel-v1", memory="gru")
+    export_policy(run, tmp_path / "policy.onnx")
+    code = f"import runpy, sys; runpy.run_path({str(EXAMPLE)!r}, run_name='__main__'); "
+    code += "print([name for name in ('torch', 'dualhead') if name in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "policy.onnx")],
+        env=os.environ | {"PYTHONWARNINGS": "error"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    player, env = load_policy(run), gym.make("dualhead/CartPoleNoVel-v1")
+    for episode in range(3):
+        observation, _ = env.reset(seed=episode)
+        score, ended = 0, True
+        while not score or not ended:
+            action = player.act(observation, ended)
+            observation, _, terminated, truncated, _ = env.step(action)
+            score, ended = score + 1, terminated or truncated
+        assert lines[episode] == f"episode {episode}: return {score}"
+    assert lines[3] == "[]"
