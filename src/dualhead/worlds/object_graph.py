@@ -25,9 +25,9 @@ classes, for instances without a counterpart and for enum members, and such a cl
 - be the class of something that the fresh environment itself holds, or
 - belong to the same top-level package as such a class, unless that is the standard library, NumPy or torch.
 
-To be made anew it must keep its whole state in attributes (no C base) and have no `__del__`. No `__init__`, `__new__`,
-`__setattr__`, `__setstate__` or property is run; of the environment's own code only `__hash__` and `__eq__` of keys.
-What a snapshot can do is to give wrong values to an environment's attributes.
+To be made anew it must keep its whole state in attributes (no C base), have no `__del__` and be no environment. No
+`__init__`, `__new__`, `__setattr__`, `__setstate__` or property is run; of the environment's own code only `__hash__`
+and `__eq__` of keys. What a snapshot can do is to give wrong values to an environment's attributes.
 
 Not captured: variables of modules and classes, and the insertion history of sets (on which their order can depend, as
 after pickle).
@@ -224,8 +224,9 @@ class _Writer:
         return ["enum", self._class(type(value)), value.name]
 
     def _scalar(self, value: np.generic) -> Any:
-        if isinstance(value, np.str_ | np.bytes_):  # as arrays they lose trailing zeros
-            return ["text", self.value(str(value) if isinstance(value, str) else bytes(value))]
+        if isinstance(value, np.str_ | np.bytes_):  # NumPy's own ways of reading them lose trailing zeros
+            plain: Any = str if isinstance(value, str) else bytes
+            return ["text", self.value(plain.__getitem__(value, slice(None)))]
         if type(value) is not value.dtype.type:
             raise _Refused(f"a {_name(type(value))} cannot be taken apart")
         return ["scalar", _descr(value.dtype), value.tobytes().hex()]
@@ -704,6 +705,8 @@ class _Reader:
             raise _Refused(f"a {_name(kind)} is never captured as an object")
         if in_place:
             out = self._claimed[id(fresh)] = fresh
+        elif issubclass(kind, gym.Env):
+            raise _Refused(f"a {_name(kind)}, where a fresh environment has a {_name(type(fresh))}")
         elif any("__del__" in vars(base) for base in kind.__mro__):
             raise _Refused(f"a {_name(kind)}, which does something when it ends, may not be made")
         else:
