@@ -9,7 +9,7 @@ import os
 import random
 import struct
 import threading
-from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
+from collections import Counter, OrderedDict, UserDict, defaultdict, deque, namedtuple
 from dataclasses import dataclass
 from enum import Enum, IntEnum
 from typing import Any
@@ -205,21 +205,19 @@ def test_shared_references_and_cycles_survive(size, edges):
             container[len(container)] = held
 
     def shape(root):
-        order, stack = {}, [root]
-        out = []
-        while stack:
-            value = stack.pop()
+        order, out = {}, []
+
+        def visit(value):
             if isinstance(value, list | dict):
+                is_known = id(value) in order
                 out.append((type(value), order.setdefault(id(value), len(order)), len(value)))
-                if order[id(value)] < len(order) - 1 and out.count(out[-1]) > 1:
-                    continue
-                stack.extend(value if isinstance(value, list) else value.values())
-            elif isinstance(value, tuple):
-                stack.extend(value)
-            else:
-                out.append(value)
-            if len(out) > 500:
-                break
+                if is_known:
+                    return
+            parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+            for part in parts:
+                visit(part)
+
+        visit(root)
         return out
 
     assert shape(restore(capture(nodes), None)) == shape(nodes)
@@ -574,6 +572,7 @@ def test_an_instance_that_would_do_something_when_it_ends_is_not_made():
         ("test_snapshots", "Missing"),
         ("test_snapshots", "Colour"),
         ("test_snapshots", "ENVS"),
+        ("test_snapshots", "Commons"),
     ],
 )
 def test_a_snapshot_may_not_name_other_classes(named, monkeypatch):
@@ -587,6 +586,17 @@ def test_a_snapshot_may_not_name_other_classes(named, monkeypatch):
 
     with pytest.raises(CheckpointError):
         restore(edited(snapshot, rename), Holder(x=[]))
+
+
+def test_of_the_standard_library_only_classes_that_are_there_may_be_made():
+    def named(name):
+        return edited(capture(Holder(x=[UserDict(a=1)])), lambda whole: whole["classes"][1].__setitem__(1, name))
+
+    fresh = Holder(x=[], y=UserDict())
+    restore(named("UserDict"), fresh)
+    assert fresh.x == [{"a": 1}]
+    with pytest.raises(CheckpointError, match=r"collections\.UserList does not belong"):
+        restore(named("UserList"), Holder(x=[], y=UserDict()))
 
 
 def test_no_import_is_made_for_a_snapshot():
@@ -825,9 +835,10 @@ def test_streams_in_processes_go_on(tmp_path):
         assert streams.resumable is None
         streams.reset(seed=0)
         watch(streams, 20, seed=1)
+        seen = bits(streams.step(next(actions_for(streams, 9))).observations)
         saved = save_and_load(streams, tmp_path / "state")
         expected = watch(streams, 70, seed=2)
-        resumed.restore(*saved)
+        assert bits(resumed.restore(*saved)) == seen
         assert watch(resumed, 70, seed=2) == expected
     finally:
         streams.close()

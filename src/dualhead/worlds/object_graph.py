@@ -279,14 +279,13 @@ class _Writer:
 
     def _attribute(self, value: Any, name: str) -> Any:
         """A value that may be left to the fresh environment."""
-        nodes, data, size, known = len(self.nodes), len(self.data), self._size, len(self._known)
+        nodes, known = len(self.nodes), len(self._known)
         try:
             return self.value(value)
         except _LeftToFresh as error:
             if not _is_left_to_fresh(value):
                 raise _Refused(error.reason).under(error.path).under(f".{name}") from error
-            del self.nodes[nodes:], self.data[data:]
-            self._size = size
+            del self.nodes[nodes:]  # containers only, which have no data
             while len(self._known) > known:
                 self._known.popitem()
             return ["fresh"]
@@ -746,7 +745,7 @@ class _Reader:
             return type(fresh)
         if names in self._exact:
             return self._exact[names]
-        if module.split(".")[0] not in self._packages or module not in sys.modules:
+        if module.split(".")[0] not in self._packages:
             raise _Refused(f"{module}.{qualname} does not belong to this environment")
         found: Any = sys.modules[module]
         for part in qualname.split("."):
