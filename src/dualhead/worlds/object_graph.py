@@ -133,9 +133,8 @@ def restore(snapshot: Snapshot, fresh: Any, *, source: str = "snapshot") -> Any:
         classes.value(fresh)
         return _Reader(snapshot, classes.classes).root(fresh)
     except _Refused as error:
-        raise CheckpointError(
-            f"{source} does not fit this environment: {error.path or 'it'}: {error.reason}"
-        ) from error
+        where = error.path.lstrip(".") or "it"
+        raise CheckpointError(f"{source} does not fit this environment: {where}: {error.reason}") from error
     except (
         *(
             ArithmeticError,
@@ -279,14 +278,13 @@ class _Writer:
 
     def _attribute(self, value: Any, name: str) -> Any:
         """A value that may be left to the fresh environment."""
-        nodes, known = len(self.nodes), len(self._known)
+        num_known = len(self._known)
         try:
             return self.value(value)
         except _LeftToFresh as error:
             if not _is_left_to_fresh(value):
                 raise _Refused(error.reason).under(error.path).under(f".{name}") from error
-            del self.nodes[nodes:]  # containers only, which have no data
-            while len(self._known) > known:
+            while len(self._known) > num_known:  # what it went through on the way is not written
                 self._known.popitem()
             return ["fresh"]
         except _Refused as error:

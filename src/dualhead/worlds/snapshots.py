@@ -136,9 +136,8 @@ def _play(env: gym.Env, action: Any) -> Iterable[Snapshot]:
 
 
 def _seen(value: Any) -> Snapshot:
-    return capture(
-        copy.deepcopy(value), name="observation"
-    )  # a copy: a view would bring the whole array it is cut from
+    # Of a copy: a view would bring the whole array that it is cut from.
+    return capture(copy.deepcopy(value), name="observation")
 
 
 def _global_randomness() -> tuple[Any, ...]:
