@@ -74,6 +74,11 @@ _BIT_GENERATORS = {
 _MAPPINGS: dict[str, Any] = {kind.__name__: kind for kind in (dict, OrderedDict, Counter)}
 _CLOSED_PACKAGES = sys.stdlib_module_names | {"numpy", "torch"}
 _SINGLETONS = {"Ellipsis": ..., "NotImplemented": NotImplemented}
+_MALFORMED = (
+    *(ArithmeticError, AttributeError, BufferError, LookupError, MemoryError, RuntimeError, SyntaxError, TypeError),
+    *(ValueError, struct.error),
+)
+"""What reading parts of a snapshot as something that they are not may raise."""
 _HEAP_TYPE = 1 << 9
 """Py_TPFLAGS_HEAPTYPE: a class made by Python code."""
 
@@ -135,19 +140,7 @@ def restore(snapshot: Snapshot, fresh: Any, *, source: str = "snapshot") -> Any:
     except _Refused as error:
         where = error.path.lstrip(".") or "it"
         raise CheckpointError(f"{source} does not fit this environment: {where}: {error.reason}") from error
-    except (
-        *(
-            ArithmeticError,
-            AttributeError,
-            LookupError,
-            MemoryError,
-            RecursionError,
-            SyntaxError,
-            TypeError,
-            ValueError,
-        ),
-        gym.error.Error,
-    ) as error:
+    except _MALFORMED as error:
         raise CheckpointError(f"{source} holds no state of this environment: {error!r}") from error
 
 
