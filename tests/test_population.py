@@ -285,7 +285,7 @@ def train_commons(tmp_path, **settings):
 @pytest.mark.parametrize(("decay_rate", "outlasts"), [(0.995, 138.28), (0.99, 68.97)])
 @pytest.mark.parametrize("policies", ["shared", "independent"])
 def test_the_closed_forms_hold_in_the_training_loop(tmp_path, decay_rate, outlasts, policies):
-    """One resource, taken and punished every turn: guilt from the sixth turn on, and until ln 2 / -ln decay after the last."""
+    """One resource, taken and punished every turn: guilt from the sixth on, until ln 2 / -ln decay after the last."""
     punished, free = 40, 160
     turns = train_commons(
         tmp_path,

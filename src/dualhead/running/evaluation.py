@@ -8,11 +8,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dualhead.networks.policy import RecurrentPolicy
+from dualhead.config import RunConfig
 from dualhead.running.checkpoint import RunError, read_config
-from dualhead.running.playing import Player, load_weights, run_directory
-from dualhead.types import DataError
-from dualhead.worlds.streams import Streams, make_streams
+from dualhead.running.playing import Player, Policy, load_weights, run_directory
+from dualhead.types import DataError, as_numpy
+from dualhead.worlds.registry import open_streams
+from dualhead.worlds.streams import Streams
 
 EVALUATION_ENVS = 20
 EVALUATION_SEED = 10_000
@@ -50,7 +51,7 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(
-    policy: RecurrentPolicy, streams: Streams, *, episodes: int, seed: int = EVALUATION_SEED, deterministic: bool = True
+    policy: Policy, streams: Streams, *, episodes: int, seed: int = EVALUATION_SEED, deterministic: bool = True
 ) -> Evaluation:
     """Plays whole episodes, an equal share in every stream (counting whichever end first would favour short ones).
 
@@ -75,8 +76,8 @@ def evaluate(
     observations, ended = streams.reset(seed=seed), np.ones(num_streams, dtype=bool)
     while any(len(done) < share for done, share in zip(returns, shares)):
         step = streams.step(player.act(observations, ended, deterministic=deterministic))
-        observations, ended = step.observations, step.terminated | step.truncated
-        running_return += step.rewards
+        observations, ended = step.observations, as_numpy(step.terminated) | as_numpy(step.truncated)
+        running_return += as_numpy(step.rewards)
         running_length += 1
         for stream in np.flatnonzero(ended):
             if len(returns[stream]) < shares[stream]:
@@ -85,6 +86,12 @@ def evaluate(
         running_return[ended] = 0.0
         running_length[ended] = 0
     return Evaluation([x for part in returns for x in part], [x for part in lengths for x in part])
+
+
+def evaluation_envs(config: RunConfig, episodes: int) -> int:
+    """Environments (or worlds) to play that many episodes in: each agent of a world plays its own."""
+    per_env = config.num_streams // config.num_envs
+    return max(1, min(episodes, EVALUATION_ENVS) // per_env)
 
 
 def evaluate_run(
@@ -99,7 +106,7 @@ def evaluate_run(
     if episodes < 1:
         raise RunError(f"episodes: expected at least 1, got {episodes}")
     config = read_config(run_directory(run_dir))
-    streams = make_streams(config.env, min(episodes, EVALUATION_ENVS))
+    streams = open_streams(config, num_envs=evaluation_envs(config, episodes))
     try:
         policy, _, _ = load_weights(run_dir, config, streams.observation_space, streams.action_space)
         return evaluate(policy, streams, episodes=episodes, seed=seed, deterministic=deterministic)

@@ -22,7 +22,7 @@ from dualhead.running.checkpoint import RunError, read_config, write_json
 from dualhead.running.playing import load_weights, run_directory
 from dualhead.storage import write_bytes
 from dualhead.types import RecurrentState
-from dualhead.worlds.streams import make_streams
+from dualhead.worlds.registry import open_streams
 
 FORMAT, FORMAT_VERSION = "dualhead-onnx-policy", 1
 OPSET = 17
@@ -71,10 +71,12 @@ def export_policy(run: str | os.PathLike[str], out: str | os.PathLike[str]) -> d
         raise RunError("exporting needs the package onnx: pip install 'dualhead[onnx]'")
     folder = run_directory(run)
     config = read_config(folder)
-    streams = make_streams(config.env, 1)
+    streams = open_streams(config, num_envs=1)
     streams.close()
     spec, actions = ObservationSpec(streams.observation_space), ActionSpec(streams.action_space)
     policy, checkpoint, metadata = load_weights(run, config, streams.observation_space, streams.action_space)
+    if not isinstance(policy, RecurrentPolicy):
+        raise RunError(f"{folder} holds a policy for each agent: only a run with --policies shared can be exported")
     graph = StepGraph(policy, spec, actions)
     contents = to_onnx(graph)
     description = {

@@ -14,10 +14,13 @@ from dualhead.config import RunConfig
 from dualhead.networks.encoders import ObservationSpec
 from dualhead.networks.heads import ActionSpec
 from dualhead.networks.policy import RecurrentPolicy
+from dualhead.population import IndependentPolicies
 from dualhead.running.checkpoint import read_config, read_newest
 from dualhead.storage import fill, read_tensors, without_prefix
 from dualhead.types import DataError, RecurrentState
-from dualhead.worlds.streams import make_streams
+from dualhead.worlds.registry import open_streams
+
+Policy = RecurrentPolicy | IndependentPolicies
 
 
 class Player:
@@ -39,9 +42,7 @@ class Player:
         seed: of sampled actions; the global random state is neither read nor changed.
     """
 
-    def __init__(
-        self, policy: RecurrentPolicy, observation_space: gym.Space, action_space: gym.Space, *, seed: int = 0
-    ) -> None:
+    def __init__(self, policy: Policy, observation_space: gym.Space, action_space: gym.Space, *, seed: int = 0) -> None:
         self.policy = policy
         self.observation_space = observation_space
         self.action_space = action_space
@@ -116,7 +117,7 @@ def load_policy(run: str | os.PathLike[str], *, seed: int = 0) -> Player:
         UnavailableEnvironment: the run's environment cannot be made here.
     """
     config = read_config(run_directory(run))
-    streams = make_streams(config.env, 1)
+    streams = open_streams(config, num_envs=1)
     streams.close()
     policy, _, _ = load_weights(run, config, streams.observation_space, streams.action_space)
     return Player(policy, streams.observation_space, streams.action_space, seed=seed)
@@ -130,19 +131,25 @@ def run_directory(run: str | os.PathLike[str]) -> Path:
 
 def load_weights(
     run: str | os.PathLike[str], config: RunConfig, observation_space: gym.Space, action_space: gym.Space
-) -> tuple[RecurrentPolicy, Path, dict[str, Any]]:
+) -> tuple[Policy, Path, dict[str, Any]]:
     """The policy of a run's newest whole checkpoint (or of the checkpoint file given), that file and its metadata."""
-    policy = RecurrentPolicy(
-        ObservationSpec(observation_space),
-        ActionSpec(action_space),
-        config=config.network,
-        normalize_observations=config.ppo.normalize_observations,
-    )
+    num_policies = config.commons.num_agents if config.policies == "independent" else 1
+    policies = [
+        RecurrentPolicy(
+            ObservationSpec(observation_space),
+            ActionSpec(action_space),
+            config=config.network,
+            normalize_observations=config.ppo.normalize_observations,
+        )
+        for _ in range(num_policies)
+    ]
     path = Path(run)
     if path.is_file():
         tensors, metadata = read_tensors(path)
     else:
         path, tensors, metadata = read_newest(path)
-    weights: dict[str, Any] = policy.state_dict(keep_vars=True)
-    fill(weights, without_prefix("policy", tensors), what=str(path))
-    return policy, path, metadata
+    for agent, policy in enumerate(policies):
+        weights: dict[str, Any] = policy.state_dict(keep_vars=True)
+        prefix = "policy" if config.policies == "shared" else f"agent_{agent}/policy"
+        fill(weights, without_prefix(prefix, tensors), what=str(path))
+    return policies[0] if config.policies == "shared" else IndependentPolicies(policies), path, metadata

@@ -27,7 +27,7 @@ from dualhead.running.checkpoint import (
     save_best,
     write_json,
 )
-from dualhead.running.evaluation import EVALUATION_ENVS, evaluate
+from dualhead.running.evaluation import evaluate, evaluation_envs
 from dualhead.running.machine import keep_freed_memory, use_threads
 from dualhead.running.metrics import CSVWriter, ProgressDisplay, Writer, make_writers, require_packages
 from dualhead.running.session import Session, restore_newest
@@ -110,7 +110,7 @@ def _prepare(config: RunConfig) -> None:
     use_threads(config.num_threads)
     # Our own code never draws from these; an environment may.
     random.seed(config.seed)
-    np.random.seed(config.seed % 2**32)
+    np.random.seed(config.seed % 2**32)  # noqa: NPY002
     torch.manual_seed(config.seed)
 
 
@@ -208,7 +208,7 @@ class Evaluator:
             return self._last[1]
         with preserved_randomness():
             if self._streams is None:
-                self._streams = open_streams(session.config, num_envs=self._num_envs())
+                self._streams = open_streams(session.config, num_envs=evaluation_envs(session.config, self._episodes))
             summary = evaluate(session.learner.policy, self._streams, episodes=self._episodes).summary()
         self._writer.write(session.learner.num_steps, summary)
         if session.config.eval_every:
@@ -217,20 +217,16 @@ class Evaluator:
         self._last = session.learner.num_steps, metrics
         return metrics
 
-    def _num_envs(self) -> int:
-        streams_of_one = self._session.config.num_streams // self._session.config.num_envs
-        return max(1, min(self._episodes, EVALUATION_ENVS) // streams_of_one)
-
 
 @contextmanager
 def preserved_randomness() -> Iterator[None]:
     """Puts the global random states back as they were."""
-    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
     try:
         yield
     finally:
         random.setstate(before[0])
-        np.random.set_state(before[1])
+        np.random.set_state(before[1])  # noqa: NPY002
         torch.set_rng_state(before[2])
 
 

@@ -385,6 +385,10 @@ class Commons:
 
     # Saving and loading.
 
+    @property
+    def resumable(self) -> None:
+        """None: it can go on from `state`, always; see `streams.Streams`."""
+
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything that the rest of the run depends on: tensors by name (copies), and JSON metadata."""
         tensors = {name: tensor.clone() for name, tensor in self._tensors().items()}
@@ -396,8 +400,13 @@ class Commons:
             "num_counted": self._num_counted,
         }
 
-    def restore(self, tensors: dict[str, Tensor], metadata: dict[str, Any], *, source: str = "checkpoint") -> None:
+    def restore(
+        self, tensors: dict[str, Tensor], metadata: dict[str, Any], *, source: str = "checkpoint"
+    ) -> dict[str, Any]:
         """Takes back what `state` gave, and goes on with the same bits; `events` are of the last step made here.
+
+        Returns:
+            The observations that were to be acted on.
 
         Raises:
             CheckpointError: it is of other rules, another number of worlds or another kind of device; nothing changes.
@@ -409,6 +418,7 @@ class Commons:
         self._generator.set_state(tensors["rng"].cpu())
         self.turn, self._epoch_turn = int(metadata["turn"]), int(metadata["epoch_turn"])
         self._num_counted = int(metadata["num_counted"])
+        return self.observations()
 
     def _tensors(self) -> dict[str, Tensor]:
         return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 from collections.abc import Callable
@@ -9,13 +10,18 @@ from typing import Any, NamedTuple, Protocol
 
 import gymnasium as gym
 import numpy as np
+import torch
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from gymnasium.vector.utils import concatenate, create_empty_array, iterate
 from numpy.typing import NDArray
+from torch import Tensor
 
 import dualhead.worlds.tasks  # noqa: F401  (registers dualhead/...)
 from dualhead.config import COMMONS
 from dualhead.norms import NormEvents
+from dualhead.storage import CheckpointError
+from dualhead.worlds.object_graph import CannotSnapshot, Snapshot
+from dualhead.worlds.snapshots import SnapshotWrapper, can_snapshot, capture_process, restore_process
 
 _EXTRAS = {"popgym": "popgym", "minigrid": "MiniGrid"}
 """Package and extra of the same name -> prefix of its environment ids."""
@@ -60,6 +66,10 @@ class Streams(Protocol):
     def action_space(self) -> gym.Space:
         """Of one stream."""
 
+    @property
+    def resumable(self) -> str | None:
+        """None where `state` and `restore` go on to the same bits, else the reason in words why they cannot."""
+
     def reset(self, *, seed: int | None = None) -> Any:
         """Begins an episode in every stream; observations [B, ...]."""
 
@@ -68,6 +78,12 @@ class Streams(Protocol):
 
     def statistics(self) -> dict[str, float]:
         """Numbers for the log since the last call."""
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything that the coming steps depend on: tensors by name, and JSON metadata."""
+
+    def restore(self, tensors: dict[str, Tensor], metadata: dict[str, Any], *, source: str = "checkpoint") -> Any:
+        """Takes back what `state` gave, in streams made in the same way; the observations [B, ...] of that moment."""
 
     def close(self) -> None:
         """Frees what the environments hold."""
@@ -86,6 +102,7 @@ class GymnasiumStreams:
             raise ValueError(f"expected a vector environment with autoreset_mode=SAME_STEP, got {mode}")
         self.envs = envs
         self.num_streams = envs.num_envs
+        self._observations: Any = None
 
     @property
     def observation_space(self) -> gym.Space:
@@ -95,16 +112,95 @@ class GymnasiumStreams:
     def action_space(self) -> gym.Space:
         return self.envs.single_action_space
 
+    @functools.cached_property
+    def resumable(self) -> str | None:
+        """None where `state` and `restore` go on to the same bits, else the reason in words.
+
+        It is found by playing two more environments of the first kind for a moment, once.
+        """
+        if not isinstance(self.envs, SyncVectorEnv | AsyncVectorEnv):
+            return f"the environments inside {type(self.envs).__name__} cannot be reached"
+        make_one = self.envs.env_fns[0]
+        if isinstance(self.envs, AsyncVectorEnv):
+            one = make_one()
+            one.close()
+            if not isinstance(one, SnapshotWrapper):
+                return "environments in processes of their own must be wrapped in SnapshotWrapper (make_streams does)"
+        return can_snapshot(make_one)
+
     def reset(self, *, seed: int | None = None) -> Any:
-        observations, _ = self.envs.reset(seed=seed)
-        return observations
+        self._observations, _ = self.envs.reset(seed=seed)
+        return self._observations
 
     def step(self, actions: Any) -> StreamStep:
         observations, rewards, terminated, truncated, infos = self.envs.step(actions)
+        self._observations = observations
         final = None
         if "final_obs" in infos:
             final = self._join(observations, infos["final_obs"])
         return StreamStep(observations, rewards, terminated, truncated, final)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Every environment, the observations to act on next, and the processes' global generators.
+
+        The vector environment itself keeps nothing from one step to the next: each step overwrites its arrays.
+
+        Returns:
+            tensors: uint8, structure and data of a snapshot each. They are of this process; with processes for the
+                environments there is one more for each of them.
+            metadata: JSON.
+
+        Raises:
+            CannotSnapshot: see `resumable`.
+            RuntimeError: there was no `reset()` yet.
+        """
+        if self._observations is None:
+            raise RuntimeError("state() needs streams that have begun: call reset() first")
+        if isinstance(self.envs, AsyncVectorEnv):
+            snapshots = [capture_process(observations=self._observations)]
+            for number, given in enumerate(self.envs.call("take_snapshot")):
+                if isinstance(given, str):
+                    raise CannotSnapshot(f"environment {number}: {given}")
+                snapshots.append(given)
+        elif isinstance(self.envs, SyncVectorEnv):
+            snapshots = [capture_process(envs=self.envs.envs, observations=self._observations)]
+        else:
+            raise CannotSnapshot(f"the environments inside {type(self.envs).__name__} cannot be reached")
+        tensors = {}
+        for number, snapshot in enumerate(snapshots):
+            for part, contents in snapshot._asdict().items():
+                tensors[f"{number}/{part}"] = torch.from_numpy(np.frombuffer(bytearray(contents), np.uint8))
+        return tensors, {"num_streams": self.num_streams, "num_snapshots": len(snapshots)}
+
+    def restore(self, tensors: dict[str, Tensor], metadata: dict[str, Any], *, source: str = "checkpoint") -> Any:
+        """Takes back what `state` gave, and the global generators of `random` and NumPy with it.
+
+        Returns:
+            The observations [B, ...] that were to be acted on.
+
+        Raises:
+            CheckpointError: it is of other environments, another number of them, or another vectorization; the
+                environments must be reset then.
+        """
+        num_snapshots = 1 + self.num_streams if isinstance(self.envs, AsyncVectorEnv) else 1
+        ours = {"num_streams": self.num_streams, "num_snapshots": num_snapshots}
+        if metadata != ours:
+            raise CheckpointError(
+                f"{source} is of other streams: {metadata}, expected {ours}; resume with the same num_envs and "
+                f"vectorization"
+            )
+        try:
+            saved = {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
+            snapshots = [Snapshot(saved[f"{n}/structure"], saved[f"{n}/data"]) for n in range(num_snapshots)]
+        except KeyError as error:
+            raise CheckpointError(f"{source} lacks the state of an environment: {error}") from error
+        parts: dict[str, Any] = {"observations": self.envs.reset(seed=0)[0]}
+        if isinstance(self.envs, AsyncVectorEnv):
+            self.envs.set_attr("snapshot", snapshots[1:])
+        elif isinstance(self.envs, SyncVectorEnv):
+            parts["envs"] = self.envs.envs
+        self._observations = restore_process(snapshots[0], source=source, **parts).observations
+        return self._observations
 
     def _join(self, observations: Any, final: NDArray[np.object_]) -> Any:
         """The observations with those of ended streams replaced by their final ones."""
@@ -172,7 +268,8 @@ def make_streams(env: str, num_envs: int, *, vectorization: str = "sync", **kwar
 
     if vectorization == "async":
         make_env(env, **kwargs).close()  # its errors are clearer from this process
-        return GymnasiumStreams(AsyncVectorEnv([one] * num_envs, autoreset_mode=AutoresetMode.SAME_STEP))
+        wrapped = [lambda: SnapshotWrapper(one())] * num_envs
+        return GymnasiumStreams(AsyncVectorEnv(wrapped, autoreset_mode=AutoresetMode.SAME_STEP))
     return GymnasiumStreams(LeanSyncVectorEnv([one] * num_envs))
 
 
@@ -191,6 +288,20 @@ def make_env(env: str, **kwargs: Any) -> gym.Env:
     except (gym.error.Error, ModuleNotFoundError, TypeError) as error:
         raise UnavailableEnvironment(f"cannot make environment {env!r}: {error}") from error
     return _without_mission(made) if env.startswith("MiniGrid") else made
+
+
+def restart(streams: Streams, *, seed: int, num_steps: int) -> Any:
+    """Begins an episode in every stream of a resumed run whose streams' state was not kept.
+
+    Args:
+        streams: of which `resumable` says why.
+        seed: of the run.
+        num_steps: done before; with it the seed changes, so that the run does not see its beginning again.
+
+    Returns:
+        Observations [B, ...]. Recurrent states must be reset with it.
+    """
+    return streams.reset(seed=int(np.random.SeedSequence([seed, num_steps]).generate_state(1)[0] >> 1))
 
 
 def environment_ids() -> list[str]:
