@@ -14,9 +14,10 @@ from gymnasium import spaces
 
 from dualhead.config import NetworkConfig, PPOConfig, RunConfig
 from dualhead.running.checkpoint import new_run_dir
-from dualhead.running.metrics import CSVWriter, TensorBoardWriter
-from dualhead.running.trainer import make_learner, run_loop
-from dualhead.worlds.streams import make_env, make_streams
+from dualhead.running.metrics import make_writers
+from dualhead.running.session import Session
+from dualhead.running.trainer import Evaluator, run_loop
+from dualhead.worlds.streams import make_env
 
 PRECISIONS = tuple(["fp32", "bf16"] if "precision" in PPOConfig.model_fields else ["fp32"])
 
@@ -187,14 +188,16 @@ def time_ours(
                 **chosen,
             ),
         )
-        streams = make_streams(config.env, config.num_envs)
+        session = Session(config)
         run_dir = new_run_dir(config)
-        logs = [CSVWriter(run_dir), TensorBoardWriter(run_dir)]
         stopwatch = _Stopwatch(between)
+        logs = make_writers(config, run_dir, show_progress=False)
         try:
-            run_loop(config, make_learner(config, streams), streams, [*logs, stopwatch], run_dir, [])
+            session.begin()
+            with Evaluator(session, run_dir, resume_at=None) as evaluator:
+                run_loop(session, [*logs, stopwatch], evaluator, run_dir, [])
         finally:
             for log in logs:
                 log.close()
-            streams.close()
+            session.close()
     return stopwatch.timings

@@ -6,7 +6,7 @@ import torch
 
 from dualhead.config import NetworkConfig, PPOConfig, RunConfig
 from dualhead.running.checkpoint import new_run_dir, save_checkpoint
-from dualhead.running.trainer import make_agent
+from dualhead.running.session import make_learner
 from dualhead.worlds.streams import make_streams
 
 
@@ -23,9 +23,9 @@ def save_run(path, env="dualhead/RecallCue-v0", *, memory="lstm", num_layers=1, 
     )
     run_dir = new_run_dir(config)
     streams = make_streams(env, num_envs)
-    agent = make_agent(config, streams)
+    agent = make_learner(config, streams)
     randomize(agent.policy, seed)
-    save_checkpoint(run_dir, *agent.state())
+    save_checkpoint(run_dir, *agent.state(), keep=config.keep_checkpoints)
     streams.close()
     return run_dir
 

@@ -16,7 +16,7 @@ from dualhead.networks.heads import ActionSpec
 from dualhead.networks.policy import RecurrentPolicy
 from dualhead.running.checkpoint import RunError, checkpoints, read_config
 from dualhead.running.evaluation import Evaluation, evaluate
-from dualhead.running.trainer import make_agent
+from dualhead.running.session import make_learner
 from dualhead.storage import CheckpointError
 from dualhead.worlds.streams import make_streams
 
@@ -66,7 +66,7 @@ def make_player(action_space, *, memory="lstm", seed=0, observation_space=None):
 def test_a_loaded_policy_acts_as_the_agent_that_was_saved(tmp_path, memory):
     run = save_run(tmp_path / "run", memory=memory, num_layers=2, num_envs=3)
     streams = make_streams("dualhead/RecallCue-v0", 3)
-    agent = make_agent(read_config(run), streams)
+    agent = make_learner(read_config(run), streams)
     agent.load(checkpoints(run)[0])
     player = load_policy(run, seed=0)  # samples with the numbers that the agent's seed gives
     observations, starts = streams.reset(seed=5), np.ones(3, bool)

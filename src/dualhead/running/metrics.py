@@ -107,13 +107,16 @@ class Writer(Protocol):
         """Flushes what is not written yet."""
 
 
-def make_writers(config: RunConfig, run_dir: Path, *, resume_at: int | None = None) -> list[Writer]:
+def make_writers(
+    config: RunConfig, run_dir: Path, *, resume_at: int | None = None, show_progress: bool = True
+) -> list[Writer]:
     """All that a run's metrics are written to, opened.
 
     Args:
         config: of the run.
         run_dir: of the run.
         resume_at: environment steps of the checkpoint that the run goes on from; what was written after it gives way.
+        show_progress: on the terminal, too.
 
     Raises:
         RunError: a package is missing, or something cannot be opened or written.
@@ -130,7 +133,7 @@ def make_writers(config: RunConfig, run_dir: Path, *, resume_at: int | None = No
         for opened in writers:
             opened.close()
         raise
-    return writers
+    return [*writers, ProgressDisplay(config.total_steps)] if show_progress else writers
 
 
 def require_packages(config: RunConfig) -> None:

@@ -17,6 +17,7 @@ from dualhead.population import IndependentLearners, Learner, Turnover, strength
 from dualhead.running.checkpoint import RunError, read_newest, save_checkpoint
 from dualhead.running.metrics import EpisodeTracker
 from dualhead.storage import RUN_PREFIX, CheckpointError, with_prefix, without_prefix
+from dualhead.worlds.object_graph import CannotSnapshot
 from dualhead.worlds.registry import open_streams
 from dualhead.worlds.streams import Streams, StreamStep, restart
 
@@ -104,8 +105,11 @@ class Session:
         }
         kept = {"rng": torch.get_rng_state()}
         if self.streams.resumable is None:
-            of_streams, run["streams"] = self.streams.state()
-            kept |= with_prefix("streams", of_streams)
+            try:
+                of_streams, run["streams"] = self.streams.state()
+                kept |= with_prefix("streams", of_streams)
+            except CannotSnapshot as error:  # they could be saved when the run began
+                warnings.warn(f"{self.config.env} is not saved with this checkpoint: {error}", stacklevel=2)
         return tensors | with_prefix(RUN_PREFIX, kept), metadata | {RUN_PREFIX: run}
 
     def restore(self, tensors: dict[str, Tensor], metadata: dict[str, Any], *, source: str) -> None:

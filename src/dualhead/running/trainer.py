@@ -29,7 +29,7 @@ from dualhead.running.checkpoint import (
 )
 from dualhead.running.evaluation import evaluate, evaluation_envs
 from dualhead.running.machine import keep_freed_memory, use_threads
-from dualhead.running.metrics import CSVWriter, ProgressDisplay, Writer, make_writers, require_packages
+from dualhead.running.metrics import CSVWriter, Writer, make_writers, require_packages
 from dualhead.running.session import Session, restore_newest
 from dualhead.types import DataError, DivergedError
 from dualhead.worlds.registry import open_streams
@@ -129,9 +129,7 @@ def _run(session: Session, run_dir: Path, *, resume_at: int | None, show_progres
             stacklevel=3,
         )
     with ExitStack() as stack:
-        writers = make_writers(config, run_dir, resume_at=resume_at)
-        if show_progress:
-            writers.append(ProgressDisplay(config.total_steps))
+        writers = make_writers(config, run_dir, resume_at=resume_at, show_progress=show_progress)
         for writer in writers:
             stack.callback(writer.close)
         evaluator = stack.enter_context(Evaluator(session, run_dir, resume_at=resume_at))
