@@ -131,6 +131,18 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
         Panel("norms/guilt/*", "Guilt by resource", "task reward per step", "mean over streams and steps"),
         Panel("rollout/guilt", "Guilt", "task reward per step", "mean over a rollout"),
     ),
+    "Commons": (
+        Panel("commons/taken/*", "Resources taken", "per agent and turn", "by kind"),
+        Panel("newcomers/taken/*", "Resources taken by newcomers", "per agent and turn", "by kind"),
+        Panel("incumbents/taken/*", "Resources taken by incumbents", "per agent and turn", "by kind"),
+        Panel("commons/punished/*", "Punishments", "per agent and turn", "by the kind they were for"),
+        Panel("commons/level", "Punishment level", "p", "mean over worlds, after the votes"),
+        Panel("commons/votes/*", "Votes", "per agent and turn", "cast in season, whether they counted or not"),
+        Panel("commons/harm/*", "Harm", "task reward per agent and turn", "dealt to all others, and paid for"),
+        Panel("newcomers/strength/*", "Norm strength of newcomers", "punishments, undecayed", "mean over streams"),
+        Panel("incumbents/strength/*", "Norm strength of incumbents", "punishments, undecayed", "mean over streams"),
+        Panel("lineage/*", "Who is in each place", "number of the individual", "founders have the lowest numbers"),
+    ),
     "Speed": (
         Panel(
             "time/steps_per_s", "Speed", "environment steps per second", "acting, learning and environments together"

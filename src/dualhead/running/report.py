@@ -121,6 +121,8 @@ def read_run(path: Path) -> Run:
     metrics = read_table(path / "metrics.csv")
     if not metrics:
         raise RunError(f"{path} has no numbers yet: metrics.csv gets a row after the first update")
+    # What evaluations gave is there as well, only where it fell together with an update.
+    metrics = {name: curve for name, curve in metrics.items() if not name.startswith("evaluation/")}
     evaluations = read_table(path / "evaluations.csv")
     for name in ("mean_return", "mean_length", "ci95_low", "ci95_high"):
         if name in evaluations:

@@ -16,13 +16,16 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
+from dualhead.config import COMMONS
 from dualhead.running.checkpoint import RunError, read_config
 from dualhead.running.evaluation import EVALUATION_SEED
 from dualhead.running.playing import Player, load_weights, run_directory
 from dualhead.types import DataError
+from dualhead.worlds.commons import Commons
 from dualhead.worlds.streams import make_env
 
 DEFAULT_FPS = 30
+COMMONS_FPS = 5.0
 GIF_MAX_FRAMES, GIF_MAX_WIDTH, GIF_MAX_FPS = 500, 300, 50
 """Frames, pixels, frames per second: larger pictures do not fit a page, faster ones are slowed down by browsers."""
 
@@ -35,7 +38,7 @@ def record_video(
     seed: int = EVALUATION_SEED,
     deterministic: bool = True,
 ) -> Path:
-    """Films one episode, at the pace of the environment's `render_fps`.
+    """Films one episode (in the commons: an epoch of one world), at the pace of the environment's `render_fps`.
 
     Args:
         run_dir: a run directory (its newest whole checkpoint plays), or one of its checkpoint files.
@@ -61,13 +64,20 @@ def record_video(
         raise RunError(f"max_steps: expected at least 1, got {max_steps}")
     _imageio(out)
     config = read_config(run_directory(run_dir))
-    env = _renderable(config.env)
+    env: gym.Env | Commons = Commons(config.commons) if config.env == COMMONS else _renderable(config.env)
     try:
         policy, _, _ = load_weights(run_dir, config, env.observation_space, env.action_space)
         player = Player(policy, env.observation_space, env.action_space, seed=seed)
-        fps = float(env.metadata.get("render_fps") or DEFAULT_FPS)
+        if isinstance(env, Commons):
+            fps, frames = (
+                COMMONS_FPS,
+                _frames_of_commons(env, player, max_steps, seed=seed, deterministic=deterministic),
+            )
+        else:
+            fps = float(env.metadata.get("render_fps") or DEFAULT_FPS)
+            frames = _frames(env, player, max_steps, seed=seed, deterministic=deterministic)
         with _replacing(out) as unfinished:
-            write(unfinished, _frames(env, player, max_steps, seed=seed, deterministic=deterministic), fps)
+            write(unfinished, frames, fps)
     except DataError as error:
         raise RunError(f"{config.env}: {error}") from error
     except gym.error.DependencyNotInstalled as error:
@@ -103,6 +113,19 @@ def _frames(
         yield _frame(env)
         if terminated or truncated:
             return
+
+
+def _frames_of_commons(
+    commons: Commons, player: Player, max_steps: int, *, seed: int, deterministic: bool
+) -> Iterator[NDArray[np.uint8]]:
+    """Pictures of one world over an epoch."""
+    observations = commons.reset(seed=seed)
+    starts = np.ones(commons.num_streams, dtype=bool)
+    yield commons.frame()
+    for _ in range(min(max_steps, commons.config.epoch_turns)):
+        observations = commons.step(player.act(observations, starts, deterministic=deterministic)).observations
+        starts[:] = False
+        yield commons.frame()
 
 
 def _frame(env: gym.Env) -> NDArray[np.uint8]:
