@@ -15,9 +15,10 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-# Half a minute on two cores: an agent learns to balance a pole it sees no velocity of; without memory it cannot.
+# About two minutes on two cores: what happens to taking the harmful resource when punishment stops, with and without
+# internalised norms. Prints a table and draws runs/demo/overview.png.
 demo: $(STAMP)
-	$(BIN)/python examples/01_demo.py
+	$(BIN)/dualhead study norms_small --out runs/demo
 
 test: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ARGUMENTS = {"01_demo.py": ["--total-steps", "2048", "--out", "demo"]}
+ARGUMENTS = {"01_memory.py": ["--total-steps", "2048", "--out", "demo"]}
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
-"""Balance a pole without seeing any velocity: an LSTM can, a memoryless control cannot. What `make demo` runs.
+"""Balance a pole without seeing any velocity: an LSTM can, a memoryless control cannot.
 
-Usage: python examples/01_demo.py [--total-steps N] [--out DIR]
+Usage: python examples/01_memory.py [--total-steps N] [--out DIR]
 """
 
 import argparse
