@@ -2,7 +2,7 @@
 
     python benchmarks/commons.py [--json]
 
-The world alone is stepped with random actions, ten agents a world; medians over `--repeats` stretches of about a second.
+The world alone is stepped with random actions, ten agents a world; medians over `--repeats` stretches of a second.
 """
 
 from __future__ import annotations
@@ -87,9 +87,7 @@ def main() -> None:
         return
     for row in rows:
         if "num_worlds" in row:
-            print(
-                f"{row['form']:>6}, {row['num_worlds']:>5} worlds of 10: {row['agent_steps_per_s']:>12,.0f} agent-steps/s"
-            )
+            print(f"{row['form']:>6}, {row['num_worlds']:>5} worlds of 10: {row['agent_steps_per_s']:>12,.0f} steps/s")
         else:
             print(
                 f"{row['form']:>6}, training, default network: {row['training_steps_per_s']:>8,.0f} agent-steps/s, "
