@@ -17,6 +17,7 @@ import pytest
 import torch
 from gymnasium import spaces
 
+from dualhead import DualHeadRecurrentPPO
 from dualhead.cli import main
 from dualhead.config import NetworkConfig, PPOConfig, RunConfig
 from dualhead.running.checkpoint import RunError, checkpoints, read_newest
@@ -24,7 +25,7 @@ from dualhead.running.machine import use_threads
 from dualhead.running.metrics import CSVWriter, EpisodeTracker, ProgressDisplay
 from dualhead.running.trainer import train
 from dualhead.storage import read_tensors
-from dualhead.worlds.streams import StreamStep
+from dualhead.worlds.streams import StreamStep, make_streams
 
 SMALL = NetworkConfig(hidden_size=8, encoder_sizes=(8,))
 TINY_OPTIONS = ["--total-steps", "64", "--num-envs", "2", "--rollout-length", "8", "--sequence-length", "4"]
@@ -297,3 +298,21 @@ def test_envs_lists_what_is_here(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert "dualhead/CartPoleNoVel-v1  (tuned settings)" in lines
     assert "dualhead/PendulumNoVel-v1" in [line.split()[0] for line in lines]
+
+
+def test_an_agent_of_ones_own_loads_the_checkpoint_of_a_run(tmp_path):
+    config = tiny_config(tmp_path / "run")
+    summary = train(config)
+    streams = make_streams(config.env, config.num_envs)
+    agent = DualHeadRecurrentPPO(
+        streams.observation_space,
+        streams.action_space,
+        num_streams=config.num_envs,
+        config=config.ppo,
+        network=config.network,
+    )
+    agent.load(summary["checkpoint"])
+    _, saved, _ = read_newest(tmp_path / "run")
+    for name, weight in agent.policy.state_dict().items():
+        assert torch.equal(weight, saved[f"policy/{name}"])
+    assert agent.num_steps == summary["steps"]

@@ -26,7 +26,7 @@ from dualhead.networks.encoders import (
 from dualhead.networks.heads import ActionSpec
 from dualhead.networks.policy import RecurrentPolicy
 from dualhead.norms import NormEnforcer, NormEvents
-from dualhead.storage import CheckpointError, check_fit, fill, read_tensors, with_prefix, write_tensors
+from dualhead.storage import RUN_PREFIX, CheckpointError, check_fit, fill, read_tensors, with_prefix, write_tensors
 from dualhead.types import ActionSample, DataError, Observations, RecurrentState
 
 _SHAPING_SETTINGS = ("rollout_length", "burn_in", "normalize_observations", "normalize_rewards")
@@ -531,12 +531,14 @@ class DualHeadRecurrentPPO:
         write_tensors(path, *self.state())
 
     def load(self, path: str | os.PathLike[str]) -> None:
-        """Goes on exactly where the agent that saved this file was.
+        """Goes on exactly where the agent that saved this file was; a run's checkpoint serves as well.
 
         Raises:
             CheckpointError: unreadable, truncated, or of another architecture; the agent is unchanged.
         """
-        self.restore(*read_tensors(path), source=str(path))
+        tensors, metadata = read_tensors(path)
+        own = {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{RUN_PREFIX}/")}
+        self.restore(own, metadata, source=str(path))
 
     def _init_optimizer_state(self) -> None:
         """Gives Adam its (zero) moments now, so that there is something to load into."""
