@@ -476,6 +476,18 @@ TUNED: dict[str, dict[str, Any]] = {
             "learning_rate_schedule": "linear",
         },
     },
+    COMMONS: {
+        "total_steps": 300_000,
+        "num_envs": 4,
+        "network": {"hidden_size": 64, "encoder_sizes": (64,)},
+        "ppo": {
+            "rollout_length": 50,
+            "batch_size": 500,
+            "learning_rate": 1e-3,
+            "gamma": 0.95,
+            "normalize_rewards": True,
+        },
+    },
     "popgym-RepeatPrevious*": {
         "total_steps": 1_500_000,
         "num_envs": 64,

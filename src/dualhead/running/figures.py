@@ -154,6 +154,7 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
         Panel("update/learning_rate", "Learning rate", "step size of Adam", "after its schedule"),
         Panel("update/entropy_coef/*", "Entropy weight", "weight", "after its schedule"),
         Panel("update/optimizer_steps", "Optimiser steps", "per update", "fewer where target_kl ended an update"),
+        Panel("update/skipped_steps", "Skipped steps", "per update", "for a loss or gradient that was not finite"),
         Panel("policy/first_ratio_error", "First ratio error", "distance from 1", "rounding only, if all is well"),
     ),
 }
