@@ -204,12 +204,14 @@ class Ceilings:
                     loss = logits.sum() + values.sum()
                 loss.backward()
 
-    def plain_torch(self, *, skip: int) -> tuple[float, int]:
-        """Plain torch's steps/s and the sequence length it took; medians without the first turns."""
-        learn_s = {length: statistics.median(seconds[skip:]) for length, seconds in self.learn_s.items()}
-        fastest = min(learn_s, key=learn_s.__getitem__)
+    def plain_torch(self, *, skip: int) -> dict[int, float]:
+        """Plain torch's steps/s by sequence length, the fastest first; medians without the first turns."""
         env_s, act_s = (statistics.median(part[skip:]) for part in (self.env_s, self.act_s))
-        return self.workload.num_steps / (env_s + act_s + learn_s[fastest]), fastest
+        rates = {
+            length: self.workload.num_steps / (env_s + act_s + statistics.median(seconds[skip:]))
+            for length, seconds in self.learn_s.items()
+        }
+        return dict(sorted(rates.items(), key=lambda item: -item[1]))
 
     def ceilings(self, *, skip: int) -> dict[str, tuple[float, float]]:
         """Steps/s and FLOP/s by each matrix product; medians without the first turns."""
@@ -245,7 +247,8 @@ def measure(workload: Workload, args: argparse.Namespace) -> tuple[dict, str]:
     ceilings.close()
     rates = [workload.num_steps / timing.total for timing in timings]
     ours = statistics.median(rates)
-    plain, length = ceilings.plain_torch(skip=args.warm_up)
+    plain_by_length = ceilings.plain_torch(skip=args.warm_up)
+    plain = max(plain_by_length.values())
     by_product = ceilings.ceilings(skip=args.warm_up)
     ceiling, _ = by_product[args.product]
     seconds = Timing(*(statistics.median(part) for part in zip(*timings)))
@@ -258,7 +261,10 @@ def measure(workload: Workload, args: argparse.Namespace) -> tuple[dict, str]:
         f"{workload.name:>7} {args.memory} {args.precision}: "
         f"{ours:,.0f} steps/s ({min(rates):,.0f}-{max(rates):,.0f}), "
         f"rollout {seconds.rollout:.3f} s, update {seconds.update:.3f} s; "
-        f"plain torch {plain:,.0f} (sequences of {length}), ratio {ours / plain:.2f}; "
+        + "".join(
+            f"plain torch {rate:,.0f} (sequences of {length}), ratio {ours / rate:.2f}; "
+            for length, rate in plain_by_length.items()
+        )
         + "; ".join(
             f"ceiling by {name} {limit:,.0f} ({rate / 1e9:.0f} GFLOP/s), ratio {ours / limit:.2f}"
             for name, (limit, rate) in by_product.items()
@@ -302,6 +308,9 @@ def main() -> None:
     parser.add_argument("--product", choices=list(PRODUCTS), default="mm", help="the ceiling's; default mm")
     parser.add_argument("--num-envs-factor", type=float, default=1.0, help="times as many environments")
     parser.add_argument("--rollout-factor", type=float, default=1.0, help="times as long a rollout")
+    parser.add_argument(
+        "--system-allocator", action="store_true", help="give freed memory back at once, as glibc does unasked"
+    )
     parser.add_argument("--json", action="store_true", help="print a list of objects; the lines go to stderr")
     args = parser.parse_args()
     if args.precision not in PRECISIONS:
@@ -317,7 +326,8 @@ def main() -> None:
     except (ValueError, UnavailableEnvironment) as error:
         parser.error(str(error))
 
-    keep_freed_memory()
+    if not args.system_allocator:
+        keep_freed_memory()
     torch.set_num_threads(args.threads)
     lines = sys.stderr if args.json else sys.stdout
     print(
