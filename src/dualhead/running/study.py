@@ -15,6 +15,7 @@ import io
 import itertools
 import math
 import sys
+from collections import Counter
 from contextlib import closing
 from importlib import resources
 from pathlib import Path
@@ -301,7 +302,7 @@ def measures(study: StudyConfig, run: Run) -> dict[str, float]:
     found: dict[str, float] = {}
     phases = spans(run.config)
     for span in phases:
-        late = (run.turns > (span.begin + span.end) / 2) & (run.turns <= span.end)
+        late = second_half(run, span)
         in_phase = f", {span.name}" if len(phases) > 1 else ""
         of_groups = {group: run.share(study.harmful, group)[late] for group in GROUPS}
         found[f"{study.harmful} share{in_phase}"] = _mean(run.share(study.harmful)[late])
@@ -310,6 +311,12 @@ def measures(study: StudyConfig, run: Run) -> dict[str, float]:
         found[f"reward{in_phase}"] = _mean(run.column("rollout/task_reward")[late])
     found |= _relapse(study, run)
     return {name: value for name, value in found.items() if not np.isnan(value)}
+
+
+def second_half(run: Run, span: Span | None = None) -> NDArray[np.bool_]:
+    """[U] updates that end in the second half of a phase, or of the run."""
+    begin, end = (0, int(run.turns[-1])) if span is None else (span.begin, span.end)
+    return (run.turns > (begin + end) / 2) & (run.turns <= end)
 
 
 def end_of_punishment(config: RunConfig) -> int | None:
@@ -336,11 +343,32 @@ def _relapse(study: StudyConfig, run: Run) -> dict[str, float]:
             continue
         relapsed = run.turns[after & (share > RELAPSE_SHARE)]
         found[f"turns to relapse{group}"] = float(relapsed[0] - stop) if len(relapsed) else np.inf
-    strength = run.column(f"norms/strength/{study.harmful}")[run.turns <= stop]
-    if len(strength) and not np.isnan(strength[-1]):
-        found["turns by the closed form"] = closed_form(study, run.config, float(strength[-1]))
-        found["norm strength at the end of punishment"] = float(strength[-1])
+    strength = strength_at(study, run, stop)
+    if strength is not None:
+        found["turns by the closed form"] = closed_form(study, run.config, strength)
+        found["norm strength at the end of punishment"] = strength
     return found
+
+
+def strength_at(study: StudyConfig, run: Run, turn: int) -> float | None:
+    """Mean strength of the norm against the harmful resource at the last update until a turn, if it was logged."""
+    strengths = run.column(f"norms/strength/{study.harmful}")[run.turns <= turn]
+    return float(strengths[-1]) if len(strengths) and not np.isnan(strengths[-1]) else None
+
+
+def closed_form_turn(study: StudyConfig, run: Run) -> float | None:
+    """Turn until which guilt outweighs the gain after punishment has ended; None where it never does."""
+    stop = end_of_punishment(run.config)
+    strength = None if stop is None else strength_at(study, run, stop)
+    if stop is None or strength is None:
+        return None
+    lasts = closed_form(study, run.config, strength)
+    return stop + lasts if lasts > 0.0 else None
+
+
+def phases_repeat(runs: list[Run]) -> bool:
+    """Whether they do in any run."""
+    return any(run.config.commons.repeat_phases for run in runs)
 
 
 def closed_form(study: StudyConfig, config: RunConfig, strength: float) -> float:
@@ -393,16 +421,18 @@ def print_summary(study: StudyConfig, rows: list[dict[str, Any]]) -> None:
             f" Relapse: turns without punishment until more than half of what is taken is {study.harmful}."
             f" Closed form: turns for which guilt outweighs what {study.harmful} gains; then relapse must be learned."
         )
-    table = Table(title=study.title or None, caption=Text(caption), box=box.SIMPLE_HEAD, pad_edge=False)
-    table.title_justify = table.caption_justify = "left"
+    table = Table(title=study.title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("", overflow="fold")
     for condition in study.conditions:
         table.add_column(Text(condition), justify="right", overflow="fold")
     by_cell = {(row["measure"], row["condition"]): row for row in rows}
-    for name in dict.fromkeys(row["measure"] for row in rows):
+    num_measures = Counter(row["condition"] for row in rows)  # the fullest condition has the order of all
+    for name in dict.fromkeys(row["measure"] for row in sorted(rows, key=lambda row: -num_measures[row["condition"]])):
         cells = [_cell(by_cell.get((name, condition))) for condition in study.conditions]
         table.add_row(Text(name), *(Text(cell) for cell in cells))
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(table)
+    console.print(Text(caption))
 
 
 def _cell(row: dict[str, Any] | None) -> str:
@@ -411,7 +441,7 @@ def _cell(row: dict[str, Any] | None) -> str:
     if np.isinf(row["max"]):
         return "never" if np.isinf(row["min"]) else f"{row['min']:.0f} to never"
     half = row["ci95_high"] - row["mean"]
-    digits = 0 if abs(row["mean"]) >= 20 and not half < 1 else 2
+    digits = 0 if row["measure"].startswith("turns") else 2
     mean = f"{row['mean']:.{digits}f}"
     return mean if np.isnan(half) else f"{mean} ± {half:.{digits}f}"
 
