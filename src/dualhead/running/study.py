@@ -263,10 +263,12 @@ def spans(config: RunConfig) -> list[Span]:
     if config.commons.repeat_phases:
         return [Span("all phases", None, 0, total, punishes=True)]
     found, begin = [], 0
-    for number, phase in enumerate(phases, start=1):
-        end = total if number == len(phases) or phase.num_turns is None else min(begin + phase.num_turns, total)
-        what = {"off": "no punishment", "fixed": "punishment", "voted": "votes"}[phase.mode]
-        name = what if len(phases) == 1 else f"{number} {what}"
+    modes = [phase.mode for phase in phases]
+    for i, phase in enumerate(phases):
+        end = total if i == len(phases) - 1 or phase.num_turns is None else min(begin + phase.num_turns, total)
+        name = {"off": "no punishment", "fixed": "punishment", "voted": "votes"}[phase.mode]
+        if modes.count(phase.mode) > 1:
+            name += f" ({modes[: i + 1].count(phase.mode)})"
         if end > begin:
             found.append(Span(name, None if phase.mode == "off" else phase.level, begin, end, phase.mode != "off"))
         begin = end

@@ -207,7 +207,7 @@ def _dots(axes: Any, study: StudyConfig, runs: list[Run], panel: _Panel) -> None
             axes.plot([number + 0.12] * 2, [low, high], color=colour, linewidth=2)
         axes.plot(number + 0.12, values.mean(), "o", color=colour, markersize=7)
     names = list(study.conditions)
-    axes.set_xticks(range(len(names)), names, rotation=30 if sum(map(len, names)) > 34 else 0)
+    axes.set_xticks(range(len(names)), names, rotation=30 if sum(map(len, names)) > 40 else 0)
     axes.set_xlim(-0.6, len(names) - 0.4)
     axes.set_title("second half of each run: seeds, mean, 95% interval", fontsize=10)
 
@@ -225,7 +225,7 @@ def _name_phases(axes: Any, runs: list[Run]) -> None:
                 name,
                 ((span.begin + span.end) / 2, 1.0),
                 xycoords=("data", "axes fraction"),
-                xytext=(0, 4),
+                xytext=(0, 5),
                 textcoords="offset points",
                 ha="center",
                 color="#444444",
@@ -233,24 +233,24 @@ def _name_phases(axes: Any, runs: list[Run]) -> None:
 
 
 def _mark_closed_form(axes: Any, study: StudyConfig, runs: list[Run]) -> list[Any]:
-    """A mark for each condition where guilt stops to outweigh the gain, by the closed form; its legend entry."""
+    """A mark for each condition where guilt ceases to outweigh the gain, by the closed form; its legend entry."""
     found = False
     for colour, of_condition in zip(_colours(study), _by_condition(study, runs)):
         turns = [turn for turn in (closed_form_turn(study, run) for run in of_condition) if turn is not None]
-        if len(turns) == len(of_condition) and np.isfinite(turns).all():
-            axes.axvline(float(np.mean(turns)), color=colour, linestyle=(0, (1, 3)), linewidth=1.5)
+        if len(turns) == len(of_condition) and max(turns) <= axes.get_xlim()[1]:
+            turn = float(np.mean(turns))
+            axes.axvline(turn, color=colour, linewidth=0.8)
+            axes.plot(turn, 1.0, "v", color=colour, markersize=9, transform=axes.get_xaxis_transform(), clip_on=False)
             found = True
-    label = "guilt outweighs the gain until here (closed form)"
-    return [Line2D([], [], color="#444444", linestyle=(0, (1, 3)), label=label)] if found else []
+    label = "until here guilt outweighs the gain (closed form)"
+    return [Line2D([], [], color="#444444", marker="v", linewidth=0.8, label=label)] if found else []
 
 
 def _entries(study: StudyConfig, runs: list[Run]) -> list[Any]:
     """Legend: a colour per condition, a style per group."""
     entries = [Line2D([], [], color=colour, label=name) for colour, name in zip(_colours(study), study.conditions)]
     if _has_newcomers(runs):
-        entries += [
-            Line2D([], [], color="#444444", linestyle=STYLES[group], label=f"{group} alone") for group in GROUPS
-        ]
+        entries += [Line2D([], [], color="#444444", linestyle=STYLES[group], label=f"{group} only") for group in GROUPS]
     return entries
 
 
@@ -267,7 +267,7 @@ def _finish(figure: Figure, study: StudyConfig, runs: list[Run], entries: list[A
         title=note,
         title_fontsize=9,
         loc="outside lower center",
-        ncols=min(4, len(entries)),
+        ncols=len(entries) if len(entries) <= 5 and sum(len(entry.get_label()) for entry in entries) < 90 else 3,
         frameon=False,
         fontsize=9,
     )
