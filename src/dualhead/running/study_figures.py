@@ -239,8 +239,8 @@ def _mark_closed_form(axes: Any, study: StudyConfig, runs: list[Run]) -> list[An
         turns = [turn for turn in (closed_form_turn(study, run) for run in of_condition) if turn is not None]
         if len(turns) == len(of_condition) and max(turns) <= axes.get_xlim()[1]:
             turn = float(np.mean(turns))
-            axes.axvline(turn, color=colour, linewidth=0.8)
-            axes.plot(turn, 1.0, "v", color=colour, markersize=9, transform=axes.get_xaxis_transform(), clip_on=False)
+            axes.axvline(turn, ymax=0.97, color=colour, linewidth=0.8)
+            axes.plot(turn, 0.97, "v", color=colour, markersize=8, transform=axes.get_xaxis_transform())
             found = True
     label = "until here guilt outweighs the gain (closed form)"
     return [Line2D([], [], color="#444444", marker="v", linewidth=0.8, label=label)] if found else []
