@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Generator, Hashable, Iterator, Mapping
+from collections.abc import Callable, Generator, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -25,6 +25,14 @@ from dualhead.worlds.streams import UnavailableEnvironment
 
 OUTPUT = "output.txt"
 """What a run said, in its directory."""
+
+_PRELOADED = [
+    "dualhead.running.trainer",
+    # Loaded when first used, which takes longer than a small run.
+    "torch._dynamo",
+    "tensorboard.compat.proto.event_pb2",
+    "tensorboard.summary.writer.record_writer",
+]
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -41,7 +49,7 @@ def num_cores() -> int:
 
 
 def run_in_processes(
-    configs: Mapping[Key, RunConfig], *, jobs: int
+    configs: Mapping[Key, RunConfig], *, jobs: int, label: Callable[[Key], str] = str
 ) -> Generator[tuple[Key, str | None, float], None, None]:
     """Trains, or goes on with, runs of which at most `jobs` are under way at a time.
 
@@ -51,13 +59,14 @@ def run_in_processes(
     Args:
         configs: of the runs, with their `run_dir`.
         jobs: number of processes.
+        label: what a run is called on the terminal.
 
     Yields:
         As each ends: its key, what went wrong (None: nothing), and the seconds that it took.
     """
     waiting = list(configs.items())
     running: dict[Key, _Worker] = {}
-    with _progress(configs) as progress:
+    with _progress(configs, label) as progress:
         try:
             while waiting or running:
                 while waiting and len(running) < jobs:
@@ -74,10 +83,10 @@ def run_in_processes(
 
 
 def _start(config: RunConfig) -> _Worker:
-    # Forked from a process that has imported torch and done nothing else: a run begins at once.
+    # Forked from a process that has imported what runs need and done nothing else: a run begins at once.
     context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
     if sys.platform == "linux":
-        context.set_forkserver_preload(["dualhead.running.trainer"])
+        context.set_forkserver_preload(_PRELOADED)
     receiver, sender = context.Pipe(duplex=False)
     process: Any = context.Process(target=_work, args=(config, sender))  # type: ignore[attr-defined]
     with _one_thread():
@@ -173,8 +182,8 @@ def _train(config: RunConfig) -> str | None:
 class _Bars:
     """On a terminal: a bar for each run under way, and one for all."""
 
-    def __init__(self, progress: Progress, configs: Mapping[Any, RunConfig]) -> None:
-        self._progress, self._configs = progress, configs
+    def __init__(self, progress: Progress, configs: Mapping[Any, RunConfig], label: Callable[[Any], str]) -> None:
+        self._progress, self._configs, self._label = progress, configs, label
         total = sum(config.total_steps for config in configs.values())
         self._steps: dict[Any, int] = {}
         self._all = progress.add_task("all runs", total=total)
@@ -187,7 +196,7 @@ class _Bars:
         for key in running:
             config = self._configs[key]
             if key not in self._bars:
-                self._bars[key] = self._progress.add_task(" ".join(map(str, key)), total=config.total_steps)
+                self._bars[key] = self._progress.add_task(self._label(key), total=config.total_steps)
             self._steps[key] = min(_steps_so_far(config), config.total_steps)
             self._progress.update(self._bars[key], completed=self._steps[key])
         for key in self._bars.keys() - set(running):
@@ -196,10 +205,10 @@ class _Bars:
 
 
 @contextmanager
-def _progress(configs: Mapping[Any, RunConfig]) -> Iterator[_Bars]:
+def _progress(configs: Mapping[Any, RunConfig], label: Callable[[Any], str]) -> Iterator[_Bars]:
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f}%"), TimeElapsedColumn())
     with Progress(*columns, transient=True, disable=not sys.stdout.isatty() or not configs) as progress:
-        yield _Bars(progress, configs)
+        yield _Bars(progress, configs, label)
 
 
 def _steps_so_far(config: RunConfig) -> int:

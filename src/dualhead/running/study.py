@@ -190,7 +190,8 @@ def _run_missing(wanted: dict[Key, RunConfig], missing: dict[Key, RunConfig], jo
     failed = []
     threads = max(config.num_threads or 1 for config in wanted.values())
     try:
-        with closing(run_in_processes(missing, jobs=jobs or max(1, num_cores() // threads))) as outcomes:
+        jobs = jobs or max(1, num_cores() // threads)
+        with closing(run_in_processes(missing, jobs=jobs, label=_label)) as outcomes:
             for key, problem, seconds in outcomes:
                 num_done += 1
                 if problem is not None:

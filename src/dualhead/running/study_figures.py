@@ -143,7 +143,7 @@ def _panels(study: StudyConfig) -> list[_Panel]:
 
 def _has_content(panel: _Panel, runs: list[Run]) -> bool:
     """Whether it shows more than one number: a level that is fixed for good, say, is no content."""
-    values = np.concatenate([panel.values(run) for run in runs])
+    values = np.concatenate([rolling_mean(panel.values(run), _window(runs)) for run in runs])
     values = values[~np.isnan(values)]
     return len(values) > 0 and bool(np.ptp(values) > 1e-9)
 
