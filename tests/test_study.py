@@ -364,6 +364,10 @@ def test_the_studies_that_come_with_the_package():
         for kind in "AB"
     }
     assert nets == {"A": pytest.approx([12.5, 10, 6.25, -1.25, -5]), "B": pytest.approx([10, 8.75, 7.5, 7.5, 5])}
+    hidden = studies["hidden_level"].run("lstm", 0, "")
+    assert [phase.level for phase in hidden.commons.phases] == [0, 9]
+    assert ((nets["B"][0] + nets["B"][-1]) / 2, (nets["A"][0] + nets["B"][-1]) / 2) == (7.5, 8.75)
+    assert spans(newcomers)[1].punishes is False
     levels = [run.commons.phases[0].level for run in (studies["level_flip"].run(f"level-{n}", 0, "") for n in (0, 9))]
     assert levels == [0, 9]
 
@@ -387,6 +391,13 @@ ppo = {{ rollout_length = 10, batch_size = 10, num_epochs = 1 }}
 
 [conditions.norms]
 enforce_norms = true
+"""
+
+POPULATION = """
+[conditions.population]
+policies = "independent"
+enforce_norms = true
+turnover = { first_turn = 15, every_turns = 20 }
 """
 
 
@@ -466,15 +477,18 @@ def timeless(run):
 
 
 def test_a_run_that_was_stopped_is_resumed(tmp_path, capsys):
-    """A run with half its steps and a checkpoint, as a kill leaves it: no summary, and rows after the checkpoint."""
-    path = tiny_file(tmp_path)
+    """A run with half its steps and a checkpoint, as a kill leaves it: no summary, and rows after the checkpoint.
+
+    With everything that a run can have: independent learners, some of them newcomers, and norms.
+    """
+    path = tiny_file(tmp_path, more=POPULATION)
     study = read_study(str(path))
-    whole = study.run("plain", 0, str(tmp_path / "whole"))
+    whole = study.run("population", 0, str(tmp_path / "whole"))
     train(whole, show_progress=False)
-    half = tmp_path / "out" / "plain" / "seed0"
+    half = tmp_path / "out" / "population" / "seed0"
     train(whole.model_copy(update={"run_dir": str(half), "total_steps": 80}), show_progress=False)
     assert checkpoints(half)[0].name == "step-000000000080.safetensors"
-    (half / "config.json").write_text(study.run("plain", 0, str(half)).model_dump_json())
+    (half / "config.json").write_text(study.run("population", 0, str(half)).model_dump_json())
     (half / "summary.json").unlink()
     with (half / "metrics.csv").open("a") as file:
         file.write("90,1,2")
@@ -482,6 +496,10 @@ def test_a_run_that_was_stopped_is_resumed(tmp_path, capsys):
     assert "going on from" in (half / OUTPUT).read_text()
     assert "step-000000000080" in (half / OUTPUT).read_text()
     assert timeless(half) == timeless(tmp_path / "whole")
+    assert [row["lineage/agent_1"] for row in timeless(half)[1:]] != ["1.0"] * 7
+    said = " ".join(capsys.readouterr().out.split())
+    assert "[6/6]" in said
+    assert "A share of newcomers, no punishment" in said
 
 
 @pytest.mark.slow
