@@ -476,8 +476,9 @@ def timeless(run):
         return [{name: cell for name, cell in row.items() if "time/" not in name} for row in csv.DictReader(file)]
 
 
-def test_a_run_that_was_stopped_is_resumed(tmp_path, capsys):
-    """A run with half its steps and a checkpoint, as a kill leaves it: no summary, and rows after the checkpoint.
+@pytest.mark.parametrize("summary", [None, {"stopped_early": True}], ids=["killed", "stopped"])
+def test_a_run_that_was_stopped_is_resumed(tmp_path, capsys, summary):
+    """A run with half its steps, a checkpoint and a part of a row after it; no summary, or one of a run that stopped.
 
     With everything that a run can have: independent learners, some of them newcomers, and norms.
     """
@@ -489,7 +490,9 @@ def test_a_run_that_was_stopped_is_resumed(tmp_path, capsys):
     train(whole.model_copy(update={"run_dir": str(half), "total_steps": 80}), show_progress=False)
     assert checkpoints(half)[0].name == "step-000000000080.safetensors"
     (half / "config.json").write_text(study.run("population", 0, str(half)).model_dump_json())
-    (half / "summary.json").unlink()
+    (half / "summary.json").write_text(json.dumps(summary))
+    if summary is None:
+        (half / "summary.json").unlink()
     with (half / "metrics.csv").open("a") as file:
         file.write("90,1,2")
     assert main(["study", str(path), "--out", str(tmp_path / "out"), "--jobs", "2"]) == 0
