@@ -704,6 +704,13 @@ def test_details_leave_out_what_has_nothing_to_show():
     np.testing.assert_allclose(next(iter(drawn_lines(figure, 1).values()))[:2], [[10, -0.2], [20, -0.1]])
 
 
+def test_a_study_in_which_nothing_happens_is_drawn(tmp_path):
+    study = one_study(settings(phases=({"mode": "fixed"},)))
+    run = made_run(study, [0.0] * 8, commons__taken__B=[0.0] * 8)
+    for path in study_figures.draw_figures(study, [run], tmp_path):
+        assert path.read_bytes().startswith(b"\x89PNG")
+
+
 def test_repeated_phases_are_smoothed_over_whole_rounds():
     """Rounds of 15 turns in rollouts of 10 come out even after 30 turns: means over three updates are constant."""
     phases = [{"mode": "fixed", "level": 0, "num_turns": 5}, {"mode": "fixed", "level": 9, "num_turns": 10}]

@@ -308,10 +308,12 @@ def measures(study: StudyConfig, run: Run) -> dict[str, float]:
         late = second_half(run, span)
         in_phase = f", {span.name}" if len(phases) > 1 else ""
         of_groups = {group: run.share(study.harmful, group)[late] for group in GROUPS}
-        found[f"{study.harmful} share{in_phase}"] = _mean(run.share(study.harmful)[late])
+        found[f"{study.harmful} share{in_phase}"] = mean_of_known(run.share(study.harmful)[late])
         if not np.isnan(of_groups["newcomers"]).all():
-            found |= {f"{study.harmful} share of {group}{in_phase}": _mean(of_groups[group]) for group in GROUPS}
-        found[f"reward{in_phase}"] = _mean(run.column("rollout/task_reward")[late])
+            found |= {
+                f"{study.harmful} share of {group}{in_phase}": mean_of_known(of_groups[group]) for group in GROUPS
+            }
+        found[f"reward{in_phase}"] = mean_of_known(run.column("rollout/task_reward")[late])
     found |= _relapse(study, run)
     return {name: value for name, value in found.items() if not np.isnan(value)}
 
@@ -395,7 +397,13 @@ def summarise(study: StudyConfig, runs: list[Run]) -> list[dict[str, Any]]:
         for name in dict.fromkeys(name for found in of_condition for name in found):
             values = np.array([found[name] for found in of_condition if name in found])
             low, high = interval(values)
-            row = {"condition": condition, "measure": name, "mean": _mean(values), "ci95_low": low, "ci95_high": high}
+            row = {
+                "condition": condition,
+                "measure": name,
+                "mean": mean_of_known(values),
+                "ci95_low": low,
+                "ci95_high": high,
+            }
             rows.append(row | {"min": float(values.min()), "max": float(values.max()), "seeds": len(values)})
     return rows
 
@@ -449,7 +457,7 @@ def _cell(row: dict[str, Any] | None) -> str:
     return mean if np.isnan(half) else f"{mean} ± {half:.{digits}f}"
 
 
-def _mean(values: NDArray[np.float64]) -> float:
+def mean_of_known(values: NDArray[np.float64]) -> float:
     """Mean of what is there; NaN where nothing is."""
     return float(np.nanmean(values)) if not np.isnan(values).all() else float("nan")
 

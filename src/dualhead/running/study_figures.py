@@ -18,6 +18,7 @@ from dualhead.running.study import (
     Span,
     closed_form_turn,
     interval,
+    mean_of_known,
     phases_repeat,
     second_half,
     spans,
@@ -100,6 +101,7 @@ def _details(study: StudyConfig, runs: list[Run]) -> Figure:
     panels = [panel for panel in _panels(study) if _has_content(panel, runs)]
     if all(phase.mode != "voted" for run in runs for phase in run.config.commons.phases):
         panels = [panel for panel in panels if not panel.title.startswith("votes")]  # they do nothing
+    panels = panels or _panels(study)[:1]
     rows = math.ceil(len(panels) / 2)
     figure = Figure(figsize=(11, 1 + 2.6 * rows), layout="constrained")
     grid = figure.subplots(rows, 2, squeeze=False)
@@ -200,7 +202,7 @@ def _window(runs: list[Run]) -> int:
 def _dots(axes: Any, study: StudyConfig, runs: list[Run], panel: _Panel) -> None:
     """A dot per seed, of the second half of the run, beside the mean and its 95% interval."""
     for number, (colour, of_condition) in enumerate(zip(_colours(study), _by_condition(study, runs))):
-        values = np.array([np.nanmean(panel.values(run)[second_half(run)]) for run in of_condition])
+        values = np.array([mean_of_known(panel.values(run)[second_half(run)]) for run in of_condition])
         axes.scatter(np.full(len(values), number - 0.12), values, s=18, color=colour, alpha=0.5, linewidths=0)
         low, high = interval(values)
         if not np.isnan(low):
