@@ -412,7 +412,12 @@ class StudyConfig(Config):
             ValueError: they are not possible; the message names the condition.
         """
         try:
-            settings = _merged(_merged({"env": COMMONS, "eval_episodes": 0}, self.base), self.conditions[condition])
+            # Runs of a study stand side by side: more threads each would fight for the cores.
+            defaults = {"env": COMMONS, "eval_episodes": 0, "num_threads": 1}
+            settings = _merged(_merged(defaults, self.base), self.conditions[condition])
+            for name, instead in (("seed", "`seeds` lists them"), ("run_dir", "--out says where the study goes")):
+                if name in settings:
+                    raise ValueError(f"{name}: not to be set for a condition or in base; {instead}")
             return RunConfig(**settings | {"seed": seed, "run_dir": run_dir})
         except ValueError as error:
             raise ValueError(f"condition {condition!r}: {error}") from None

@@ -2,30 +2,62 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dualhead.config import StudyConfig
 from dualhead.running.checkpoint import RunError
-from dualhead.running.study import RELAPSE_SHARE, Run, Span, spans
+from dualhead.running.study import (
+    GROUPS,
+    RELAPSE_SHARE,
+    Run,
+    Span,
+    closed_form_turn,
+    interval,
+    mean_of_known,
+    phases_repeat,
+    second_half,
+    spans,
+)
 
 try:
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 except ModuleNotFoundError as error:
     raise RunError(
         f"tables are written; the figures need the package {error.name}: pip install 'dualhead[plot]', then repeat the "
         f"command (finished runs are not repeated)"
     ) from error
 
+FloatArray = NDArray[np.float64]
+
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#999999")
 """Okabe and Ito's palette, which colour-blind people can tell apart."""
+STYLES: dict[str, Any] = {"newcomers": ":", "incumbents": "--"}
+NUM_MEANS = 100
+"""A line of more than twice as many updates is drawn through means over stretches of it."""
+
+
+class _Panel(NamedTuple):
+    """What one pair of axes shows of a run.
+
+    Fields:
+        title: in words, with its unit.
+        group: also a line for newcomers and incumbents, of metrics with this prefix in place of `commons` or `norms`.
+    """
+
+    title: str
+    values: Any
+    groups: Any = None
+    limits: tuple[float, float] | None = None
 
 
 def draw_figures(study: StudyConfig, runs: list[Run], folder: Path) -> list[Path]:
-    """Draws `overview.png` and `details.png`; their paths."""
+    """Draws `overview.png`, the study's question, and `details.png`, what lies behind it; their paths."""
     paths = []
     for name, draw in (("overview", _overview), ("details", _details)):
         path = folder / f"{name}.png"
@@ -38,101 +70,233 @@ def draw_figures(study: StudyConfig, runs: list[Run], folder: Path) -> list[Path
 
 
 def _overview(study: StudyConfig, runs: list[Run]) -> Figure:
-    """The one question: the share of the harmful resource over time."""
-    figure = Figure(figsize=(8, 4.2), layout="constrained")
-    axes = figure.subplots()
-    _shade(axes, runs, label=True)
-    for colour, (condition, of_condition) in zip(_colours(study), _by_condition(study, runs)):
-        _line(axes, of_condition, [run.share(study.harmful) for run in of_condition], label=condition, color=colour)
-        if of_condition[0].config.turnover.first_turn is not None:
-            for group, style in (("newcomers", ":"), ("incumbents", "--")):
-                shares = [run.share(study.harmful, group) for run in of_condition]
-                _line(axes, of_condition, shares, label=f"{condition}: {group}", color=colour, linestyle=style)
-    axes.axhline(RELAPSE_SHARE, color="grey", linewidth=0.5)
-    axes.set(xlabel="turn", ylabel=f"share of {study.harmful} among what is taken", ylim=(-0.03, 1.12))
-    axes.set_title(f"{study.title}: how often {study.harmful} is taken".lstrip(": "))
-    _finish(figure, axes, study)
+    """The one question: the share of the harmful resource over time, or the reward where the phases repeat.
+
+    Where there is one phase, or where they repeat, the late means of single seeds say more than curves and stand
+    beside them.
+    """
+    share, reward = _panels(study)[0], _panels(study)[-1]
+    panel = reward if phases_repeat(runs) else share
+    beside = phases_repeat(runs) or len(spans(runs[0].config)) == 1
+    figure = Figure(figsize=(10, 4.8) if beside else (9, 5), layout="constrained")
+    grid = figure.subplots(1, 2 if beside else 1, squeeze=False, sharey=True, width_ratios=[3, 2] if beside else None)
+    axes = grid[0, 0]
+    _draw(axes, study, runs, panel)
+    _name_phases(axes, runs)
+    entries = _entries(study, runs)
+    if panel is share:
+        axes.axhline(RELAPSE_SHARE, color="#888888", linewidth=0.6, zorder=0)
+        entries += _mark_closed_form(axes, study, runs)
+    axes.set(xlabel="turn", ylabel=panel.title)
+    if beside:
+        _dots(grid[0, 1], study, runs, panel)
+    subject = f"how often {study.harmful} is taken" if panel is share else "what is earned"
+    figure.suptitle(f"{study.title}: {subject}".removeprefix(": "), fontsize=13)
+    _finish(figure, study, runs, entries, smoothed=_window(runs) > 1)
     return figure
 
 
 def _details(study: StudyConfig, runs: list[Run]) -> Figure:
-    """What lies behind it: level, votes, norm strength, guilt, reward."""
-    harmful = study.harmful
-    panels = {
-        f"share of {harmful} taken": None,
-        "punishment level p": "commons/level",
-        "votes up less votes down, per agent": None,
-        f"strength of the norm against {harmful}": f"norms/strength/{harmful}",
-        "guilt per agent and turn": "rollout/guilt",
-        "task reward per agent and turn": "rollout/task_reward",
-    }
-    figure = Figure(figsize=(11, 7.5), layout="constrained")
-    grid = figure.subplots(3, 2, sharex=True)
-    for axes, (title, column) in zip(grid.flat, panels.items()):
-        _shade(axes, runs, label=False)
-        for colour, (condition, of_condition) in zip(_colours(study), _by_condition(study, runs)):
-            if column is not None:
-                lines = [run.columns.get(column, np.full(len(run.turns), np.nan)) for run in of_condition]
-            elif title.startswith("share"):
-                lines = [run.share(harmful) for run in of_condition]
-            else:
-                lines = [run.columns["commons/votes/up"] - run.columns["commons/votes/down"] for run in of_condition]
-            if not all(np.isnan(line).all() for line in lines):
-                _line(axes, of_condition, lines, label=condition, color=colour)
-        axes.set_title(title, fontsize=10, loc="left")
-    for axes in grid[-1]:
+    """What lies behind it: level, votes, norm strength, guilt, reward; what has nothing to show is left out."""
+    panels = [panel for panel in _panels(study) if _has_content(panel, runs)]
+    if all(phase.mode != "voted" for run in runs for phase in run.config.commons.phases):
+        panels = [panel for panel in panels if not panel.title.startswith("votes")]  # they do nothing
+    panels = panels or _panels(study)[:1]
+    rows = math.ceil(len(panels) / 2)
+    figure = Figure(figsize=(11, 1 + 2.6 * rows), layout="constrained")
+    grid = figure.subplots(rows, 2, squeeze=False)
+    for axes, panel in zip(grid.flat, panels):
+        _draw(axes, study, runs, panel)
+        axes.set_title(panel.title, fontsize=10, loc="left")
         axes.set_xlabel("turn")
-    _finish(figure, grid[0, 0], study)
+    for axes in grid.flat[len(panels) :]:
+        axes.remove()
+    if study.title:
+        figure.suptitle(study.title, fontsize=13)
+    _finish(figure, study, runs, _entries(study, runs), smoothed=_window(runs) > 1)
     return figure
 
 
-def _line(axes: Any, runs: list[Run], lines: list[NDArray[np.float64]], **style: Any) -> None:
-    """Mean over seeds and their range; a single seed as a line."""
-    length = min(map(len, lines))
-    values = np.stack([line[:length] for line in lines])
-    turns = runs[0].turns[:length]
-    known = ~np.isnan(values).any(0)
-    if not known.any():
-        return
-    mean = np.where(known, values.mean(0), np.nan)
-    axes.plot(turns, mean, **style)
-    axes.fill_between(turns, values.min(0), values.max(0), where=known, color=style["color"], alpha=0.15, linewidth=0)
+def _panels(study: StudyConfig) -> list[_Panel]:
+    harmful = study.harmful
+
+    def strength(run: Run, group: str) -> FloatArray:
+        return run.column(f"{group}/strength/{harmful}")
+
+    return [
+        _Panel(
+            f"share of {harmful} among what is taken",
+            lambda run: run.share(harmful),
+            lambda run, group: run.share(harmful, group),
+            (-0.03, 1.03),
+        ),
+        _Panel("punishment level p", lambda run: run.column("commons/level"), None, (-0.03, 1.03)),
+        _Panel(
+            "votes up less votes down, per agent and turn",
+            lambda run: run.column("commons/votes/up") - run.column("commons/votes/down"),
+        ),
+        _Panel(
+            f"strength of the norm against {harmful}", lambda run: run.column(f"norms/strength/{harmful}"), strength
+        ),
+        _Panel("guilt per agent and turn", lambda run: run.column("rollout/guilt")),
+        _Panel("task reward per agent and turn", lambda run: run.column("rollout/task_reward")),
+    ]
 
 
-def _shade(axes: Any, runs: list[Run], *, label: bool) -> None:
-    """Phases with punishment are grey."""
-    for span in spans(runs[0].config):
+def _has_content(panel: _Panel, runs: list[Run]) -> bool:
+    """Whether it shows more than one number: a level that is fixed for good, say, is no content."""
+    values = np.concatenate([rolling_mean(panel.values(run), _window(runs)) for run in runs])
+    values = values[~np.isnan(values)]
+    return len(values) > 0 and bool(np.ptp(values) > 1e-9)
+
+
+def _draw(axes: Any, study: StudyConfig, runs: list[Run], panel: _Panel) -> None:
+    """Phases and, for each condition, a line for the mean over seeds and a band for their range."""
+    for span in _common_spans(runs):
         if span.punishes:
-            axes.axvspan(span.begin, span.end, color="#888888", alpha=0.12, linewidth=0)
-        if label:
-            _name(axes, span)
+            axes.axvspan(span.begin, span.end, color="#888888", alpha=0.13, linewidth=0)
+    for colour, of_condition in zip(_colours(study), _by_condition(study, runs)):
+        _line(axes, of_condition, [panel.values(run) for run in of_condition], color=colour)
+        if panel.groups is not None and _has_newcomers(of_condition):
+            for group in GROUPS:
+                lines = [np.where(_newcomers_are_there(run), panel.groups(run, group), np.nan) for run in of_condition]
+                _line(axes, of_condition, lines, color=colour, linestyle=STYLES[group])
+    if panel.limits is not None:
+        axes.set_ylim(panel.limits)
+    axes.set_xlim(0, max(run.turns[-1] for run in runs))
 
 
-def _name(axes: Any, span: Span) -> None:
-    axes.text((span.begin + span.end) / 2, 1.06, span.name, ha="center", va="center", fontsize=9, color="#444444")
+def _line(axes: Any, runs: list[Run], lines: list[FloatArray], **style: Any) -> None:
+    length = min(map(len, lines))
+    values = np.stack([rolling_mean(line[:length], _window(runs)) for line in lines])
+    turns = runs[0].turns[:length]
+    known = np.flatnonzero(~np.isnan(values).any(axis=0))
+    if not len(known):
+        return
+    turns, values = turns[known], values[:, known]
+    axes.plot(turns, values.mean(0), **style)
+    axes.fill_between(turns, values.min(0), values.max(0), color=style["color"], alpha=0.15, linewidth=0)
 
 
-def _finish(figure: Figure, axes: Any, study: StudyConfig) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    many = len(study.seeds)
-    note = f"mean and range of {many} seeds, shaded: punishment" if many > 1 else "one seed, shaded: punishment"
+def rolling_mean(values: FloatArray, window: int) -> FloatArray:
+    """[U] mean of each value and the `window - 1` before it; NaN where there are not that many or one is missing."""
+    if window <= 1:
+        return values
+    means = np.full(len(values), np.nan)
+    if len(values) >= window:
+        means[window - 1 :] = np.lib.stride_tricks.sliding_window_view(values, window).mean(1)
+    return means
+
+
+def _window(runs: list[Run]) -> int:
+    """Updates over which lines are smoothed: whole rounds of phases that repeat, and few enough points to be seen."""
+    config = runs[0].config
+    window = max(1, len(runs[0].turns) // (2 * NUM_MEANS))
+    if phases_repeat(runs):
+        period = sum(phase.num_turns or 0 for phase in config.commons.phases)
+        whole = math.lcm(period, config.ppo.rollout_length) // config.ppo.rollout_length
+        window = math.ceil(window / whole) * whole
+    return min(window, max(1, len(runs[0].turns) // 4))
+
+
+def _dots(axes: Any, study: StudyConfig, runs: list[Run], panel: _Panel) -> None:
+    """A dot per seed, of the second half of the run, beside the mean and its 95% interval."""
+    for number, (colour, of_condition) in enumerate(zip(_colours(study), _by_condition(study, runs))):
+        values = np.array([mean_of_known(panel.values(run)[second_half(run)]) for run in of_condition])
+        axes.scatter(np.full(len(values), number - 0.12), values, s=18, color=colour, alpha=0.5, linewidths=0)
+        low, high = interval(values)
+        if not np.isnan(low):
+            axes.plot([number + 0.12] * 2, [low, high], color=colour, linewidth=2)
+        axes.plot(number + 0.12, values.mean(), "o", color=colour, markersize=7)
+    names = list(study.conditions)
+    axes.set_xticks(range(len(names)), names, rotation=30 if sum(map(len, names)) > 40 else 0)
+    axes.set_xlim(-0.6, len(names) - 0.4)
+    axes.set_title("second half of each run: seeds, mean, 95% interval", fontsize=10)
+
+
+def _name_phases(axes: Any, runs: list[Run]) -> None:
+    """Names above the axes, where they are no one's way."""
+    total = max(run.turns[-1] for run in runs)
+    common = _common_spans(runs)
+    for span in common:
+        level = span.level if runs[0].config.commons.num_levels > 1 else None
+        name = span.name if level is None else f"{span.name} at level {level}"
+        room = (span.end - span.begin) / total
+        if len(common) > 1 and room > 0.012 * len(name):
+            axes.annotate(
+                name,
+                ((span.begin + span.end) / 2, 1.0),
+                xycoords=("data", "axes fraction"),
+                xytext=(0, 5),
+                textcoords="offset points",
+                ha="center",
+                color="#444444",
+            )
+
+
+def _mark_closed_form(axes: Any, study: StudyConfig, runs: list[Run]) -> list[Any]:
+    """A mark for each condition where guilt ceases to outweigh the gain, by the closed form; its legend entry."""
+    found = False
+    for colour, of_condition in zip(_colours(study), _by_condition(study, runs)):
+        turns = [turn for turn in (closed_form_turn(study, run) for run in of_condition) if turn is not None]
+        if len(turns) == len(of_condition) and max(turns) <= axes.get_xlim()[1]:
+            turn = float(np.mean(turns))
+            axes.axvline(turn, ymax=0.97, color=colour, linewidth=0.8)
+            axes.plot(turn, 0.97, "v", color=colour, markersize=8, transform=axes.get_xaxis_transform())
+            found = True
+    label = "until here guilt outweighs the gain (closed form)"
+    return [Line2D([], [], color="#444444", marker="v", linewidth=0.8, label=label)] if found else []
+
+
+def _entries(study: StudyConfig, runs: list[Run]) -> list[Any]:
+    """Legend: a colour per condition, a style per group."""
+    entries = [Line2D([], [], color=colour, label=name) for colour, name in zip(_colours(study), study.conditions)]
+    if _has_newcomers(runs):
+        entries += [Line2D([], [], color="#444444", linestyle=STYLES[group], label=f"{group} only") for group in GROUPS]
+    return entries
+
+
+def _finish(figure: Figure, study: StudyConfig, runs: list[Run], entries: list[Any], *, smoothed: bool) -> None:
+    seeds = len(study.seeds)
+    note = f"mean and range of {seeds} seeds" if seeds > 1 else "one seed"
+    if smoothed:
+        config = runs[0].config
+        note += f", rolling means over {_window(runs) * config.ppo.rollout_length} turns"
+    if len(_common_spans(runs)) > 1 and any(span.punishes for span in _common_spans(runs)):
+        note += "; grey: with punishment"
     figure.legend(
-        handles,
-        labels,
+        handles=entries,
         title=note,
         title_fontsize=9,
         loc="outside lower center",
-        ncols=min(4, len(labels)),
+        ncols=len(entries) if len(entries) <= 5 and sum(len(entry.get_label()) for entry in entries) < 90 else 3,
         frameon=False,
         fontsize=9,
     )
-    for each in figure.axes:
-        each.spines[["top", "right"]].set_visible(False)
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+
+
+def _common_spans(runs: list[Run]) -> list[Span]:
+    """The phases that all runs have in common; none where they differ or repeat."""
+    found = spans(runs[0].config)
+    same = all(spans(run.config) == found for run in runs)
+    return found if same and not phases_repeat(runs) else []
+
+
+def _has_newcomers(runs: list[Run]) -> bool:
+    return any(_newcomers_are_there(run).any() for run in runs)
+
+
+def _newcomers_are_there(run: Run) -> NDArray[np.bool_]:
+    """[U]"""
+    kind = run.config.commons.resources[0]
+    return ~np.isnan(run.column(f"newcomers/taken/{kind}"))
 
 
 def _colours(study: StudyConfig) -> list[str]:
     return [COLOURS[i % len(COLOURS)] for i in range(len(study.conditions))]
 
 
-def _by_condition(study: StudyConfig, runs: list[Run]) -> list[tuple[str, list[Run]]]:
-    return [(name, [run for run in runs if run.condition == name]) for name in study.conditions]
+def _by_condition(study: StudyConfig, runs: list[Run]) -> list[list[Run]]:
+    return [[run for run in runs if run.condition == name] for name in study.conditions]
