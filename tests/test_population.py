@@ -341,6 +341,7 @@ def test_a_run_with_newcomers_logs_who_is_there(tmp_path):
         ({"env": "commons", "turnover": {"every_turns": 5}}, "need first_turn"),
         ({"env": "commons", "turnover": {"first_turn": 5, "num_times": 2}}, "num_times=2 needs every_turns"),
         ({"env": "commons", "turnover": {"first_turn": 5, "num_agents": 11}}, "at most the 10 agents"),
+        ({"env": "commons", "total_steps": 80_000, "turnover": {"first_turn": 1001}}, "are 1000 turns of 80 agents"),
         (
             {"env": "commons", "enforce_norms": True, "norms": {"mode": "action", "harmful_action": 0}},
             "expected norms.mode='resource'",

@@ -377,6 +377,12 @@ class RunConfig(Config):
                     f"turnover.num_agents={self.turnover.num_agents}: expected at most the "
                     f"{self.commons.num_agents} agents of a world"
                 )
+            num_turns = self.total_steps // self.num_streams
+            if (self.turnover.first_turn or 0) > num_turns:
+                raise ValueError(
+                    f"turnover.first_turn={self.turnover.first_turn} comes after the run: total_steps="
+                    f"{self.total_steps} are {num_turns} turns of {self.num_streams} agents"
+                )
             if self.enforce_norms and self.norms.mode != "resource":
                 raise ValueError(
                     f"norms.mode={self.norms.mode!r}: the commons tells who took and was punished for which resource; "
