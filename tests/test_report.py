@@ -218,6 +218,12 @@ def test_names_of_groups_with_many_differences_tell_them_apart(tmp_path):
         "num_envs=4, gamma=0.9 and 2 more",
         "num_envs=4, gamma=0.5 and 2 more",
     ]
+    # In a folder for each condition, as studies have them, the folder is the name.
+    moved = []
+    for path in paths:
+        moved.append(tmp_path / f"condition-{path.name}" / "seed0")
+        shutil.copytree(path, moved[-1])
+    assert list(group_runs([read_run(path) for path in moved])) == ["condition-a", "condition-b", "condition-c"]
     rows = page_of(*paths).text
     assert all(name in rows for name in ("ppo.gamma", "ppo.gae_lambda", "ppo.clip_coef", "num_envs"))
 

@@ -26,6 +26,8 @@ from dualhead.worlds.streams import UnavailableEnvironment
 REPLAY_STEPS = 500
 MAX_REPLAY_BYTES = 10_000_000
 MAX_REPLAYS = 4
+MAX_NAMED_SETTINGS = 3
+"""Groups that differ in more than these are named by some of them only."""
 _NOT_A_CONDITION = ("seed", "run_dir")
 
 
@@ -176,6 +178,10 @@ def group_runs(runs: Sequence[Run]) -> dict[str, list[Run]]:
     if len(groups) == 1:
         return {runs[0].config.network.memory: groups[0]}
     differing = differing_settings([members[0].settings for members in groups])
+    folders = [{run.path.absolute().parent.name for run in members} for members in groups]
+    if len(differing) > MAX_NAMED_SETTINGS and len(set().union(*folders)) == len(groups) == sum(map(len, folders)):
+        # A folder for each condition, as studies have them: its name says it shorter than many settings do.
+        return {folder: members for (folder,), members in zip(folders, groups)}
     return {_group_name(members[0].settings, differing, groups): members for members in groups}
 
 
@@ -367,7 +373,7 @@ def _group_name(settings: Mapping[str, Any], differing: Sequence[str], groups: S
     shown = 1
     while len({tuple(_text(g[0].settings.get(name)) for name in differing[:shown]) for g in groups}) < len(groups):
         shown += 1
-    shown = len(differing) if len(differing) <= 3 else shown
+    shown = len(differing) if len(differing) <= MAX_NAMED_SETTINGS else shown
     parts = [
         _text(settings.get(name)) if name == "env" else f"{name.split('.')[-1]}={_text(settings.get(name))}"
         for name in differing[:shown]
