@@ -173,6 +173,8 @@ class DualHeadRecurrentPPO:
         streams = self._stream_tensor(streams, "streams", torch.bool).to(self.device)
         self._update_hidden_state(self._get_hidden_state().reset_where(streams))
         self._episode_starts = self._episode_starts | streams
+        if self.reward_scale is not None:
+            self.reward_scale.returns.masked_fill_(streams, 0.0)
         if self.norms is not None:
             self.norms.reset(streams)
 
@@ -186,6 +188,8 @@ class DualHeadRecurrentPPO:
         self.num_steps -= forgotten
         self.rollout_memory.length = self.rollout_memory.tail_length = 0
         self.reset_state()
+        if self.reward_scale is not None:
+            self.reward_scale.returns.zero_()
         return forgotten
 
     @torch.no_grad()
