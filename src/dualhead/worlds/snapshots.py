@@ -55,10 +55,12 @@ class SnapshotWrapper(gym.Wrapper):
     """Lets a vector environment reach the state of an environment in another process, by `call` and `set_attr`."""
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        observation, info = self.env.reset(seed=seed, options=options)
+        """With a seed, of the process's global generators too: Python seeds `random` by the system after a fork."""
         if seed is not None:
+            random.seed(seed)
+            np.random.seed(seed % 2**32)  # noqa: NPY002
             seed_spaces(self.env, seed)
-        return observation, info
+        return self.env.reset(seed=seed, options=options)
 
     def take_snapshot(self) -> Snapshot | str:
         """State of the environment and of this process's global generators, or why there is none."""
