@@ -285,3 +285,243 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path):
 def test_many_kills_leave_no_trace(tmp_path, variant, places):
     """40 kills in all: at places where something may be half done, at random moments, and by the clock."""
     kill_and_compare(VARIANTS[variant], tmp_path, places=places, num_random=1, num_timed=1, seed=len(variant))
+
+
+# Interruptions, and other ways to go on.
+
+
+def call_at_step(monkeypatch, number, action):
+    """Calls `action` after the session's step of that number, counted over all sessions from now on."""
+    real, count = Session.step, [0]
+
+    def step(self):
+        taken = real(self)
+        count[0] += 1
+        if count[0] == number:
+            action()
+        return taken
+
+    monkeypatch.setattr(Session, "step", step)
+
+
+def press_ctrl_c():
+    signal.raise_signal(signal.SIGINT)
+
+
+def run_in(run_dir, config, **changes):
+    return train(config.model_copy(update={"run_dir": str(run_dir), **changes}), show_progress=False)
+
+
+@pytest.mark.parametrize("variant", ["vector gru", "bandit lstm"])
+def test_ctrl_c_in_the_middle_of_a_rollout_leaves_no_trace(tmp_path, monkeypatch, variant):
+    run_in(tmp_path / "never_stopped", VARIANTS[variant], keep_checkpoints=1)
+    for number in (5, 80, 90):  # before the first update, after the second, and when little is left to do
+        call_at_step(monkeypatch, number, press_ctrl_c)
+    stopped = run_in(tmp_path / "run", VARIANTS[variant], keep_checkpoints=1)
+    num_streams = VARIANTS[variant].num_streams
+    assert (stopped["steps"], stopped["stopped_early"], stopped["metrics"]) == (5 * num_streams, True, {})
+    for number in (80, 90):
+        stopped = resume(tmp_path / "run", show_progress=False)
+        assert (stopped["steps"], stopped["stopped_early"]) == (number * num_streams, True)
+        assert stopped["metrics"]["update/optimizer_steps"] > 0
+    assert not resume(tmp_path / "run", show_progress=False)["stopped_early"]
+    assert_nothing_differs(tmp_path / "run", tmp_path / "never_stopped")
+
+
+SMALL = ["--total-steps", "1000000", "--rollout-length", "16", "--batch-size", "16", "--hidden-size", "4"]
+SMALL += ["--encoder-sizes", "4", "--eval-episodes", "0", "--num-threads", "1", "--run-dir"]
+
+
+@forks
+@pytest.mark.slow
+def test_ctrl_c_reaches_environments_in_processes_of_their_own_too(tmp_path):
+    """A terminal sends it to every process in front of it."""
+    run, log = tmp_path / "run", tmp_path / "log"
+    arguments = ["train", "CartPole-v1", "--vectorization", "async", "--num-envs", "2", *SMALL, str(run)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        child = os.fork()
+    if child == 0:
+        status = 99
+        try:
+            os.setpgid(0, 0)
+            with log.open("w") as file, redirect_stdout(file), redirect_stderr(file):
+                status = main(arguments)
+        finally:
+            os._exit(status)
+    while not (run / "metrics.csv").exists():
+        time.sleep(0.05)
+    os.killpg(child, signal.SIGINT)
+    _, status = os.waitpid(child, 0)
+    said = log.read_text()
+    assert os.waitstatus_to_exitcode(status) == 130, said
+    assert f"go on with: dualhead resume {run}" in said
+    reached = json.loads((run / "summary.json").read_text())["steps"]
+    assert main(["resume", str(run), "--total-steps", str(reached + 9)]) == 0
+
+
+def test_a_second_ctrl_c_stops_at_once_and_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    def twice():
+        press_ctrl_c()
+        press_ctrl_c()
+
+    run = tmp_path / "run"
+    call_at_step(monkeypatch, 70, twice)
+    with pytest.raises(KeyboardInterrupt):
+        run_in(run, config_of())
+    said = capsys.readouterr().err
+    assert "stopping after this step; once more to stop at once" in said
+    assert f"the newest checkpoint is {checkpoints(run)[0]}; go on with: dualhead resume {run}" in said
+    assert checkpoints(run)[0].name == "step-000000000128.safetensors"
+    assert resume(run, show_progress=False)["steps"] == 420
+
+
+def test_more_steps_are_as_if_they_had_been_asked_for_at_first(tmp_path):
+    config = config_of(ppo=config_of().ppo.model_copy(update={"learning_rate_schedule": "constant"}), eval_episodes=0)
+    run_in(tmp_path / "long", config, total_steps=500, eval_every=0)
+    run_in(tmp_path / "run", config, total_steps=270, eval_every=0)
+    assert resume(tmp_path / "run", total_steps=500, show_progress=False)["steps"] == 500
+    ours, theirs = what_is_left(tmp_path / "run"), what_is_left(tmp_path / "long")
+    assert {name for name in ours if ours[name] != theirs.get(name) and "step-000000000270" not in str(name)} == set()
+
+
+def test_more_steps_stretch_a_falling_learning_rate_to_the_new_end(tmp_path):
+    run_in(tmp_path / "run", config_of(), total_steps=256)
+    resume(tmp_path / "run", total_steps=512, show_progress=False)
+    with (tmp_path / "run" / "metrics.csv").open() as file:
+        rates = [float(row["update/learning_rate"]) for row in csv.DictReader(file)]
+    # 3e-4 (1 − steps before the rollout / steps of the run), and the run's end moves after four rollouts of 64 steps.
+    shares = [1, 3 / 4, 2 / 4, 1 / 4, 4 / 8, 3 / 8, 2 / 8, 1 / 8]
+    assert rates == pytest.approx([3e-4 * share for share in shares])
+
+
+def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(tmp_path):
+    run_in(tmp_path / "never_stopped", config_of())
+    run_in(tmp_path / "run", config_of())
+    newest = checkpoints(tmp_path / "run")[0]
+    newest.write_bytes(newest.read_bytes()[:-1])
+    with pytest.warns(UserWarning, match=r"step-000000000420.safetensors is not a whole .*trying the one before it"):
+        resume(tmp_path / "run", show_progress=False)
+    assert_nothing_differs(tmp_path / "run", tmp_path / "never_stopped")
+
+
+def test_what_cannot_be_resumed_says_why_and_stays_as_it_is(tmp_path, capsys):
+    run = tmp_path / "run"
+    run_in(run, config_of(), total_steps=64)
+    (tmp_path / "empty").mkdir()
+
+    def refused(*arguments):
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"}
+        capsys.readouterr()
+        assert main(["resume", *map(str, arguments)]) == 1
+        after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"}
+        assert after == before
+        return capsys.readouterr().err
+
+    assert "nowhere holds no run: cannot read config.json" in refused(tmp_path / "nowhere")
+    assert "empty holds no run: cannot read config.json" in refused(tmp_path / "empty")
+    assert f"{run} is complete: say --total-steps with more than 64" in refused(run)
+    assert f"{run} is complete: say --total-steps with more than 64" in refused(run, "--total-steps", 64)
+    assert "total_steps=9 ends before the first update" in refused(run, "--total-steps", 9)
+    with locked(run):
+        assert f"{run} is being written by process {os.getpid()} on" in refused(run, "--total-steps", 128)
+    checkpoints(run)[0].write_bytes(b"nothing")
+    said = refused(run)
+    assert f"{run} holds no whole checkpoint" in said
+
+
+# Environments that cannot be saved.
+
+
+class HoldsGenerator(gym.Env):
+    """Counts the steps of all its episodes by a Python generator, which nothing can take apart."""
+
+    observation_space = spaces.Box(-np.inf, np.inf, (1,), np.float32)
+    action_space = spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.numbers = iter(n for n in range(10**6))
+        return self._see(), {}
+
+    def step(self, action):
+        seen = self._see()
+        return seen, float(action), False, seen[0] == 30, {}
+
+    def _see(self):
+        return np.array([next(self.numbers)], np.float32)
+
+
+gym.register("test/HoldsGenerator-v0", HoldsGenerator)
+CANNOT = r"test/HoldsGenerator-v0: .*numbers.* cannot be taken apart.*A resumed run will begin new episodes"
+NOT_KEPT = "the state of test/HoldsGenerator-v0 was not kept: its episodes begin again, with recurrent states reset"
+
+
+def test_an_environment_that_cannot_be_saved_begins_its_episodes_again(tmp_path, monkeypatch):
+    run, config = tmp_path / "run", config_of("test/HoldsGenerator-v0", eval_every=0)
+    call_at_step(monkeypatch, 80, press_ctrl_c)  # 160 steps: two rollouts of 64, and 32 that were not learned from
+    with pytest.warns(UserWarning, match=CANNOT):
+        assert run_in(run, config)["steps"] == 160
+    saved = read_tensors(checkpoints(run)[0])[0]
+
+    seen = []
+    real = Session.step
+
+    def step(self):
+        if not seen:
+            agent = self.learner
+            seen.append((agent.num_steps, agent.rollout_memory.length, agent.rollout_memory.tail_length))
+            seen.append([float(part.abs().sum()) for part in agent._get_hidden_state()])
+            seen.append(self.observations.ravel().tolist())
+            seen.append(agent._episode_starts.tolist())
+            seen.append(agent.reward_scale.returns.tolist())
+            seen.append(self.tracker.running_lengths.tolist())
+            weight = agent.policy.critic.weight.detach()
+            seen.append(torch.equal(weight, saved["policy/critic.weight"]))
+        return real(self)
+
+    monkeypatch.setattr(Session, "step", step)
+    with pytest.warns(UserWarning, match=NOT_KEPT) as told:
+        summary = resume(run, show_progress=False)
+    messages = [str(warning.message) for warning in told]
+    assert messages[0] == f"{NOT_KEPT}, and 32 steps that were not learned from yet are forgotten"
+    assert "A resumed run will begin new episodes" in messages[1]
+    assert seen == [(128, 0, 0), [0.0, 0.0], [0.0, 0.0], [True, True], [0.0, 0.0], [0, 0], True]
+    assert summary["steps"] == 420
+    with (run / "metrics.csv").open() as file:
+        assert [int(row["steps"]) for row in csv.DictReader(file)] == [64, 128, 192, 256, 320, 384]
+    # The end lies in the middle of a rollout, whose steps would be forgotten: it is the end all the same.
+    with pytest.raises(RunError, match="is complete"):
+        resume(run, show_progress=False)
+
+
+# Evaluation on the way.
+
+
+@pytest.mark.parametrize("variant", ["vector lstm", "bandit lstm", "bandit gru"])
+def test_evaluation_on_the_way_leaves_training_alone_and_keeps_the_best(tmp_path, variant):
+    config = VARIANTS[variant]
+    run_in(tmp_path / "with", config)
+    run_in(tmp_path / "without", config, eval_every=0, eval_episodes=0)
+    ours, theirs = (read_tensors(checkpoints(tmp_path / name)[0])[0] for name in ("with", "without"))
+    assert ours.keys() == theirs.keys()
+    assert all(ours[name].numpy().tobytes() == theirs[name].numpy().tobytes() for name in ours)
+
+    with (tmp_path / "with" / "evaluations.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    rollout = config.ppo.rollout_length * config.num_streams
+    end = -(-config.total_steps // config.num_streams) * config.num_streams
+    due, last = [], 0
+    for steps in range(rollout, end + 1, rollout):
+        if steps >= last + config.eval_every:
+            due.append(steps)
+            last = steps
+    assert [int(row["steps"]) for row in rows] == [*due, end]  # and once at the end
+    assert len(due) >= 2
+    best, metadata = read_tensors(tmp_path / "with" / "checkpoints" / "best.safetensors")
+    scores = [float(row["mean_return"]) for row in rows]
+    assert metadata["score"] == max(scores)
+    assert metadata["num_steps"] == int(rows[scores.index(max(scores))]["steps"])
+    assert not [name for name in best if name.startswith("run/")]  # a policy, and nothing of the run
+    assert not (tmp_path / "without" / "evaluations.csv").exists()
+    assert not (tmp_path / "without" / "checkpoints" / "best.safetensors").exists()

@@ -145,7 +145,8 @@ def _run(session: Session, run_dir: Path, *, resume_at: int | None, show_progres
             return _conclude(session, evaluator, run_dir, stopped=bool(stop))
         except (DataError, DivergedError) as error:
             raise RunError(
-                f"{config.env} after {session.learner.num_steps} steps: {error}; {_name_newest(run_dir)}"
+                f"{config.env} after {session.learner.num_steps} steps "
+                f"({session.learner.num_steps // config.num_streams} of each stream): {error}; {_name_newest(run_dir)}"
             ) from error
         except KeyboardInterrupt:
             print(f"stopped at once; {_name_newest(run_dir)}; go on with: dualhead resume {run_dir}", file=sys.stderr)
