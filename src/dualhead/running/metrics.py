@@ -488,6 +488,7 @@ class ProgressDisplay:
                 TextColumn("{task.fields[speed]:,.0f} steps/s  return {task.fields[score]:.3g}  left"),
                 TimeRemainingColumn(),
                 console=Console(file=self.stream),
+                refresh_per_second=2,  # each takes half a millisecond from the training
             )
             self._progress.start()
             self._task = self._progress.add_task("", total=total_steps, speed=0.0, score=math.nan)

@@ -55,6 +55,8 @@ def train(config: RunConfig, *, show_progress: bool = True) -> dict[str, Any]:
     try:
         run_dir = new_run_dir(config)
         with locked(run_dir):
+            if show_progress:
+                print(f"writing to {run_dir}", flush=True)
             session.begin()
             return _run(session, run_dir, resume_at=None, show_progress=show_progress)
     finally:
