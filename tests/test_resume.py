@@ -425,7 +425,15 @@ def test_what_cannot_be_resumed_says_why_and_stays_as_it_is(tmp_path, capsys):
     assert "total_steps=9 ends before the first update" in refused(run, "--total-steps", 9)
     with locked(run):
         assert f"{run} is being written by process {os.getpid()} on" in refused(run, "--total-steps", 128)
-    checkpoints(run)[0].write_bytes(b"nothing")
+    checkpoint_file = checkpoints(run)[0]
+    assert "holds no run: cannot read config.json" in refused(checkpoint_file)
+    (run / "summary.json").unlink()  # as if it had been killed in its last evaluation
+    run_config = (run / "config.json").read_text()
+    (run / "config.json").write_text(run_config.replace('"num_envs": 2', '"num_envs": 1'))
+    assert f"{run} has done 64 steps: expected at least that, got total_steps=32" in refused(run, "--total-steps", 32)
+    assert "is of another architecture: its num_streams is 2, expected 1" in refused(run)
+    (run / "config.json").write_text(run_config)
+    checkpoint_file.write_bytes(b"nothing")
     said = refused(run)
     assert f"{run} holds no whole checkpoint" in said
 
@@ -481,11 +489,9 @@ def test_an_environment_that_cannot_be_saved_begins_its_episodes_again(tmp_path,
         return real(self)
 
     monkeypatch.setattr(Session, "step", step)
-    with pytest.warns(UserWarning, match=NOT_KEPT) as told:
+    forgotten = f"^{NOT_KEPT}, and 32 steps that were not learned from yet are forgotten$"
+    with pytest.warns(UserWarning, match=CANNOT), pytest.warns(UserWarning, match=forgotten):
         summary = resume(run, show_progress=False)
-    messages = [str(warning.message) for warning in told]
-    assert messages[0] == f"{NOT_KEPT}, and 32 steps that were not learned from yet are forgotten"
-    assert "A resumed run will begin new episodes" in messages[1]
     assert seen == [(128, 0, 0), [0.0, 0.0], [0.0, 0.0], [True, True], [0.0, 0.0], [0, 0], True]
     assert summary["steps"] == 420
     with (run / "metrics.csv").open() as file:

@@ -91,7 +91,10 @@ def resume(run_dir: str | Path, *, total_steps: int | None = None, show_progress
     with locked(run_dir):
         saved = read_newest(run_dir) if checkpoints(run_dir) else None
         if saved is not None:
-            _expect_unfinished(run_dir, saved[2].get("num_steps", 0), config)
+            num_steps = saved[2].get("num_steps", 0)
+            _expect_unfinished(run_dir, num_steps, config)
+            if total_steps is not None and total_steps < num_steps:
+                raise RunError(f"{run_dir} has done {num_steps} steps: expected at least that, got {total_steps=}")
         session = Session(config)
         try:
             if saved is None:
