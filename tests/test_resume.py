@@ -262,7 +262,7 @@ def imported(tmp_path_factory):
 @forks
 @pytest.mark.usefixtures("imported")
 def test_a_killed_run_goes_on_to_the_same_bits(tmp_path):
-    places = ["after step 40", "before replace 5", "torn append 4"]
+    places = ["after step 70", "before replace 5", "torn append 4"]
     kill_and_compare(config_of(), tmp_path, places=places)
 
 
@@ -531,3 +531,35 @@ def test_evaluation_on_the_way_leaves_training_alone_and_keeps_the_best(tmp_path
     assert not [name for name in best if name.startswith("run/")]  # a policy, and nothing of the run
     assert not (tmp_path / "without" / "evaluations.csv").exists()
     assert not (tmp_path / "without" / "checkpoints" / "best.safetensors").exists()
+
+
+class GlobalNoise(gym.Env):
+    """Draws what it shows from the generators that everything in a process shares."""
+
+    observation_space = spaces.Box(0, 1, (3,), np.float32)
+    action_space = spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self._see(), {}
+
+    def step(self, action):
+        return self._see(), float(action), False, random.random() < 0.1, {}
+
+    def _see(self):
+        return np.array([random.random(), np.random.rand(), torch.rand(()).item()], np.float32)  # noqa: NPY002
+
+
+gym.register("test/GlobalNoise-v0", GlobalNoise)
+
+
+def test_evaluation_draws_nothing_from_the_generators_that_training_uses(tmp_path):
+    config = config_of("test/GlobalNoise-v0")
+    with pytest.warns(
+        UserWarning, match="it has state that was not found"
+    ):  # torch's generator is not an environment's
+        run_in(tmp_path / "with", config)
+    with pytest.warns(UserWarning, match="it has state that was not found"):
+        run_in(tmp_path / "without", config, eval_every=0, eval_episodes=0)
+    ours, theirs = (read_tensors(checkpoints(tmp_path / name)[0])[0] for name in ("with", "without"))
+    assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
