@@ -146,6 +146,37 @@ class _Stopwatch:
         pass
 
 
+def run_config(
+    workload: Workload,
+    run_dir: str,
+    *,
+    total_steps: int,
+    memory: str = "lstm",
+    precision: str = "fp32",
+    state_refresh: str = "never",
+    sequence_length: int = 16,
+) -> RunConfig:
+    """Settings of a run of a workload that saves no checkpoint before its end."""
+    chosen = {"precision": precision} if "precision" in PPOConfig.model_fields else {}
+    return RunConfig(
+        env=workload.env,
+        num_envs=workload.num_envs,
+        total_steps=total_steps,
+        run_dir=run_dir,
+        checkpoint_every=total_steps,
+        device="cpu",
+        network=NetworkConfig(memory=memory, hidden_size=workload.hidden_size, encoder_sizes=workload.encoder_sizes),
+        ppo=PPOConfig(
+            num_epochs=workload.num_epochs,
+            rollout_length=workload.rollout_length,
+            batch_size=workload.batch_size,
+            sequence_length=sequence_length,
+            state_refresh=state_refresh,
+            **chosen,
+        ),
+    )
+
+
 def time_ours(
     workload: Workload,
     *,
@@ -166,27 +197,16 @@ def time_ours(
     Returns:
         Timings, one per update.
     """
-    chosen = {"precision": precision} if "precision" in PPOConfig.model_fields else {}
     total_steps = num_updates * workload.num_steps
     with tempfile.TemporaryDirectory(prefix="dualhead-benchmark-") as folder:
-        config = RunConfig(
-            env=workload.env,
-            num_envs=workload.num_envs,
+        config = run_config(
+            workload,
+            f"{folder}/run",
             total_steps=total_steps,
-            run_dir=f"{folder}/run",
-            checkpoint_every=total_steps,
-            device="cpu",
-            network=NetworkConfig(
-                memory=memory, hidden_size=workload.hidden_size, encoder_sizes=workload.encoder_sizes
-            ),
-            ppo=PPOConfig(
-                num_epochs=workload.num_epochs,
-                rollout_length=workload.rollout_length,
-                batch_size=workload.batch_size,
-                sequence_length=sequence_length,
-                state_refresh=state_refresh,
-                **chosen,
-            ),
+            memory=memory,
+            precision=precision,
+            state_refresh=state_refresh,
+            sequence_length=sequence_length,
         )
         session = Session(config)
         run_dir = new_run_dir(config)

@@ -91,6 +91,20 @@ def test_throughput_prints_its_figures(throughput):
 
 
 @pytest.mark.slow
+def test_overhead_prints_its_figures():
+    done = run("overhead.py", "--workload", "vector", "--json")
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(done.stdout)
+    assert row["workload"] == "vector"
+    # 16 streams of 16 steps: a checkpoint after every 196th update.
+    assert row["checkpoint"] == pytest.approx(row["checkpoint_ms"] / 1000 / 196 / row["update_s"], rel=0.05, abs=2e-5)
+    assert row["logging"] == pytest.approx(row["logging_ms"] / 1000 / row["update_s"], rel=0.05, abs=2e-5)
+    assert row["overhead"] == pytest.approx(row["logging"] + row["checkpoint"], abs=2e-5)
+    assert row["logging"] > 0
+    assert row["checkpoint_mb"] > 3  # 20 buffers of weights and moments alone
+
+
+@pytest.mark.slow
 def test_throughput_refuses_what_it_cannot_measure():
     done = run("throughput.py", "--workload", "vector", "--plain-sequence", "5")
     assert done.returncode == 2

@@ -143,6 +143,7 @@ def test_broken_newest_checkpoint_gives_way_to_the_one_before(tmp_path, capsys):
     train(tiny_config(run, checkpoint_every=100))
     newest = checkpoints(run)[0]
     newest.write_bytes(newest.read_bytes()[:-100])
+    capsys.readouterr()
     assert main(["eval", str(run), "--episodes", "2", "--json"]) == 0
     captured = capsys.readouterr()
     assert "step-000000000400.safetensors is not a whole dualhead checkpoint" in captured.err

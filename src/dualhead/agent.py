@@ -173,6 +173,8 @@ class DualHeadRecurrentPPO:
         streams = self._stream_tensor(streams, "streams", torch.bool).to(self.device)
         self._update_hidden_state(self._get_hidden_state().reset_where(streams))
         self._episode_starts = self._episode_starts | streams
+        if self.reward_scale is not None:
+            self.reward_scale.returns.masked_fill_(streams, 0.0)
         if self.norms is not None:
             self.norms.reset(streams)
 
@@ -186,6 +188,8 @@ class DualHeadRecurrentPPO:
         self.num_steps -= forgotten
         self.rollout_memory.length = self.rollout_memory.tail_length = 0
         self.reset_state()
+        if self.reward_scale is not None:
+            self.reward_scale.returns.zero_()
         return forgotten
 
     @torch.no_grad()
@@ -310,7 +314,8 @@ class DualHeadRecurrentPPO:
                 f"learn() after {memory.length} of rollout_length={memory.rollout_length} steps: go on, or say "
                 f"learn(..., partial=True)"
             )
-        self._check_finite()
+        if self.device.type != "cpu":
+            self._check_finite()
         T = memory.length
         ended = memory.terminated[:T] | memory.truncated[:T]
         rewards = memory.rewards[:T]
@@ -388,7 +393,10 @@ class DualHeadRecurrentPPO:
                 f"bootstrap from what they saw last (the observation before the reset)"
             )
         assert self._current_hidden is not None
-        tensors = self._tensors(final_observations, streams)
+        try:
+            tensors = self._tensors(final_observations, streams)
+        except DataError as error:
+            raise DataError(f"final {error}") from None
         return self.policy.values(tensors, self._current_hidden.select(streams))
 
     def _coefs(self, num_updates: int) -> tuple[float, ...]:
@@ -437,16 +445,18 @@ class DualHeadRecurrentPPO:
 
     def _check_finite(self) -> None:
         """On an accelerator this is where bad numbers are found: once per rollout."""
-        if self.device.type == "cpu":
-            return
         memory = self.rollout_memory
-        rows = slice(memory.max_tail, memory.max_tail + memory.length)
-        for leaf in self.observation_spec.leaves:
-            for step in memory.observations[leaf.name][rows].cpu():
-                check_leaf(leaf, step)
-        for step in memory.rewards[: memory.length].cpu():
-            if not all_finite(step):
-                raise DataError(non_finite_message("reward", step))
+        T, leaves = memory.length, self.observation_spec.leaves
+        observations = {leaf.name: memory.observations[leaf.name][memory.max_tail :][:T].cpu() for leaf in leaves}
+        rewards = memory.rewards[:T].cpu()
+        for t in range(T):
+            try:
+                for leaf in leaves:
+                    check_leaf(leaf, observations[leaf.name][t])
+                if not all_finite(rewards[t]):
+                    raise DataError(non_finite_message("reward", rewards[t]))
+            except DataError as error:
+                raise DataError(f"step {t + 1} of this rollout of {T}: {error}") from None
 
     def _expect_no_pending(self, call: str) -> None:
         if self._step_is_pending:

@@ -156,7 +156,9 @@ def read_config(run_dir: str | os.PathLike[str]) -> RunConfig:
     try:
         return RunConfig.model_validate_json(path.read_text())
     except OSError as error:
-        raise RunError(f"{run_dir} holds no run: cannot read {path.name} ({error.strerror})") from error
+        raise RunError(
+            f"{run_dir} holds no run: cannot read {path.name} ({error.strerror}); expected the directory of one"
+        ) from error
     except ValidationError as error:
         raise RunError(f"{path} is no configuration of this version of dualhead: {explain(error)}") from error
 
@@ -249,4 +251,4 @@ def read_newest(run_dir: str | os.PathLike[str]) -> tuple[Path, dict[str, Tensor
             return path, *read_tensors(path)
         except CheckpointError as error:
             warnings.warn(f"{error}; trying the one before it", stacklevel=2)
-    raise RunError(f"{run_dir} holds no whole checkpoint")
+    raise RunError(f"{run_dir} holds no whole checkpoint, and only with one can it be resumed or played: train it anew")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from torch import Tensor
 from dualhead.agent import DualHeadRecurrentPPO
 from dualhead.config import RunConfig
 from dualhead.population import IndependentLearners, Learner, Turnover, strengths_by_agent
-from dualhead.running.checkpoint import RunError, read_newest, save_checkpoint
+from dualhead.running.checkpoint import RunError, save_checkpoint
 from dualhead.running.metrics import EpisodeTracker
 from dualhead.storage import RUN_PREFIX, CheckpointError, with_prefix, without_prefix
 from dualhead.worlds.object_graph import CannotSnapshot
@@ -30,6 +29,7 @@ class Session:
 
     Attributes:
         observations: [B, ...] what the next actions answer to.
+        metrics: of the last update.
         seconds: training took so far, over all parts of a resumed run.
         next_checkpoint, next_evaluation: environment steps.
 
@@ -51,6 +51,7 @@ class Session:
             raise RunError(f"{config.env}: {error}") from error
         self.turnover = make_turnover(config)
         self.tracker = EpisodeTracker(self.streams.num_streams)
+        self.metrics: dict[str, float] = {}
         self.seconds = 0.0
         self.next_checkpoint = config.checkpoint_every
         self.next_evaluation = config.eval_every or math.inf
@@ -99,6 +100,7 @@ class Session:
             "seconds": self.seconds,
             "next_checkpoint": self.next_checkpoint,
             "next_evaluation": None if math.isinf(self.next_evaluation) else self.next_evaluation,
+            "metrics": self.metrics,
             "tracker": self.tracker.state(),
             "turnover": None if self.turnover is None else self.turnover.state(),
             "streams": None,
@@ -131,6 +133,7 @@ class Session:
             if self.config.eval_every:
                 planned = run["next_evaluation"] or self.learner.num_steps + self.config.eval_every
                 self.next_evaluation = int(planned)
+            self.metrics = dict(run["metrics"])
             self.tracker.restore(run["tracker"])
             if self.turnover is not None:
                 self.turnover.restore(run["turnover"])
@@ -153,18 +156,6 @@ class Session:
     def close(self) -> None:
         """Closes the environments."""
         self.streams.close()
-
-
-def restore_newest(session: Session, run_dir: str | os.PathLike[str]) -> Path:
-    """Restores the newest checkpoint that is whole; its path.
-
-    Raises:
-        RunError: there is none.
-        CheckpointError: it belongs to another run.
-    """
-    path, tensors, metadata = read_newest(run_dir)
-    session.restore(tensors, metadata, source=str(path))
-    return path
 
 
 def choose_device(config: RunConfig) -> str:

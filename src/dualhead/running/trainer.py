@@ -8,7 +8,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -24,13 +24,14 @@ from dualhead.running.checkpoint import (
     new_run_dir,
     read_config,
     read_json,
+    read_newest,
     save_best,
     write_json,
 )
 from dualhead.running.evaluation import evaluate, evaluation_envs
 from dualhead.running.machine import keep_freed_memory, use_threads
 from dualhead.running.metrics import CSVWriter, Writer, make_writers, require_packages
-from dualhead.running.session import Session, restore_newest
+from dualhead.running.session import Session
 from dualhead.types import DataError, DivergedError
 from dualhead.worlds.registry import open_streams
 
@@ -54,6 +55,8 @@ def train(config: RunConfig, *, show_progress: bool = True) -> dict[str, Any]:
     try:
         run_dir = new_run_dir(config)
         with locked(run_dir):
+            if show_progress:
+                print(f"writing to {run_dir}", flush=True)
             session.begin()
             return _run(session, run_dir, resume_at=None, show_progress=show_progress)
     finally:
@@ -77,30 +80,33 @@ def resume(run_dir: str | Path, *, total_steps: int | None = None, show_progress
         CheckpointError: its checkpoint does not fit its configuration.
     """
     run_dir = Path(run_dir)
-    config = read_config(run_dir)
+    config = read_config(run_dir).model_copy(update={"run_dir": str(run_dir)})
     if total_steps is not None:
-        config = RunConfig(**config.model_dump() | {"total_steps": total_steps})
-    config = config.model_copy(update={"run_dir": str(run_dir)})
+        try:
+            config = RunConfig(**config.model_dump() | {"total_steps": total_steps})
+        except ValueError as error:
+            raise RunError(str(error)) from None
     require_packages(config)
     _prepare(config)
     with locked(run_dir):
+        saved = read_newest(run_dir) if checkpoints(run_dir) else None
+        if saved is not None:
+            num_steps = saved[2].get("num_steps", 0)
+            _expect_unfinished(run_dir, num_steps, config)
+            if total_steps is not None and total_steps < num_steps:
+                raise RunError(f"{run_dir} has done {num_steps} steps: expected at least that, got {total_steps=}")
         session = Session(config)
         try:
-            resume_at = 0
-            if checkpoints(run_dir):
-                path = restore_newest(session, run_dir)
-                resume_at = session.learner.num_steps
-                if resume_at >= config.total_steps and _is_complete(run_dir, resume_at):
-                    raise RunError(
-                        f"{run_dir} is complete after {resume_at} steps: say --total-steps to train it longer"
-                    )
-                print(f"going on from {path}")
-            else:
+            if saved is None:
                 print(f"{run_dir} was stopped before its first checkpoint: it begins again")
                 session.begin()
+            else:
+                path, tensors, metadata = saved
+                session.restore(tensors, metadata, source=str(path))
+                print(f"going on from {path}")
             if total_steps is not None:
                 write_json(run_dir / "config.json", config.model_dump())
-            return _run(session, run_dir, resume_at=resume_at, show_progress=show_progress)
+            return _run(session, run_dir, resume_at=session.learner.num_steps, show_progress=show_progress)
         finally:
             session.close()
 
@@ -114,18 +120,23 @@ def _prepare(config: RunConfig) -> None:
     torch.manual_seed(config.seed)
 
 
-def _is_complete(run_dir: Path, num_steps: int) -> bool:
-    summary = read_json(run_dir / "summary.json")
-    return summary is not None and summary.get("steps") == num_steps and not summary.get("stopped_early")
+def _expect_unfinished(run_dir: Path, num_steps: int, config: RunConfig) -> None:
+    """Refuses a run that trained to its end and summed up; one that was killed in between still has that to do."""
+    summary = read_json(run_dir / "summary.json") or {}
+    concluded = summary.get("steps") == num_steps and not summary.get("stopped_early")
+    if num_steps >= config.total_steps and concluded:
+        raise RunError(f"{run_dir} is complete: say --total-steps with more than {num_steps} to train it longer")
 
 
 def _run(session: Session, run_dir: Path, *, resume_at: int | None, show_progress: bool) -> dict[str, Any]:
     """Trains to the end, evaluates and sums up."""
     config = session.config
-    if session.streams.resumable is not None:
+    with preserved_randomness():  # it is found by playing
+        reason = session.streams.resumable
+    if reason is not None:
         warnings.warn(
-            f"{config.env}: {session.streams.resumable}. A resumed run will begin new episodes, with recurrent states "
-            f"reset, instead of going on exactly",
+            f"{config.env}: {reason}. A resumed run will begin new episodes, with recurrent states reset, instead of "
+            f"going on exactly",
             stacklevel=3,
         )
     with ExitStack() as stack:
@@ -135,35 +146,40 @@ def _run(session: Session, run_dir: Path, *, resume_at: int | None, show_progres
         evaluator = stack.enter_context(Evaluator(session, run_dir, resume_at=resume_at))
         stop = stack.enter_context(stop_requests())
         try:
-            metrics = run_loop(session, writers, evaluator, run_dir, stop)
+            run_loop(session, writers, evaluator, run_dir, stop)
+            return _conclude(session, evaluator, run_dir, stopped=bool(stop))
         except (DataError, DivergedError) as error:
             raise RunError(
-                f"{config.env} after {session.learner.num_steps} steps: {error}; the newest checkpoint is "
-                f"{next(iter(checkpoints(run_dir)), 'none')}"
+                f"{config.env} after {session.learner.num_steps} steps "
+                f"({session.learner.num_steps // config.num_streams} of each stream): {error}; {_name_newest(run_dir)}"
             ) from error
-        return _conclude(session, evaluator, run_dir, metrics, stopped=bool(stop))
+        except KeyboardInterrupt:
+            print(f"stopped at once; {_name_newest(run_dir)}; go on with: dualhead resume {run_dir}", file=sys.stderr)
+            raise
 
 
-def run_loop(
-    session: Session, writers: list[Writer], evaluator: Evaluator, run_dir: Path, stop: list[int]
-) -> dict[str, float]:
-    """Act, step, record, learn, log, until `total_steps` or a request to stop; the last metrics."""
+def _name_newest(run_dir: Path) -> str:
+    newest = next(iter(checkpoints(run_dir)), None)
+    return "no checkpoint was written yet" if newest is None else f"the newest checkpoint is {newest}"
+
+
+def run_loop(session: Session, writers: list[Writer], evaluator: Evaluator, run_dir: Path, stop: list[int]) -> None:
+    """Act, step, record, learn, log, until `total_steps` or a request to stop."""
     config, learner = session.config, session.learner
-    metrics: dict[str, float] = {}
     begun = update_begun = time.perf_counter()
-    seconds_before = session.seconds
+    seconds_before, steps_before = session.seconds, learner.num_steps
     while learner.num_steps < config.total_steps and not stop:
         session.step()
         if learner.rollout_is_ready:
             learn_begun = time.perf_counter()
-            metrics = session.learn()
+            metrics = session.metrics = session.learn()
             now = time.perf_counter()
             metrics |= {
-                "time/steps_per_s": config.ppo.rollout_length * config.num_streams / (now - update_begun),
+                "time/steps_per_s": (learner.num_steps - steps_before) / (now - update_begun),
                 "time/rollout_s": learn_begun - update_begun,
                 "time/update_s": now - learn_begun,
             }
-            update_begun = now
+            update_begun, steps_before = now, learner.num_steps
             if learner.num_steps >= session.next_evaluation:
                 metrics |= evaluator.evaluate()
                 session.next_evaluation = learner.num_steps + config.eval_every
@@ -175,7 +191,6 @@ def run_loop(
                 session.save(run_dir)
     session.seconds = seconds_before + time.perf_counter() - begun
     session.save(run_dir)
-    return metrics
 
 
 class Evaluator:
@@ -200,19 +215,28 @@ class Evaluator:
             self._streams.close()
 
     def evaluate(self) -> dict[str, float]:
-        """Plays episodes; metrics `evaluation/*`. The best by mean return is kept as `best.safetensors`."""
-        session = self._session
-        if self._last[0] == session.learner.num_steps:
+        """Plays episodes; metrics `evaluation/*`. The best by mean return is kept as `best.safetensors`.
+
+        Raises:
+            DataError: the environment gave what a policy cannot look at.
+            RunError: something cannot be written.
+        """
+        session, num_steps = self._session, self._session.learner.num_steps
+        if self._last[0] == num_steps:
             return self._last[1]
         with preserved_randomness():
             if self._streams is None:
                 self._streams = open_streams(session.config, num_envs=evaluation_envs(session.config, self._episodes))
-            summary = evaluate(session.learner.policy, self._streams, episodes=self._episodes).summary()
-        self._writer.write(session.learner.num_steps, summary)
+            try:
+                summary = evaluate(session.learner.policy, self._streams, episodes=self._episodes).summary()
+            except DataError as error:
+                raise DataError(f"in an evaluation, {error}") from error
+        if self._writer.last_steps != num_steps:  # a run that was killed after this evaluation makes it once more
+            self._writer.write(num_steps, summary)
         if session.config.eval_every:
             save_best(self._run_dir, *session.learner.state(), score=summary["mean_return"])
         metrics = {f"evaluation/{name}": value for name, value in summary.items()}
-        self._last = session.learner.num_steps, metrics
+        self._last = num_steps, metrics
         return metrics
 
 
@@ -237,7 +261,8 @@ def stop_requests() -> Iterator[list[int]]:
         if received:
             raise KeyboardInterrupt
         received.append(number)
-        print("stopping after this step; once more to stop at once", file=sys.stderr)
+        with suppress(RuntimeError):  # the signal may have come while something else was being printed
+            print("stopping after this step; once more to stop at once", file=sys.stderr)
 
     before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -247,9 +272,7 @@ def stop_requests() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _conclude(
-    session: Session, evaluator: Evaluator, run_dir: Path, metrics: dict[str, float], *, stopped: bool
-) -> dict[str, Any]:
+def _conclude(session: Session, evaluator: Evaluator, run_dir: Path, *, stopped: bool) -> dict[str, Any]:
     config, num_steps = session.config, session.learner.num_steps
     summary: dict[str, Any] = {
         "env": config.env,
@@ -261,7 +284,7 @@ def _conclude(
         "steps_per_s": round(num_steps / session.seconds, 1),
         "run_dir": str(run_dir),
         "checkpoint": str(next(iter(checkpoints(run_dir)))),
-        "metrics": metrics,
+        "metrics": session.metrics,
     }
     if config.eval_episodes and not stopped:
         evaluated = evaluator.evaluate()

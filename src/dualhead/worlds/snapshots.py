@@ -36,8 +36,31 @@ def restore_process(snapshot: Snapshot, *, source: str = "snapshot", **parts: An
     return restored
 
 
+def seed_spaces(env: gym.Env, seed: int) -> None:
+    """Seeds the spaces of an environment and of the wrappers around it.
+
+    Gymnasium seeds them by the system, at times without being asked: an environment that draws from its own spaces
+    would not repeat, and no two states of the same moment would have the same bytes.
+    """
+    layer = env
+    while True:
+        layer.action_space.seed(seed)
+        layer.observation_space.seed(seed)
+        if not isinstance(layer, gym.Wrapper):
+            return
+        layer = layer.env
+
+
 class SnapshotWrapper(gym.Wrapper):
     """Lets a vector environment reach the state of an environment in another process, by `call` and `set_attr`."""
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """With a seed, of the process's global generators too: Python seeds `random` by the system after a fork."""
+        if seed is not None:
+            random.seed(seed)
+            np.random.seed(seed % 2**32)  # noqa: NPY002
+            seed_spaces(self.env, seed)
+        return self.env.reset(seed=seed, options=options)
 
     def take_snapshot(self) -> Snapshot | str:
         """State of the environment and of this process's global generators, or why there is none."""

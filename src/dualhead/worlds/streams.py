@@ -5,7 +5,10 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
 import gymnasium as gym
@@ -21,7 +24,7 @@ from dualhead.config import COMMONS
 from dualhead.norms import NormEvents
 from dualhead.storage import CheckpointError
 from dualhead.worlds.object_graph import CannotSnapshot, Snapshot
-from dualhead.worlds.snapshots import SnapshotWrapper, can_snapshot, capture_process, restore_process
+from dualhead.worlds.snapshots import SnapshotWrapper, can_snapshot, capture_process, restore_process, seed_spaces
 
 _EXTRAS = {"popgym": "popgym", "minigrid": "MiniGrid"}
 """Package and extra of the same name -> prefix of its environment ids."""
@@ -130,6 +133,9 @@ class GymnasiumStreams:
 
     def reset(self, *, seed: int | None = None) -> Any:
         self._observations, _ = self.envs.reset(seed=seed)
+        if seed is not None and isinstance(self.envs, SyncVectorEnv):
+            for number, env in enumerate(self.envs.envs):
+                seed_spaces(env, seed + number)
         return self._observations
 
     def step(self, actions: Any) -> StreamStep:
@@ -269,8 +275,25 @@ def make_streams(env: str, num_envs: int, *, vectorization: str = "sync", **kwar
     if vectorization == "async":
         make_env(env, **kwargs).close()  # its errors are clearer from this process
         wrapped = [lambda: SnapshotWrapper(one())] * num_envs
-        return GymnasiumStreams(AsyncVectorEnv(wrapped, autoreset_mode=AutoresetMode.SAME_STEP))
+        with _ignored_by_children(signal.SIGINT):
+            return GymnasiumStreams(AsyncVectorEnv(wrapped, autoreset_mode=AutoresetMode.SAME_STEP))
     return GymnasiumStreams(LeanSyncVectorEnv([one] * num_envs))
+
+
+@contextmanager
+def _ignored_by_children(number: signal.Signals) -> Iterator[None]:
+    """Processes that are started meanwhile ignore a signal for good.
+
+    A terminal sends Ctrl-C to them as well, and environments must outlive it to finish the step and be saved.
+    """
+    if threading.current_thread() is not threading.main_thread():  # only that one may set handlers
+        yield
+        return
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
 
 
 def make_env(env: str, **kwargs: Any) -> gym.Env:

@@ -1,0 +1,565 @@
+"""A run that was killed, interrupted or damaged goes on to the same bits as one that never stopped."""
+
+import csv
+import functools
+import json
+import os
+import random
+import signal
+import time
+import traceback
+import warnings
+from collections import Counter
+from contextlib import redirect_stderr, redirect_stdout, suppress
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from dualhead.cli import main
+from dualhead.config import CommonsConfig, NetworkConfig, PPOConfig, RunConfig, TurnoverConfig
+from dualhead.running import checkpoint, metrics, trainer
+from dualhead.running.checkpoint import RunError, checkpoints, locked
+from dualhead.running.session import Session
+from dualhead.running.trainer import resume, train
+from dualhead.storage import read_tensors
+from dualhead.worlds import streams
+from dualhead.worlds.snapshots import can_snapshot
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="runs are killed in forked processes")
+forks = pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU autograd does not survive a fork")
+
+
+@pytest.fixture(autouse=True)
+def quick_look_at_environments(monkeypatch):
+    """Each life of a run tries out for more than half a second whether its environment can be saved."""
+    monkeypatch.setattr(streams, "can_snapshot", functools.partial(can_snapshot, min_steps=5, seconds=0.0))
+
+
+# Runs.
+
+
+def config_of(env="dualhead/CartPoleNoVel-v1", *, memory="lstm", **changes):
+    """Six updates of two streams or so, and everything switched on that goes on from one update to the next."""
+    settings = {
+        "env": env,
+        "total_steps": 420,  # ends in the middle of a rollout
+        "num_envs": 2,
+        "checkpoint_every": 60,
+        "keep_checkpoints": 3,
+        "eval_every": 120,
+        "eval_episodes": 2,
+        "network": NetworkConfig(memory=memory, hidden_size=6, encoder_sizes=(5,)),
+        "ppo": PPOConfig(
+            rollout_length=32,
+            sequence_length=8,
+            batch_size=16,
+            num_epochs=2,
+            burn_in=3,
+            learning_rate_schedule="linear",
+            entropy_coef=0.02,
+            entropy_coef_end=0.0,
+            entropy_decay_steps=5,
+            normalize_observations=True,
+            normalize_rewards=True,
+        ),
+    }
+    return RunConfig(**{**settings, **changes})
+
+
+def commons(form, **changes):
+    rules = CommonsConfig(form=form, num_agents=3, epoch_turns=10, patch_size=6, window_radius=2, initial_resources=4)
+    settings = {
+        "total_steps": 1250,
+        "checkpoint_every": 190,
+        "eval_every": 380,
+        "eval_episodes": 6,
+        "commons": rules,
+        "enforce_norms": True,
+        "turnover": TurnoverConfig(first_turn=40, every_turns=50, selection="random"),
+    }
+    return config_of("commons", **{**settings, **changes})
+
+
+VARIANTS = {
+    "vector lstm": config_of(),
+    "vector gru": config_of(memory="gru", vectorization="async"),
+    "image lstm": config_of("MiniGrid-Empty-5x5-v0", total_steps=330),
+    "image gru": config_of("MiniGrid-DoorKey-5x5-v0", memory="gru", total_steps=330),
+    "bandit lstm": commons("bandit"),
+    "bandit gru": commons("bandit", memory="gru", policies="independent"),
+    "grid lstm": commons("grid", policies="independent"),
+    "grid gru": commons("grid", memory="gru"),
+}
+
+
+def timeless(numbers):
+    return {name: value for name, value in numbers.items() if not name.startswith("time/")}
+
+
+def what_is_left(run_dir):
+    """Everything that a run leaves behind, but for the time it took; NaN as text, which is equal to itself."""
+    left = {}
+    for path in (run_dir / "checkpoints").iterdir():
+        tensors, metadata = read_tensors(path)
+        if "run" in metadata:
+            metadata["run"]["metrics"] = timeless(metadata["run"]["metrics"])
+            del metadata["run"]["seconds"]
+        left |= {(path.name, name): (t.dtype, t.shape, t.numpy().tobytes()) for name, t in tensors.items()}
+        left[path.name] = json.dumps(metadata, sort_keys=True)
+    for path in run_dir.glob("*.csv"):
+        with path.open(newline="") as file:
+            left[path.name] = [timeless(row) for row in csv.DictReader(file)]
+    events = EventAccumulator(str(run_dir / "tensorboard")).Reload()
+    for name in timeless(dict.fromkeys(events.Tags()["scalars"])):
+        left["tensorboard", name] = [(event.step, event.value) for event in events.Scalars(name)]
+    summary = json.loads((run_dir / "summary.json").read_text())
+    for name in ("seconds", "steps_per_s", "run_dir", "checkpoint"):
+        del summary[name]
+    left["summary"] = json.dumps(summary | {"metrics": timeless(summary["metrics"])}, sort_keys=True)
+    left["config"] = json.loads((run_dir / "config.json").read_text()) | {"run_dir": None}
+    left["hidden files"] = sorted(path.name for path in run_dir.rglob(".*"))
+    return left
+
+
+def assert_nothing_differs(run_dir, never_stopped):
+    ours, theirs = what_is_left(run_dir), what_is_left(never_stopped)
+    assert [name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)] == []
+
+
+# Kills.
+
+PLACES = {
+    "step": (Session, "step"),
+    "learn": (Session, "learn"),
+    "evaluate": (trainer, "evaluate"),
+    "best": (trainer, "save_best"),
+    "checkpoint": (Session, "save"),
+    "json": (trainer, "write_json"),
+    "fsync": (os, "fsync"),
+    "replace": (os, "replace"),
+    "unlink": (checkpoint.Path, "unlink"),
+    "append": (metrics, "append_whole"),
+}
+"""Moments of a run's life: before and after each call of these."""
+
+
+def count_moments(kill):
+    """Counts the moments of this process and kills it at one of them.
+
+    Args:
+        kill: "before" or "after" a place and which call of it, as in "after learn 3"; or which moment of all of them.
+            "torn" instead of "before append" kills in the middle of a row.
+    """
+    counts = Counter()
+
+    def moment(*names):
+        for name in names:
+            counts[name] += 1
+        if kill in (counts["all"], *(f"{name} {counts[name]}" for name in names)):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def watched(place, call):
+        def watching(*args, **kwargs):
+            moment("all", f"before {place}")
+            if place == "append" and kill == f"torn append {counts['before append']}":
+                args[0].write(args[1][: len(args[1]) // 2])
+                moment(f"torn {place}", *[f"torn {place}"] * (counts["before append"] - 1))
+            result = call(*args, **kwargs)
+            moment("all", f"after {place}")
+            return result
+
+        return watching
+
+    for place, (owner, name) in PLACES.items():
+        setattr(owner, name, watched(place, getattr(owner, name)))
+    return counts
+
+
+def live(config, run_dir, *, kill=None):
+    """One life of a run, in a process of its own: it begins, or goes on where the life before was ended.
+
+    Args:
+        kill: see `count_moments`; seconds as a float: whatever it does then.
+
+    Returns:
+        How many moments it had, or None where it was killed.
+    """
+    log, counted = run_dir.with_suffix(".log"), run_dir.with_suffix(".moments")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # newer Pythons warn of forking beside threads; none of ours computes
+        child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            with log.open("w") as file, redirect_stdout(file), redirect_stderr(file):
+                try:
+                    counts = count_moments(kill)
+                    if (run_dir / "config.json").exists():
+                        resume(run_dir, show_progress=False)
+                    else:
+                        train(config.model_copy(update={"run_dir": str(run_dir)}), show_progress=False)
+                    counted.write_text(str(counts["all"]))
+                    status = 0
+                except BaseException:
+                    traceback.print_exc(file=file)
+        finally:
+            os._exit(status)
+    if isinstance(kill, float):
+        time.sleep(kill)
+        with suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status):
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        return None
+    assert status == 0, log.read_text()
+    return int(counted.read_text())
+
+
+def kill_and_compare(config, tmp_path, *, places, num_random=0, num_timed=0, seed=0):
+    """Kills runs at the given places, at random moments and at random times, and compares them with one that was not.
+
+    A run that came through to its end before all kills were spent is followed by another one.
+    """
+    began = time.perf_counter()
+    num_moments = live(config, tmp_path / "never_stopped")
+    seconds = time.perf_counter() - began
+    chosen = random.Random(seed)
+    kills = [chosen.randint(1, num_moments // 2) for _ in range(num_random)]
+    kills += [chosen.uniform(0.0, seconds / 2) for _ in range(num_timed)]
+    kills += places
+    chosen.shuffle(kills)
+    number = num_killed = 0
+    while kills:
+        run, number = tmp_path / f"run{number}", number + 1
+        while kills and not (run / "summary.json").exists():
+            is_first = not run.exists()
+            was_killed = live(config, run, kill=kills[0]) is None
+            assert was_killed or not is_first or isinstance(kills[0], float), f"no run comes to {kills[0]!r}"
+            num_killed += was_killed
+            # What a run does not come to any more, a later one is killed at.
+            if was_killed or isinstance(kills[0], float):
+                del kills[0]
+        if not (run / "summary.json").exists():
+            live(config, run)
+        assert_nothing_differs(run, tmp_path / "never_stopped")
+        with pytest.raises(RunError, match="is complete"):
+            resume(run)
+        assert_nothing_differs(run, tmp_path / "never_stopped")
+    assert num_killed >= len(places) + num_random
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory):
+    """What the first run of a process imports, imported here, so that not every life does it again."""
+    train(config_of(total_steps=64, run_dir=str(tmp_path_factory.mktemp("first") / "run")), show_progress=False)
+
+
+@forks
+@pytest.mark.usefixtures("imported")
+def test_a_killed_run_goes_on_to_the_same_bits(tmp_path):
+    places = ["after step 70", "before replace 5", "torn append 4"]
+    kill_and_compare(config_of(), tmp_path, places=places)
+
+
+@forks
+@pytest.mark.slow
+@pytest.mark.usefixtures("imported")
+@pytest.mark.parametrize(
+    ("variant", "places"),
+    [
+        ("vector lstm", ["before replace 1", "after evaluate 2", "after best 1"]),
+        ("vector gru", ["before learn 2", "torn append 6", "after fsync 8"]),
+        ("image lstm", ["before step 1", "before fsync 5", "before json 1"]),
+        ("image gru", ["after checkpoint 2", "before unlink 1", "after evaluate 3"]),
+        ("bandit lstm", ["before checkpoint 1", "after append 5", "after replace 6"]),
+        ("bandit gru", ["after learn 3", "before best 2", "before json 1"]),
+        ("grid lstm", ["after learn 2", "before fsync 9", "after unlink 1"]),
+        ("grid gru", ["torn append 3", "before evaluate 2", "after json 1"]),
+    ],
+)
+def test_many_kills_leave_no_trace(tmp_path, variant, places):
+    """40 kills in all: at places where something may be half done, at random moments, and by the clock."""
+    kill_and_compare(VARIANTS[variant], tmp_path, places=places, num_random=1, num_timed=1, seed=len(variant))
+
+
+# Interruptions, and other ways to go on.
+
+
+def call_at_step(monkeypatch, number, action):
+    """Calls `action` after the session's step of that number, counted over all sessions from now on."""
+    real, count = Session.step, [0]
+
+    def step(self):
+        taken = real(self)
+        count[0] += 1
+        if count[0] == number:
+            action()
+        return taken
+
+    monkeypatch.setattr(Session, "step", step)
+
+
+def press_ctrl_c():
+    signal.raise_signal(signal.SIGINT)
+
+
+def run_in(run_dir, config, **changes):
+    return train(config.model_copy(update={"run_dir": str(run_dir), **changes}), show_progress=False)
+
+
+@pytest.mark.parametrize("variant", ["vector gru", "bandit lstm"])
+def test_ctrl_c_in_the_middle_of_a_rollout_leaves_no_trace(tmp_path, monkeypatch, variant):
+    run_in(tmp_path / "never_stopped", VARIANTS[variant], keep_checkpoints=1)
+    for number in (5, 80, 90):  # before the first update, after the second, and when little is left to do
+        call_at_step(monkeypatch, number, press_ctrl_c)
+    stopped = run_in(tmp_path / "run", VARIANTS[variant], keep_checkpoints=1)
+    num_streams = VARIANTS[variant].num_streams
+    assert (stopped["steps"], stopped["stopped_early"], stopped["metrics"]) == (5 * num_streams, True, {})
+    for number in (80, 90):
+        stopped = resume(tmp_path / "run", show_progress=False)
+        assert (stopped["steps"], stopped["stopped_early"]) == (number * num_streams, True)
+        assert stopped["metrics"]["update/optimizer_steps"] > 0
+    assert not resume(tmp_path / "run", show_progress=False)["stopped_early"]
+    assert_nothing_differs(tmp_path / "run", tmp_path / "never_stopped")
+
+
+SMALL = ["--total-steps", "1000000", "--rollout-length", "16", "--batch-size", "16", "--hidden-size", "4"]
+SMALL += ["--encoder-sizes", "4", "--eval-episodes", "0", "--num-threads", "1", "--run-dir"]
+
+
+@forks
+@pytest.mark.slow
+def test_ctrl_c_reaches_environments_in_processes_of_their_own_too(tmp_path):
+    """A terminal sends it to every process in front of it."""
+    run, log = tmp_path / "run", tmp_path / "log"
+    arguments = ["train", "CartPole-v1", "--vectorization", "async", "--num-envs", "2", *SMALL, str(run)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        child = os.fork()
+    if child == 0:
+        status = 99
+        try:
+            os.setpgid(0, 0)
+            with log.open("w") as file, redirect_stdout(file), redirect_stderr(file):
+                status = main(arguments)
+        finally:
+            os._exit(status)
+    while not (run / "metrics.csv").exists():
+        time.sleep(0.05)
+    os.killpg(child, signal.SIGINT)
+    _, status = os.waitpid(child, 0)
+    said = log.read_text()
+    assert os.waitstatus_to_exitcode(status) == 130, said
+    assert f"go on with: dualhead resume {run}" in said
+    reached = json.loads((run / "summary.json").read_text())["steps"]
+    assert main(["resume", str(run), "--total-steps", str(reached + 9)]) == 0
+
+
+def test_a_second_ctrl_c_stops_at_once_and_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    def twice():
+        press_ctrl_c()
+        press_ctrl_c()
+
+    run = tmp_path / "run"
+    call_at_step(monkeypatch, 70, twice)
+    with pytest.raises(KeyboardInterrupt):
+        run_in(run, config_of())
+    said = capsys.readouterr().err
+    assert "stopping after this step; once more to stop at once" in said
+    assert f"the newest checkpoint is {checkpoints(run)[0]}; go on with: dualhead resume {run}" in said
+    assert checkpoints(run)[0].name == "step-000000000128.safetensors"
+    assert resume(run, show_progress=False)["steps"] == 420
+
+
+def test_more_steps_are_as_if_they_had_been_asked_for_at_first(tmp_path):
+    config = config_of(ppo=config_of().ppo.model_copy(update={"learning_rate_schedule": "constant"}), eval_episodes=0)
+    run_in(tmp_path / "long", config, total_steps=500, eval_every=0)
+    run_in(tmp_path / "run", config, total_steps=270, eval_every=0)
+    assert resume(tmp_path / "run", total_steps=500, show_progress=False)["steps"] == 500
+    ours, theirs = what_is_left(tmp_path / "run"), what_is_left(tmp_path / "long")
+    assert {name for name in ours if ours[name] != theirs.get(name) and "step-000000000270" not in str(name)} == set()
+
+
+def test_more_steps_stretch_a_falling_learning_rate_to_the_new_end(tmp_path):
+    run_in(tmp_path / "run", config_of(), total_steps=256)
+    resume(tmp_path / "run", total_steps=512, show_progress=False)
+    with (tmp_path / "run" / "metrics.csv").open() as file:
+        rates = [float(row["update/learning_rate"]) for row in csv.DictReader(file)]
+    # 3e-4 (1 − steps before the rollout / steps of the run), and the run's end moves after four rollouts of 64 steps.
+    shares = [1, 3 / 4, 2 / 4, 1 / 4, 4 / 8, 3 / 8, 2 / 8, 1 / 8]
+    assert rates == pytest.approx([3e-4 * share for share in shares])
+
+
+def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(tmp_path):
+    run_in(tmp_path / "never_stopped", config_of())
+    run_in(tmp_path / "run", config_of())
+    newest = checkpoints(tmp_path / "run")[0]
+    newest.write_bytes(newest.read_bytes()[:-1])
+    with pytest.warns(UserWarning, match=r"step-000000000420.safetensors is not a whole .*trying the one before it"):
+        resume(tmp_path / "run", show_progress=False)
+    assert_nothing_differs(tmp_path / "run", tmp_path / "never_stopped")
+
+
+def test_what_cannot_be_resumed_says_why_and_stays_as_it_is(tmp_path, capsys):
+    run = tmp_path / "run"
+    run_in(run, config_of(), total_steps=64)
+    (tmp_path / "empty").mkdir()
+
+    def refused(*arguments):
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"}
+        capsys.readouterr()
+        assert main(["resume", *map(str, arguments)]) == 1
+        after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"}
+        assert after == before
+        return capsys.readouterr().err
+
+    assert "nowhere holds no run: cannot read config.json" in refused(tmp_path / "nowhere")
+    assert "empty holds no run: cannot read config.json" in refused(tmp_path / "empty")
+    assert f"{run} is complete: say --total-steps with more than 64" in refused(run)
+    assert f"{run} is complete: say --total-steps with more than 64" in refused(run, "--total-steps", 64)
+    assert "total_steps=9 ends before the first update" in refused(run, "--total-steps", 9)
+    with locked(run):
+        assert f"{run} is being written by process {os.getpid()} on" in refused(run, "--total-steps", 128)
+    checkpoint_file = checkpoints(run)[0]
+    assert "holds no run: cannot read config.json" in refused(checkpoint_file)
+    (run / "summary.json").unlink()  # as if it had been killed in its last evaluation
+    run_config = (run / "config.json").read_text()
+    (run / "config.json").write_text(run_config.replace('"num_envs": 2', '"num_envs": 1'))
+    assert f"{run} has done 64 steps: expected at least that, got total_steps=32" in refused(run, "--total-steps", 32)
+    assert "is of another architecture: its num_streams is 2, expected 1" in refused(run)
+    (run / "config.json").write_text(run_config)
+    checkpoint_file.write_bytes(b"nothing")
+    said = refused(run)
+    assert f"{run} holds no whole checkpoint" in said
+
+
+# Environments that cannot be saved.
+
+
+class HoldsGenerator(gym.Env):
+    """Counts the steps of all its episodes by a Python generator, which nothing can take apart."""
+
+    observation_space = spaces.Box(-np.inf, np.inf, (1,), np.float32)
+    action_space = spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.numbers = iter(n for n in range(10**6))
+        return self._see(), {}
+
+    def step(self, action):
+        seen = self._see()
+        return seen, float(action), False, seen[0] == 30, {}
+
+    def _see(self):
+        return np.array([next(self.numbers)], np.float32)
+
+
+gym.register("test/HoldsGenerator-v0", HoldsGenerator)
+CANNOT = r"test/HoldsGenerator-v0: .*numbers.* cannot be taken apart.*A resumed run will begin new episodes"
+NOT_KEPT = "the state of test/HoldsGenerator-v0 was not kept: its episodes begin again, with recurrent states reset"
+
+
+def test_an_environment_that_cannot_be_saved_begins_its_episodes_again(tmp_path, monkeypatch):
+    run, config = tmp_path / "run", config_of("test/HoldsGenerator-v0", eval_every=0)
+    call_at_step(monkeypatch, 80, press_ctrl_c)  # 160 steps: two rollouts of 64, and 32 that were not learned from
+    with pytest.warns(UserWarning, match=CANNOT):
+        assert run_in(run, config)["steps"] == 160
+    saved = read_tensors(checkpoints(run)[0])[0]
+
+    seen = []
+    real = Session.step
+
+    def step(self):
+        if not seen:
+            agent = self.learner
+            seen.append((agent.num_steps, agent.rollout_memory.length, agent.rollout_memory.tail_length))
+            seen.append([float(part.abs().sum()) for part in agent._get_hidden_state()])
+            seen.append(self.observations.ravel().tolist())
+            seen.append(agent._episode_starts.tolist())
+            seen.append(agent.reward_scale.returns.tolist())
+            seen.append(self.tracker.running_lengths.tolist())
+            weight = agent.policy.critic.weight.detach()
+            seen.append(torch.equal(weight, saved["policy/critic.weight"]))
+        return real(self)
+
+    monkeypatch.setattr(Session, "step", step)
+    forgotten = f"^{NOT_KEPT}, and 32 steps that were not learned from yet are forgotten$"
+    with pytest.warns(UserWarning, match=CANNOT), pytest.warns(UserWarning, match=forgotten):
+        summary = resume(run, show_progress=False)
+    assert seen == [(128, 0, 0), [0.0, 0.0], [0.0, 0.0], [True, True], [0.0, 0.0], [0, 0], True]
+    assert summary["steps"] == 420
+    with (run / "metrics.csv").open() as file:
+        assert [int(row["steps"]) for row in csv.DictReader(file)] == [64, 128, 192, 256, 320, 384]
+    # The end lies in the middle of a rollout, whose steps would be forgotten: it is the end all the same.
+    with pytest.raises(RunError, match="is complete"):
+        resume(run, show_progress=False)
+
+
+# Evaluation on the way.
+
+
+@pytest.mark.parametrize("variant", ["vector lstm", "bandit lstm", "bandit gru"])
+def test_evaluation_on_the_way_leaves_training_alone_and_keeps_the_best(tmp_path, variant):
+    config = VARIANTS[variant]
+    run_in(tmp_path / "with", config)
+    run_in(tmp_path / "without", config, eval_every=0, eval_episodes=0)
+    ours, theirs = (read_tensors(checkpoints(tmp_path / name)[0])[0] for name in ("with", "without"))
+    assert ours.keys() == theirs.keys()
+    assert all(ours[name].numpy().tobytes() == theirs[name].numpy().tobytes() for name in ours)
+
+    with (tmp_path / "with" / "evaluations.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    rollout = config.ppo.rollout_length * config.num_streams
+    end = -(-config.total_steps // config.num_streams) * config.num_streams
+    due, last = [], 0
+    for steps in range(rollout, end + 1, rollout):
+        if steps >= last + config.eval_every:
+            due.append(steps)
+            last = steps
+    assert [int(row["steps"]) for row in rows] == [*due, end]  # and once at the end
+    assert len(due) >= 2
+    best, metadata = read_tensors(tmp_path / "with" / "checkpoints" / "best.safetensors")
+    scores = [float(row["mean_return"]) for row in rows]
+    assert metadata["score"] == max(scores)
+    assert metadata["num_steps"] == int(rows[scores.index(max(scores))]["steps"])
+    assert not [name for name in best if name.startswith("run/")]  # a policy, and nothing of the run
+    assert not (tmp_path / "without" / "evaluations.csv").exists()
+    assert not (tmp_path / "without" / "checkpoints" / "best.safetensors").exists()
+
+
+class GlobalNoise(gym.Env):
+    """Draws what it shows from the generators that everything in a process shares."""
+
+    observation_space = spaces.Box(0, 1, (3,), np.float32)
+    action_space = spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self._see(), {}
+
+    def step(self, action):
+        return self._see(), float(action), False, random.random() < 0.1, {}
+
+    def _see(self):
+        return np.array([random.random(), np.random.rand(), torch.rand(()).item()], np.float32)  # noqa: NPY002
+
+
+gym.register("test/GlobalNoise-v0", GlobalNoise)
+
+
+def test_evaluation_draws_nothing_from_the_generators_that_training_uses(tmp_path):
+    config = config_of("test/GlobalNoise-v0")
+    with pytest.warns(
+        UserWarning, match="it has state that was not found"
+    ):  # torch's generator is not an environment's
+        run_in(tmp_path / "with", config)
+    with pytest.warns(UserWarning, match="it has state that was not found"):
+        run_in(tmp_path / "without", config, eval_every=0, eval_episodes=0)
+    ours, theirs = (read_tensors(checkpoints(tmp_path / name)[0])[0] for name in ("with", "without"))
+    assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
