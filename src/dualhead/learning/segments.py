@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dualhead.types import Layout
+from dualhead.types import Layout, on_device
 
 IntArray = NDArray[np.int64]
 
@@ -91,7 +91,7 @@ def minibatches(lengths: IntArray, batch_size: int, *, generator: torch.Generato
 
 
 def lay_out(
-    lengths: IntArray, *, block_cost: float, device: torch.device | str = "cpu"
+    lengths: IntArray, *, block_cost: float, device: torch.device = torch.device("cpu")  # noqa: B008
 ) -> tuple[IntArray, IntArray, Layout]:
     """Dense blocks for segments of given lengths, sorted from long to short.
 
@@ -127,7 +127,7 @@ def lay_out(
     return (
         segment_of,
         step_of,
-        Layout(tuple(blocks), torch.from_numpy(padding).to(device), torch.from_numpy(real_rows).to(device)),
+        Layout(tuple(blocks), *(on_device(torch.from_numpy(rows), device) for rows in (padding, real_rows))),
     )
 
 
