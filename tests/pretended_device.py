@@ -11,11 +11,11 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections import Counter
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_flatten, tree_map_only
 
 aten = torch.ops.aten
 DEVICE = torch.device("lazy:0")
@@ -50,6 +50,11 @@ class DeviceTensor(torch.Tensor):
     def tolist(self) -> Any:
         return self.cpu().tolist()
 
+    def numpy(self, *, force: bool = False) -> Any:
+        if not force:
+            raise TypeError("expected a tensor on the CPU")
+        return self.cpu().numpy()
+
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         raise AssertionError(f"{func} on the pretended device outside of `pretended_device()`")
@@ -58,12 +63,32 @@ class DeviceTensor(torch.Tensor):
 _CPUGenerator = torch.Generator
 
 
-class DeviceGenerator(torch.Generator):
-    """Says it is the device's; draws the numbers of the CPU's generator of the same seed."""
+class Generator(_CPUGenerator):
+    """In the place of `torch.Generator`: one of the device says so, and draws a CPU generator's numbers."""
+
+    of_device: ClassVar[dict[int, Generator]] = {}
+
+    def __new__(cls, device: Any = "cpu") -> Any:
+        if torch.device(device).type != DEVICE.type:
+            return _CPUGenerator(device)
+        made = super().__new__(cls)
+        cls.of_device[made._cdata] = made
+        return made
 
     @property
     def device(self) -> torch.device:
         return DEVICE
+
+
+def _held(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.held if isinstance(tensor, DeviceTensor) else tensor
+
+
+def _of_tensors(function: Callable[[torch.Tensor], Any], value: Any) -> Any:
+    """`value` with the function's results in place of its tensors; a list or tuple is looked into."""
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    return type(value)([_of_tensors(function, part) for part in value]) if isinstance(value, list | tuple) else value
 
 
 class Waits(TorchDispatchMode):
@@ -78,9 +103,14 @@ class Waits(TorchDispatchMode):
         super().__init__()
         self.counts: Counter[str] = Counter()
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nobody compiles here, and loading the compiler takes seconds
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, torch.Tensor)]
+        tensors: list[torch.Tensor] = []
+        _of_tensors(tensors.append, [args, *kwargs.values()])
         on_device = any(isinstance(tensor, DeviceTensor) for tensor in tensors)
         wanted = kwargs.get("device")
         if wanted is not None:
@@ -90,17 +120,21 @@ class Waits(TorchDispatchMode):
         else:
             to_device = on_device
         self._check(func, tensors, args, kwargs, on_device=on_device)
-        self._count(func, args, kwargs, tensors, on_device=on_device, to_device=to_device)
+        generator = kwargs.get("generator")
+        if generator is not None and (generator._cdata in Generator.of_device) != to_device:
+            raise RuntimeError(f"{func}: the generator is of another device than the tensor")
+        self._count(func, args, kwargs, on_device=on_device, to_device=to_device)
         if not (on_device or to_device):
             return func(*args, **kwargs)
-        held_args, held_kwargs = tree_map_only(DeviceTensor, lambda tensor: tensor.held, (args, kwargs))
+        held_args = _of_tensors(_held, args)
+        held_kwargs = {name: _of_tensors(_held, value) for name, value in kwargs.items()}
         if wanted is not None:
             held_kwargs = {**held_kwargs, "device": torch.device("cpu")}
         if func.overloadpacket is aten._to_copy and to_device != on_device:
             held_kwargs.pop("non_blocking", None)
         out = func(*held_args, **held_kwargs)
         if to_device:
-            out = tree_map_only(torch.Tensor, DeviceTensor, out)
+            out = _of_tensors(DeviceTensor, out)
         elif func.overloadpacket is aten._to_copy:
             return out
         return return_and_correct_aliasing(func, args, kwargs, out) if to_device and on_device else out
@@ -114,7 +148,7 @@ class Waits(TorchDispatchMode):
         if stray or not isinstance(tensors[0], DeviceTensor) and func.overloadpacket in _INDEXING:
             raise RuntimeError(f"{func}: expected all tensors on one device, found {[t.shape for t in stray]} on the CPU")
 
-    def _count(self, func, args, kwargs, tensors, *, on_device: bool, to_device: bool) -> None:
+    def _count(self, func, args, kwargs, *, on_device: bool, to_device: bool) -> None:
         packet = func.overloadpacket
         if packet in _COPIES:
             source = args[1] if packet is aten.copy_ else args[0]
@@ -141,7 +175,7 @@ def pretended_device(monkeypatch):
     """Makes `DEVICE` usable; gives the `Waits` that counts."""
     before = torch._C._only_lift_cpu_tensors()
     with monkeypatch.context() as patch, Waits() as waits:
-        patch.setattr(torch, "Generator", _generator)
+        patch.setattr(torch, "Generator", Generator)
         # It has neither autocast nor kernels of its own.
         patch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
         for module in (sys.modules["torch.optim.adam"], sys.modules["torch.optim.optimizer"]):
@@ -152,7 +186,5 @@ def pretended_device(monkeypatch):
             yield waits
         finally:
             torch._C._set_only_lift_cpu_tensors(before)
+            Generator.of_device.clear()
 
-
-def _generator(device="cpu"):
-    return (DeviceGenerator if torch.device(device).type == DEVICE.type else _CPUGenerator)()
