@@ -145,8 +145,10 @@ class Waits(TorchDispatchMode):
         if func.overloadpacket in _INDEXING:  # indices may lie on the host
             tensors = [args[0], *args[2:3]]
         stray = [x for x in tensors if not isinstance(x, DeviceTensor) and x.dim() > 0]
-        if stray or not isinstance(tensors[0], DeviceTensor) and func.overloadpacket in _INDEXING:
-            raise RuntimeError(f"{func}: expected all tensors on one device, found {[t.shape for t in stray]} on the CPU")
+        if stray or (not isinstance(tensors[0], DeviceTensor) and func.overloadpacket in _INDEXING):
+            raise RuntimeError(
+                f"{func}: expected all tensors on one device, found {[t.shape for t in stray]} on the CPU"
+            )
 
     def _count(self, func, args, kwargs, *, on_device: bool, to_device: bool) -> None:
         packet = func.overloadpacket
@@ -187,4 +189,3 @@ def pretended_device(monkeypatch):
         finally:
             torch._C._set_only_lift_cpu_tensors(before)
             Generator.of_device.clear()
-

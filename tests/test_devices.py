@@ -1,7 +1,5 @@
 """What runs on a GPU, without one: device by device the same numbers, no mixing, and no waiting while acting."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
@@ -12,8 +10,6 @@ from dualhead.agent import DualHeadRecurrentPPO
 from dualhead.config import CommonsConfig, NetworkConfig, NormConfig, PPOConfig, RunConfig, TurnoverConfig
 from dualhead.networks.encoders import ObservationSpec
 from dualhead.norms import NormEvents
-from dualhead.population import IndependentLearners, Turnover
-from dualhead.running.evaluation import evaluate
 from dualhead.running.metrics import EpisodeTracker
 from dualhead.running.playing import Player
 from dualhead.running.session import Session

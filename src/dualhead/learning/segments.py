@@ -91,7 +91,7 @@ def minibatches(lengths: IntArray, batch_size: int, *, generator: torch.Generato
 
 
 def lay_out(
-    lengths: IntArray, *, block_cost: float, device: torch.device = torch.device("cpu")  # noqa: B008
+    lengths: IntArray, *, block_cost: float, device: torch.device | str = "cpu"
 ) -> tuple[IntArray, IntArray, Layout]:
     """Dense blocks for segments of given lengths, sorted from long to short.
 
@@ -127,7 +127,9 @@ def lay_out(
     return (
         segment_of,
         step_of,
-        Layout(tuple(blocks), *(on_device(torch.from_numpy(rows), device) for rows in (padding, real_rows))),
+        Layout(
+            tuple(blocks), *(on_device(torch.from_numpy(rows), torch.device(device)) for rows in (padding, real_rows))
+        ),
     )
 
 
