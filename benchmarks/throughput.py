@@ -2,6 +2,7 @@
 
     python benchmarks/throughput.py
     python benchmarks/throughput.py --workload vector grid --updates 9 --json
+    python benchmarks/throughput.py --device cuda --workload vector grid --num-envs-factor 16
 
 Our trainer's whole loop (environments stepped one by one, acting, storing, updating, log files) takes turns with two
 ceilings, update by update in one process, because machines drift; every figure is a median over the turns.
@@ -15,7 +16,8 @@ ceiling       What matrix products alone would take: FLOPs of a step (see `flops
               unused; `nn.LSTM` is oneDNN's, which does not, so plain torch can pass that ceiling there. The line gives
               the ceiling by oneDNN's product as well, and `--product onednn` puts it in the figures.
 
-The environment's own time is that of the same plain environments stepped with random actions.
+The environment's own time is that of the same plain environments stepped with random actions, on the CPU. On a GPU
+ours and both ceilings run there, and every measurement ends when the device has finished; the matrices are larger.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from torch import Tensor, nn
-from workloads import PRECISIONS, WORKLOADS, Timing, Workload, time_ours
+from workloads import PRECISIONS, WORKLOADS, Timing, Workload, device_name, synchronize, time_ours
 
 from dualhead.running.machine import keep_freed_memory
 from dualhead.worlds.streams import UnavailableEnvironment
@@ -46,8 +48,10 @@ if torch.backends.mkldnn.is_available():
     PRODUCTS["onednn"] = lambda left, right: torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")
 MATRICES = ((512, 512, 512), (1024, 1024, 1024), (1024, 256, 1024), (2048, 256, 1024))
 """Rows, inner and columns of the products that the machine's rate is taken from: large ones that stay in its caches."""
+GPU_MATRICES = ((4096, 4096, 4096), (8192, 1024, 4096))
 KEYS = (
     "workload",
+    "device",
     "precision",
     "memory",
     "steps_per_s",
@@ -132,10 +136,14 @@ class Ceilings:
     Args:
         workload, memory, precision: what ours trains.
         sequences: lengths of the dense sequences that plain torch is tried with.
+        device: of the network and the products; environments stay on the CPU.
     """
 
-    def __init__(self, workload: Workload, *, memory: str, precision: str, sequences: tuple[int, ...]) -> None:
+    def __init__(
+        self, workload: Workload, *, memory: str, precision: str, sequences: tuple[int, ...], device: str = "cpu"
+    ) -> None:
         self.workload = workload
+        self.device = device
         self.sequences = sequences
         self.envs = [workload.make_env() for _ in range(workload.num_envs)]
         for env in self.envs:
@@ -145,22 +153,22 @@ class Ceilings:
         self.actions = [[space.sample() for _ in self.envs] for _ in range(workload.rollout_length)]
         shape = input_shape(self.envs[0].observation_space)
         logits = num_logits(space)
-        self.policy = PlainPolicy(workload, shape, logits=logits, memory=memory)
+        self.policy = PlainPolicy(workload, shape, logits=logits, memory=memory).to(device)
         self.flops = flops_per_step(workload, forward_flops(workload, shape, logits=logits, memory=memory))
-        self.observations = torch.rand(workload.rollout_length, workload.num_envs, *shape)
+        self.observations = torch.rand(workload.rollout_length, workload.num_envs, *shape, device=device)
         self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         self.matrices = [
-            (torch.rand(rows, inner, dtype=self.dtype), torch.rand(columns, inner, dtype=self.dtype))
-            for rows, inner, columns in MATRICES
+            tuple(torch.rand(side, inner, dtype=self.dtype, device=device) for side in (rows, columns))
+            for rows, inner, columns in (MATRICES if device == "cpu" else GPU_MATRICES)
         ]
         self.env_s: list[float] = []
         self.act_s: list[float] = []
         self.learn_s: dict[int, list[float]] = {length: [] for length in sequences}
-        self.flops_per_s: dict[str, list[float]] = {name: [] for name in PRODUCTS}
+        self.flops_per_s: dict[str, list[float]] = {name: [] for name in products_on(device)}
 
     def measure(self) -> None:
         """One turn: what one update and its rollout take."""
-        for name, product in PRODUCTS.items():
+        for name, product in products_on(self.device).items():
             self.flops_per_s[name].append(self._matrix_rate(product))
         self.env_s.append(_seconds(self._step_environments))
         self.act_s.append(_seconds(self._act))
@@ -185,7 +193,7 @@ class Ceilings:
 
     @contextmanager
     def _autocast(self) -> Iterator[None]:
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             yield
 
     def _act(self) -> None:
@@ -224,16 +232,27 @@ class Ceilings:
             env.close()
 
 
+def products_on(device: str) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+    """Of `PRODUCTS` those that the device has."""
+    return PRODUCTS if device == "cpu" else {"mm": PRODUCTS["mm"]}
+
+
 def _seconds(measured: Callable[[], object]) -> float:
+    synchronize()
     began = time.perf_counter()
     measured()
+    synchronize()
     return time.perf_counter() - began
 
 
 def measure(workload: Workload, args: argparse.Namespace) -> tuple[dict, str]:
     """One workload's figures under `KEYS`, and a line that says them."""
     ceilings = Ceilings(
-        workload, memory=args.memory, precision=args.precision, sequences=plain_sequences(workload, args.plain_sequence)
+        workload,
+        memory=args.memory,
+        precision=args.precision,
+        sequences=plain_sequences(workload, args.plain_sequence),
+        device=args.device,
     )
     timings = time_ours(
         workload,
@@ -243,6 +262,7 @@ def measure(workload: Workload, args: argparse.Namespace) -> tuple[dict, str]:
         precision=args.precision,
         state_refresh=args.state_refresh,
         sequence_length=args.sequence_length,
+        device=args.device,
     )[args.warm_up :]
     ceilings.close()
     rates = [workload.num_steps / timing.total for timing in timings]
@@ -253,7 +273,8 @@ def measure(workload: Workload, args: argparse.Namespace) -> tuple[dict, str]:
     ceiling, _ = by_product[args.product]
     seconds = Timing(*(statistics.median(part) for part in zip(*timings)))
     figures = (
-        *(workload.name, args.precision, args.memory, round(ours, 1), round(min(rates), 1), round(max(rates), 1)),
+        *(workload.name, device_name(args.device), args.precision, args.memory),
+        *(round(ours, 1), round(min(rates), 1), round(max(rates), 1)),
         *(round(seconds.rollout, 4), round(seconds.update, 4), round(plain, 1), round(ceiling, 1)),
         *(round(ours / plain, 3), round(ours / ceiling, 3)),
     )
@@ -292,6 +313,9 @@ def main() -> None:
     parser.add_argument("--workload", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of ours and of both ceilings")
     parser.add_argument("--memory", choices=["lstm", "gru"], default="lstm")
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], default="cpu", help="of ours and both ceilings; default cpu"
+    )
     parser.add_argument("--updates", type=int, default=5, help="measured updates; default 5")
     parser.add_argument("--warm-up", type=int, default=2, help="updates before them; default 2")
     parser.add_argument("--threads", type=int, default=2, help="of torch; default 2")
@@ -317,6 +341,10 @@ def main() -> None:
         parser.error(f"--precision {args.precision}: this version of dualhead trains in {', '.join(PRECISIONS)} only")
     if min(args.updates, args.warm_up, args.threads) < 1:
         parser.error("--updates, --warm-up and --threads: expected at least 1")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU here")
+    if args.product not in products_on(args.device):
+        parser.error(f"--product {args.product}: expected one of {', '.join(products_on(args.device))} on a GPU")
     factors = {"num_envs": args.num_envs_factor, "rollout_length": args.rollout_factor}
     try:
         workloads = [WORKLOADS[name].scaled(**factors) for name in args.workload]
@@ -331,7 +359,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     lines = sys.stderr if args.json else sys.stdout
     print(
-        f"torch {torch.__version__}, NumPy {np.__version__}, {args.threads} of {os.cpu_count()} threads, median of "
+        f"torch {torch.__version__}, NumPy {np.__version__}, {device_name(args.device)}, "
+        f"{args.threads} of {os.cpu_count()} threads, median of "
         f"{args.updates} updates after {args.warm_up}; segments of {args.sequence_length}, "
         f"state_refresh={args.state_refresh}, environments x{args.num_envs_factor:g}, rollout x{args.rollout_factor:g}",
         file=lines,

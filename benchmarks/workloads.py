@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
+import torch
 from gymnasium import spaces
 
 from dualhead.config import NetworkConfig, PPOConfig, RunConfig
@@ -120,6 +121,17 @@ WORKLOADS = {
 }
 
 
+def synchronize() -> None:
+    """Waits until the GPU, where one is in use, has done what it was given."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def device_name(device: str) -> str:
+    """What a device is called in a table."""
+    return torch.cuda.get_device_name() if device == "cuda" else device
+
+
 class Timing(NamedTuple):
     """One update and the rollout before it; seconds. Logging counts as rollout."""
 
@@ -137,9 +149,11 @@ class _Stopwatch:
         self._began = time.perf_counter()
 
     def write(self, num_steps: int, metrics: Mapping[str, float]) -> None:
+        synchronize()
         total, update = time.perf_counter() - self._began, metrics["time/update_s"]
         self.timings.append(Timing(total, total - update, update))
         self._between()
+        synchronize()
         self._began = time.perf_counter()
 
     def close(self) -> None:
@@ -155,6 +169,7 @@ def run_config(
     precision: str = "fp32",
     state_refresh: str = "never",
     sequence_length: int = 16,
+    device: str = "cpu",
 ) -> RunConfig:
     """Settings of a run of a workload that saves no checkpoint before its end."""
     chosen = {"precision": precision} if "precision" in PPOConfig.model_fields else {}
@@ -164,7 +179,7 @@ def run_config(
         total_steps=total_steps,
         run_dir=run_dir,
         checkpoint_every=total_steps,
-        device="cpu",
+        device=device,
         network=NetworkConfig(memory=memory, hidden_size=workload.hidden_size, encoder_sizes=workload.encoder_sizes),
         ppo=PPOConfig(
             num_epochs=workload.num_epochs,
@@ -186,13 +201,14 @@ def time_ours(
     precision: str = "fp32",
     state_refresh: str = "never",
     sequence_length: int = 16,
+    device: str = "cpu",
 ) -> list[Timing]:
     """Runs our trainer's own loop, with its log files, for `num_updates` updates.
 
     Args:
         between: called after each update while our clock stands still; what is compared with us is measured there, so
             that a machine that drifts slows both.
-        memory, precision, state_refresh, sequence_length: of the agent.
+        memory, precision, state_refresh, sequence_length, device: of the agent.
 
     Returns:
         Timings, one per update.
@@ -207,6 +223,7 @@ def time_ours(
             precision=precision,
             state_refresh=state_refresh,
             sequence_length=sequence_length,
+            device=device,
         )
         session = Session(config)
         run_dir = new_run_dir(config)

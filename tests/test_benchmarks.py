@@ -13,9 +13,9 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 TINY = ["--updates", "1", "--warm-up", "1", "--threads", "1", "--num-envs-factor", "0.25", "--rollout-factor", "0.125"]
 
 
-def run(script, *options, **environment):
+def run(script, *options, tiny=TINY, **environment):
     return subprocess.run(
-        [sys.executable, str(BENCHMARKS / script), *TINY, *options],
+        [sys.executable, str(BENCHMARKS / script), *tiny, *options],
         env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
         capture_output=True,
         text=True,
@@ -109,6 +109,17 @@ def test_throughput_refuses_what_it_cannot_measure():
     done = run("throughput.py", "--workload", "vector", "--plain-sequence", "5")
     assert done.returncode == 2
     assert "--plain-sequence: expected a divisor" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("memory", ["lstm", "gru"])
+def test_recurrent_calls_agree(memory):
+    options = ["--memory", memory, "--num-layers", "2", "--hidden-size", "16", "--steps", "200", "--repeats", "1"]
+    done = run("recurrent_calls.py", *options, tiny=["--threads", "1"])
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()[1:]
+    assert [line.split(":")[0].split()[0] for line in lines] == ["blocks"] * 4 + ["one", "packed"]
+    assert all(float(line.rpartition("off by ")[2]) < 1e-5 for line in lines)
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ from dualhead.networks.heads import ActionSpec
 from dualhead.networks.policy import RecurrentPolicy
 from dualhead.norms import NormEnforcer, NormEvents
 from dualhead.storage import RUN_PREFIX, CheckpointError, check_fit, fill, read_tensors, with_prefix, write_tensors
-from dualhead.types import ActionSample, DataError, Observations, RecurrentState
+from dualhead.types import ActionSample, DataError, Observations, RecurrentState, on_device
 
 _SHAPING_SETTINGS = ("rollout_length", "burn_in", "normalize_observations", "normalize_rewards")
 """Settings that decide which tensors a checkpoint holds; the others may differ between save and load."""
@@ -85,7 +85,7 @@ class DualHeadRecurrentPPO:
         self._coefs(0)  # refuses a wrong number of entropy coefficients now, not at the first update
 
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every GPU's, too
             self.policy = RecurrentPolicy(
                 self.observation_spec,
                 self.action_spec,
@@ -170,7 +170,8 @@ class DualHeadRecurrentPPO:
             raise RuntimeError(
                 f"restart_streams() with {self.rollout_memory.length} steps recorded: call learn(...) before it"
             )
-        streams = self._stream_tensor(streams, "streams", torch.bool).to(self.device)
+        streams = self._stream_tensor(streams, "streams", torch.bool)
+        streams = on_device(streams, self.device)
         self._update_hidden_state(self._get_hidden_state().reset_where(streams))
         self._episode_starts = self._episode_starts | streams
         if self.reward_scale is not None:
@@ -258,12 +259,12 @@ class DualHeadRecurrentPPO:
         terminated = self._stream_tensor(terminated, "terminated", torch.bool)
         truncated = self._stream_tensor(truncated, "truncated", torch.bool)
         # Asked where the data came from: an accelerator that stores what a host's environments say is not waited for.
-        cut_off = truncated & ~terminated
-        some_cut_off, some_ended = bool(cut_off.any()), bool((terminated | truncated).any())
+        some_ended = bool((terminated | truncated).any())
+        cut_off = (truncated & ~terminated).nonzero()[:, 0] if some_ended else None
         if task_rewards.device.type == "cpu" and not all_finite(task_rewards):
             raise DataError(non_finite_message("reward", task_rewards))
-        task_rewards, terminated, truncated, cut_off = (
-            tensor.to(self.device) for tensor in (task_rewards, terminated, truncated, cut_off)
+        task_rewards, terminated, truncated = (
+            on_device(tensor, self.device) for tensor in (task_rewards, terminated, truncated)
         )
         if (self.norms is None) != (events is None):
             raise ValueError(
@@ -271,7 +272,10 @@ class DualHeadRecurrentPPO:
                 if self.norms is None
                 else "norms are enforced but no events came: record(..., events=NormEvents(punished, collected))"
             )
-        final_values = self._final_values(cut_off, final_observations) if some_cut_off else None
+        final_values = None
+        if cut_off is not None and len(cut_off):
+            final_values = self._final_values(cut_off, final_observations)
+            cut_off = on_device(cut_off, self.device)
         guilt = torch.zeros_like(task_rewards)
         if self.norms is not None and events is not None:
             guilt = self.norms.update(events, memory.actions[memory.length]).total.to(task_rewards.dtype)
@@ -384,9 +388,8 @@ class DualHeadRecurrentPPO:
         cut_off = memory.truncated[:T] & ~memory.terminated[:T]
         return torch.where(cut_off, memory.final_values[:T], next_values)
 
-    def _final_values(self, cut_off: Tensor, final_observations: Any) -> Tensor:
+    def _final_values(self, streams: Tensor, final_observations: Any) -> Tensor:
         """V [n] of what the n truncated streams saw last, with the state that followed their last step."""
-        streams = cut_off.nonzero()[:, 0]
         if final_observations is None:
             raise ValueError(
                 f"streams {streams.tolist()[:8]} were truncated: record(..., final_observations=...) is needed to "
@@ -397,7 +400,7 @@ class DualHeadRecurrentPPO:
             tensors = self._tensors(final_observations, streams)
         except DataError as error:
             raise DataError(f"final {error}") from None
-        return self.policy.values(tensors, self._current_hidden.select(streams))
+        return self.policy.values(tensors, self._current_hidden.select(on_device(streams, self.device)))
 
     def _coefs(self, num_updates: int) -> tuple[float, ...]:
         """Entropy weight per head after a number of updates: linear from start to end, then constant."""
@@ -427,11 +430,12 @@ class DualHeadRecurrentPPO:
     def _tensors(self, observations: Any, streams: Tensor | None = None) -> Observations:
         """Checked observations of all streams, or of the chosen ones."""
         tensors = self.observation_spec.to_tensors(
-            observations, self.num_streams, streams=streams, device=self.device, dtype=self.policy.dtype
+            observations, self.num_streams, streams=streams, dtype=self.policy.dtype
         )
-        if self.device.type == "cpu" and streams is None:  # chosen streams are only valued: nobody acts there
+        # Chosen streams are only valued: nobody acts there.
+        if streams is None and all(tensor.device.type == "cpu" for tensor in tensors.values()):
             self.policy.heads.check_mask(tensors)
-        return tensors
+        return {name: on_device(tensor, self.device) for name, tensor in tensors.items()}
 
     def _stream_tensor(self, values: Any, name: str, dtype: torch.dtype) -> Tensor:
         tensor = as_tensor(values, name)
@@ -444,17 +448,24 @@ class DualHeadRecurrentPPO:
         return tensor.to(dtype)
 
     def _check_finite(self) -> None:
-        """On an accelerator this is where bad numbers are found: once per rollout."""
+        """Finds bad numbers that came from an accelerator, once per rollout; downloads it only where there are some."""
         memory = self.rollout_memory
         T, leaves = memory.length, self.observation_spec.leaves
-        observations = {leaf.name: memory.observations[leaf.name][memory.max_tail :][:T].cpu() for leaf in leaves}
-        rewards = memory.rewards[:T].cpu()
+        observations = {leaf.name: memory.observations[leaf.name][memory.max_tail :][:T] for leaf in leaves}
+        streams = torch.arange(self.num_streams).repeat(T)
+        try:
+            for leaf in leaves:
+                check_leaf(leaf, observations[leaf.name].flatten(0, 1), streams)
+            if all_finite(memory.rewards[:T]):
+                return
+        except DataError:
+            pass  # said below, with its step
         for t in range(T):
             try:
                 for leaf in leaves:
-                    check_leaf(leaf, observations[leaf.name][t])
-                if not all_finite(rewards[t]):
-                    raise DataError(non_finite_message("reward", rewards[t]))
+                    check_leaf(leaf, observations[leaf.name][t].cpu())
+                if not all_finite(memory.rewards[t]):
+                    raise DataError(non_finite_message("reward", memory.rewards[t].cpu()))
             except DataError as error:
                 raise DataError(f"step {t + 1} of this rollout of {T}: {error}") from None
 

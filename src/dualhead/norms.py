@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dualhead.types import on_device
+
 Mode = Literal["resource", "action"]
 
 
@@ -224,7 +226,7 @@ class NormEnforcer(torch.nn.Module):
         # Bool needs no look at the values, which would make a GPU wait.
         if flags.dtype != torch.bool and not bool(((flags == 0) | (flags == 1)).all()):
             raise ValueError(f"events.{name} must be bool or exactly 0 and 1, got other values in {flags.dtype}")
-        return flags.to(device=self.strengths.device, dtype=torch.bool)
+        return on_device(flags.to(torch.bool), self.strengths.device)
 
     def _harmful(self, actions: Any) -> Tensor:
         """[B, 1] bool, the stream chose the harmful action."""

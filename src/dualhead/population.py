@@ -19,7 +19,7 @@ from dualhead.networks.heads import FactoredCategorical, Heads
 from dualhead.networks.policy import PolicyOutput, RecurrentPolicy
 from dualhead.norms import NormEvents
 from dualhead.storage import CheckpointError, with_prefix, without_prefix
-from dualhead.types import Observations, RecurrentState
+from dualhead.types import Observations, RecurrentState, on_device
 
 
 class Learner(Protocol):
@@ -244,14 +244,15 @@ class Turnover:
         self.arrivals = np.zeros(num_agents, dtype=np.int64)
         self.num_times = 0
         self._random = np.random.default_rng([seed, 1])
-        self._taken = np.zeros((num_agents, len(self.resources)))
+        self._taken = torch.zeros(num_agents, len(self.resources), dtype=torch.float64)
         self._num_turns = 0
 
     def count(self, events: NormEvents) -> None:
         """Takes in what a turn's agents collected."""
         assert events.collected is not None
         by_agent = events.collected.view(self.num_worlds, self.num_agents, -1).sum(0)
-        self._taken += by_agent.cpu().numpy()
+        # Where the events are, so that an accelerator is not waited for.
+        self._taken = on_device(self._taken, by_agent.device) + by_agent
         self._num_turns += 1
 
     def is_due(self, turn: int) -> bool:
@@ -302,16 +303,16 @@ class Turnover:
         """
         metrics = {f"lineage/agent_{agent}": float(who) for agent, who in enumerate(self.individuals)}
         newcomers = self.individuals >= self.num_agents
-        rates = self._taken / max(self._num_turns * self.num_worlds, 1)
+        rates = self._taken.cpu().numpy() / max(self._num_turns * self.num_worlds, 1)
         for group, members in (("newcomers", newcomers), ("incumbents", ~newcomers)):
             if members.any():
                 metrics |= {
                     f"{group}/taken/{name}": rate for name, rate in zip(self.resources, rates[members].mean(0).tolist())
                 }
                 if strengths is not None:
-                    means = strengths[torch.from_numpy(members)].mean(0).tolist()
+                    means = strengths[np.flatnonzero(members)].mean(0).tolist()
                     metrics |= {f"{group}/strength/{name}": mean for name, mean in zip(self.resources, means)}
-        self._taken[:] = 0.0
+        self._taken.zero_()
         self._num_turns = 0
         return metrics
 
@@ -331,7 +332,7 @@ class Turnover:
         self.individuals = np.array(state["individuals"], dtype=np.int64)
         self.arrivals = np.array(state["arrivals"], dtype=np.int64)
         self.num_times, self._num_turns = int(state["num_times"]), int(state["num_turns"])
-        self._taken = np.array(state["taken"], dtype=np.float64)
+        self._taken = torch.tensor(state["taken"], dtype=torch.float64)
         self._random.bit_generator.state = state["random"]
 
 

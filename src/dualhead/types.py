@@ -19,6 +19,16 @@ def as_numpy(values: Any) -> NDArray[Any]:
     return values.numpy(force=True) if isinstance(values, Tensor) else np.asarray(values)
 
 
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` on a device, without waiting for what that device still has to do.
+
+    From ordinary memory everything is read before this returns, so whoever owns it may write there again. Pinned memory
+    would still be read later: that copy is waited for.
+    """
+    to_accelerator = tensor.device.type == "cpu" and device.type != "cpu"
+    return tensor.to(device, non_blocking=to_accelerator and not tensor.is_pinned())
+
+
 class DataError(ValueError):
     """What came from an environment cannot be learned from: wrong shape, missing part, not finite."""
 

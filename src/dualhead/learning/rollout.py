@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dualhead.learning.segments import IntArray, Segments, lay_out
-from dualhead.types import ActionSample, Layout, Observations, RecurrentState
+from dualhead.types import ActionSample, Layout, Observations, RecurrentState, on_device
 
 
 class Rollout:
@@ -129,7 +129,7 @@ class Rollout:
 
     def flat_rows(self, stream: IntArray, step: IntArray) -> Tensor:
         """Flat rows of steps (negative: in the tail) of streams."""
-        return torch.from_numpy((step + self.max_tail) * self.num_streams + stream).to(self.device)
+        return on_device(torch.from_numpy((step + self.max_tail) * self.num_streams + stream), self.device)
 
     def stretch(
         self, segments: Segments, start: IntArray, length: IntArray, *, block_cost: float

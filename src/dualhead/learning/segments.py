@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dualhead.types import Layout
+from dualhead.types import Layout, on_device
 
 IntArray = NDArray[np.int64]
 
@@ -127,7 +127,9 @@ def lay_out(
     return (
         segment_of,
         step_of,
-        Layout(tuple(blocks), torch.from_numpy(padding).to(device), torch.from_numpy(real_rows).to(device)),
+        Layout(
+            tuple(blocks), *(on_device(torch.from_numpy(rows), torch.device(device)) for rows in (padding, real_rows))
+        ),
     )
 
 

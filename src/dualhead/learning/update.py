@@ -15,7 +15,7 @@ from dualhead.learning.rollout import Rollout
 from dualhead.learning.segments import IntArray, Segments, cut, minibatches
 from dualhead.networks.memory import concatenate_states
 from dualhead.networks.policy import PolicyOutput, RecurrentPolicy
-from dualhead.types import DivergedError, RecurrentState, SegmentBatch
+from dualhead.types import DivergedError, RecurrentState, SegmentBatch, on_device
 
 DRIFT_SEGMENTS = 64
 _MEASURED = ("loss/total", "loss/policy", "loss/value", "policy/approx_kl", "policy/clip_fraction", "policy/grad_norm")
@@ -180,7 +180,7 @@ def initial_states(policy: RecurrentPolicy, rollout: Rollout, segments: Segments
         return state
     prefix = segments.take(warm)
     order, rows, layout = rollout.stretch(prefix, prefix.start - prefix.burn_in, prefix.burn_in, block_cost=0.0)
-    which = torch.from_numpy(warm[order]).to(rollout.device)
+    which = on_device(torch.from_numpy(warm[order]), rollout.device)
     warmed = policy.advance(rollout.observations_at(rows), state.select(which), layout)
     for part, new in zip(state, warmed):
         if part is not None:
@@ -256,7 +256,7 @@ def _unroll_runs(
         runs, run_length = runs.take(alive), run_length[alive]
         lengths = np.full(len(alive), piece)
         _, steps, layout = rollout.stretch(runs, runs.start + position, lengths, block_cost=0.0)
-        state = state.select(torch.from_numpy(alive).to(rollout.device))
+        state = state.select(on_device(torch.from_numpy(alive), rollout.device))
         state = policy.advance(rollout.observations_at(steps), state, layout)
         position += piece
         turn += 1
@@ -274,7 +274,7 @@ def _first_and_last(policy: RecurrentPolicy, rollout: Rollout, segments: Segment
     if len(longer):
         lead = segments.take(longer)
         lead_order, lead_rows, lead_layout = rollout.stretch(lead, lead.start, lead.length - 1, block_cost=0.0)
-        which = torch.from_numpy(longer[lead_order]).to(rollout.device)
+        which = on_device(torch.from_numpy(longer[lead_order]), rollout.device)
         moved = policy.advance(rollout.observations_at(lead_rows), state.select(which), lead_layout)
         for part, new in zip(state, moved):
             if part is not None:

@@ -14,7 +14,7 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 from dualhead.networks.linear import Linear
-from dualhead.types import DataError, Observations
+from dualhead.types import DataError, Observations, on_device
 
 ACTION_MASK = "action_mask"
 WHOLE = "observation"
@@ -59,13 +59,14 @@ class ObservationSpec:
         batch: int,
         *,
         streams: Tensor | None = None,
-        device: torch.device,
+        device: torch.device | None = None,
         dtype: torch.dtype,
     ) -> Observations:
         """Batched observations as tensors on `device`: floats as `dtype`, integers and bools in their own dtype.
 
         A single stream may come without its batch axis. Nothing is copied that need not be: tensors may share memory
-        with what was given. Where `streams` are chosen, only their rows are looked at and returned.
+        with what was given. Where `streams` are chosen, only their rows are looked at and returned. Without a `device`
+        everything stays where it came from.
 
         Raises:
             DataError: a part is missing, has another shape than [batch, *space.shape], is not finite, or is out of
@@ -73,7 +74,7 @@ class ObservationSpec:
         """
         tensors = {}
         for leaf in self.leaves:
-            tensor = as_tensor(_pick(observations, leaf.name), f"observation {leaf.name!r}").to(device)
+            tensor = as_tensor(_pick(observations, leaf.name), f"observation {leaf.name!r}")
             expected = (batch, *(leaf.space.shape or ()))
             if batch == 1 and tuple(tensor.shape) == expected[1:]:
                 tensor = tensor[None]
@@ -83,13 +84,13 @@ class ObservationSpec:
                     f"got {tuple(tensor.shape)}"
                 )
             if streams is not None:
-                tensor = tensor[streams]
+                tensor = tensor[on_device(streams, tensor.device)]
             if tensor.is_floating_point() and np.issubdtype(leaf.space.dtype, np.floating):
                 tensor = tensor.to(dtype)  # before the check: a large float64 number overflows float32
-            # On an accelerator the check would wait for the device each step; learn() makes it there.
+            # What comes from an accelerator would have to be waited for at each step; learn() checks it.
             if tensor.device.type == "cpu":
                 check_leaf(leaf, tensor, streams)
-            tensors[leaf.name] = tensor
+            tensors[leaf.name] = tensor if device is None else on_device(tensor, device)
         return tensors
 
 
@@ -115,8 +116,8 @@ def check_leaf(leaf: Leaf, tensor: Tensor, streams: Tensor | None = None) -> Non
             bad = tensor.to(own).to(tensor.dtype) != tensor
     elif isinstance(leaf.space, spaces.Discrete | spaces.MultiDiscrete):
         size = leaf.space.n if isinstance(leaf.space, spaces.Discrete) else leaf.space.nvec
-        low = torch.as_tensor(leaf.space.start)
-        bad = (tensor < low) | (tensor >= low + torch.as_tensor(size))
+        low = torch.as_tensor(leaf.space.start, device=tensor.device)
+        bad = (tensor < low) | (tensor >= low + torch.as_tensor(size, device=tensor.device))
     elif tensor.dtype == own:
         return
     else:

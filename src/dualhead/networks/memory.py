@@ -97,7 +97,8 @@ class RecurrentMemory(nn.Module):
 
     def step(self, features: Tensor, state: RecurrentState) -> tuple[Tensor, RecurrentState]:
         if features.shape[0] >= SEQUENCE_CALL_STREAMS:
-            h, c = state
+            # cuDNN refuses states that are not contiguous.
+            h, c = (None if part is None else part.contiguous() for part in state)
             output, final = self.cell(features[:, None], h if c is None else (h, c))
             return output[:, 0], RecurrentState(final, None) if c is None else RecurrentState(*final)
         x, hs, cs = features, [], []

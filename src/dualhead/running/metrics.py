@@ -20,8 +20,11 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from torch import Tensor
 
 from dualhead.config import RunConfig
 from dualhead.running.checkpoint import RunError, write_json
@@ -45,10 +48,27 @@ class EpisodeTracker:
         self.returns: deque[float] = deque(maxlen=EPISODE_WINDOW)
         self.lengths: deque[int] = deque(maxlen=EPISODE_WINDOW)
         self.num_episodes = 0
+        self._waiting: list[tuple[Tensor, NDArray[np.bool_]]] = []
 
     def step(self, step: StreamStep) -> None:
-        """Takes in the [B] rewards of a step and which episodes ended with it."""
-        rewards, ended = as_numpy(step.rewards), as_numpy(step.terminated) | as_numpy(step.truncated)
+        """Takes in the [B] rewards of a step and which episodes ended with it.
+
+        Rewards that lie on an accelerator are fetched later, many steps at once: the device is not waited for.
+        """
+        ended = as_numpy(step.terminated) | as_numpy(step.truncated)
+        if isinstance(step.rewards, Tensor) and step.rewards.device.type != "cpu":
+            self._waiting.append((step.rewards, ended))
+        else:
+            self._take(as_numpy(step.rewards), ended)
+
+    def _fetch(self) -> None:
+        if self._waiting:
+            rewards = as_numpy(torch.stack([rewards for rewards, _ in self._waiting]))
+            for rewards_of_step, (_, ended) in zip(rewards, self._waiting):
+                self._take(rewards_of_step, ended)
+            self._waiting = []
+
+    def _take(self, rewards: NDArray[Any], ended: NDArray[np.bool_]) -> None:
         self.running_returns += rewards
         self.running_lengths += 1
         for stream in np.flatnonzero(ended):
@@ -60,6 +80,7 @@ class EpisodeTracker:
 
     def metrics(self) -> dict[str, float]:
         """Means over the window (NaN before the first episode ends), and the count of all episodes."""
+        self._fetch()
         return {
             "episode/mean_return": float(np.mean(self.returns)) if self.returns else math.nan,
             "episode/mean_length": float(np.mean(self.lengths)) if self.lengths else math.nan,
@@ -68,11 +89,13 @@ class EpisodeTracker:
 
     def abandon_episodes(self) -> None:
         """Forgets the running episodes: others begin in their place."""
+        self._fetch()
         self.running_returns[:] = 0.0
         self.running_lengths[:] = 0
 
     def state(self) -> dict[str, Any]:
         """JSON that `restore` takes back."""
+        self._fetch()
         return {
             "running_returns": self.running_returns.tolist(),
             "running_lengths": self.running_lengths.tolist(),
@@ -90,6 +113,7 @@ class EpisodeTracker:
         running = np.array(state["running_returns"], dtype=np.float64)
         if running.shape != self.running_returns.shape:
             raise ValueError(f"episodes of {len(running)} streams, expected {len(self.running_returns)}")
+        self._waiting = []
         self.running_returns = running
         self.running_lengths = np.array(state["running_lengths"], dtype=np.int64)
         self.returns = deque(map(float, state["returns"]), maxlen=EPISODE_WINDOW)

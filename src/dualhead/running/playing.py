@@ -17,7 +17,7 @@ from dualhead.networks.policy import RecurrentPolicy
 from dualhead.population import IndependentPolicies
 from dualhead.running.checkpoint import read_config, read_newest
 from dualhead.storage import fill, read_tensors, without_prefix
-from dualhead.types import DataError, RecurrentState
+from dualhead.types import DataError, RecurrentState, on_device
 from dualhead.worlds.registry import open_streams
 
 Policy = RecurrentPolicy | IndependentPolicies
@@ -83,12 +83,13 @@ class Player:
                 f"reset() comes before another number of streams"
             )
         policy = self.policy
-        tensors = self._observation_spec.to_tensors(observations, num_streams, device=policy.device, dtype=policy.dtype)
+        tensors = self._observation_spec.to_tensors(observations, num_streams, dtype=policy.dtype)
         policy.heads.check_mask(tensors)
+        tensors = {name: on_device(tensor, policy.device) for name, tensor in tensors.items()}
         if self._state is None:
             state = policy.initial_state(num_streams)
         else:
-            begins = torch.tensor(starts.reshape(num_streams) != 0, device=policy.device)
+            begins = on_device(torch.from_numpy(starts.reshape(num_streams) != 0), policy.device)
             state = self._state.reset_where(begins)
         output, self._state = policy.step(tensors, state)
         distribution = output.distribution

@@ -63,7 +63,9 @@ class Session:
     def step(self) -> StreamStep:
         """Acts, steps the world and records what it answered."""
         learner = self.learner
-        step = self.streams.step(learner.to_env(learner.act(self.observations)))
+        actions = learner.act(self.observations)
+        # A world of tensors takes them as they are: they stay on its device.
+        step = self.streams.step(actions if isinstance(actions, Tensor) else learner.to_env(actions))
         learner.record(
             step.rewards,
             step.terminated,

@@ -185,7 +185,8 @@ class Commons:
         final = self.observations() if ends else None
         if ends:
             self.next_epoch()
-        terminated: Any = torch.zeros(self.num_streams, dtype=torch.bool, device=self.device)
+        # The host knows how episodes end: it need not ask an accelerator.
+        terminated: Any = torch.zeros(self.num_streams, dtype=torch.bool)
         return StreamStep(self.observations(), rewards, terminated, terminated | ends, final, self.events)
 
     def next_epoch(self) -> None:

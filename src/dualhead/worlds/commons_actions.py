@@ -18,6 +18,8 @@ import torch
 from gymnasium import spaces
 from torch import Tensor
 
+from dualhead.types import on_device
+
 MOVES = ("up", "down", "left", "right")
 NO_VOTE, VOTE_UP, VOTE_DOWN = range(3)
 NUM_VOTES = 3
@@ -116,18 +118,19 @@ class Actions:
                 [B, 1].
 
         Raises:
-            ValueError: another shape or kind, or (on the CPU) a number outside its range.
+            ValueError: another shape or kind, or (if they come from the CPU) a number outside its range.
         """
         given = self._columns(actions)
         expected = (self.num_streams, len(self._num_choices))
         if tuple(given.shape) != expected:
             raise ValueError(f"actions: expected shape {expected}, got {tuple(given.shape)}")
-        # On an accelerator the check would wait for the device at every step.
+        # What comes from an accelerator would have to be waited for at every step.
         if given.device.type == "cpu":
             for column, num_choices in zip(given.unbind(dim=1), self._num_choices):
                 low, high = (int(bound) for bound in column.aminmax())
                 if low < 0 or high >= num_choices:
                     raise ValueError(f"actions: expected numbers from 0 to {num_choices - 1}, got {low} to {high}")
+        given = on_device(given, self.device)
         if self._coding == "pair":
             return given[:, 0], given[:, 1]
         convert = composite_to_pair if self._coding == "composite" else simple_to_pair
@@ -151,4 +154,4 @@ class Actions:
         tensor = values if isinstance(values, Tensor) else torch.tensor(np.asarray(values))
         if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
             raise ValueError(f"actions: expected integers, got {tensor.dtype}")
-        return tensor.to(device=self.device, dtype=torch.int64)
+        return tensor.to(torch.int64)
