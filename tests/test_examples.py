@@ -17,7 +17,7 @@ def test_example_runs(tmp_path, example):
     done = subprocess.run(
         [sys.executable, str(ROOT / "examples" / example), *ARGUMENTS.get(example, [])],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONWARNINGS": "default"},
+        env=os.environ | {"PYTHONWARNINGS": "default", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
