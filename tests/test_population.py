@@ -187,6 +187,13 @@ def test_a_rollout_that_ends_late_makes_up_for_missed_replacements():
     assert schedule.num_times == 3
 
 
+def test_a_wrong_phase_is_told_once():
+    with pytest.raises(ValueError, match=r"^phases\.0: mode: Input should be 'voted', 'fixed' or 'off', got 'on'$"):
+        CommonsConfig(phases=[{"mode": "on"}])
+    with pytest.raises(ValueError, match=r"^phases: Tuple should have at least 1 item"):
+        CommonsConfig(phases=[])
+
+
 def test_whom_newcomers_replace():
     """first_n takes the lowest numbers; tenure those who came first, ties by number; random differs by seed."""
     learners = make_learners()

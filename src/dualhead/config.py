@@ -525,8 +525,11 @@ def tuned_settings(env: str) -> dict[str, Any]:
 
 def explain(error: ValidationError) -> str:
     """One line per wrong setting: which, what is wrong, what was given."""
-    lines = []
-    for problem in error.errors():
+    lines, problems = [], error.errors()
+    around = {problem["loc"][:depth] for problem in problems for depth in range(len(problem["loc"]))}
+    for problem in problems:
+        if problem["loc"] and problem["loc"] in around:
+            continue  # a list is called too short when what is in it is wrong
         name = ".".join(
             str(part) for part in problem["loc"] if not str(part).startswith(("function", "tuple", "constrained"))
         )
