@@ -154,6 +154,28 @@ def test_learners_go_on_where_they_were_saved():
         few.restore(*learners.state())
 
 
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda tensors, _: tensors.pop("agent_2/state/h"), "agent 2 is of another architecture: missing"),
+        (lambda tensors, _: tensors["agent_2/rng/shuffling"].zero_(), "agent 2: rng/shuffling is no state"),
+        (lambda _, metadata: metadata["learners"][2].pop("rollout"), "agent 2 lacks its counters"),
+        (lambda _, metadata: metadata.pop("num_steps"), "num_steps cannot be None"),
+    ],
+)
+def test_learners_are_restored_all_or_none(damage, message):
+    learners, worlds = make_learners(), Commons(RULES, num_worlds=NUM_WORLDS)
+    play(learners, worlds, worlds.reset(seed=1), 13)
+    other, fresh = make_learners(), make_learners()
+    tensors, metadata = learners.state()
+    damage(tensors, metadata)
+    with pytest.raises(CheckpointError, match=message):
+        other.restore(tensors, metadata)
+    (tensors, metadata), (before, metadata_before) = other.state(), fresh.state()
+    assert metadata == metadata_before
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in before.items())
+
+
 def turnover(num_agents=4, num_worlds=2, seed=0, **settings):
     config = TurnoverConfig(**settings)
     return Turnover(config, resources=("A", "B"), num_agents=num_agents, num_worlds=num_worlds, seed=seed)
