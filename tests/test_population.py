@@ -17,6 +17,8 @@ from dualhead import (
 )
 from dualhead.config import RunConfig, TurnoverConfig
 from dualhead.population import IndependentLearners, IndependentPolicies, Turnover, strengths_by_agent
+from dualhead.running.evaluation import evaluate, evaluation_size
+from dualhead.running.session import make_learner
 from dualhead.running.trainer import train
 from dualhead.worlds.commons import Commons
 
@@ -152,6 +154,26 @@ def test_learners_go_on_where_they_were_saved():
     few = IndependentLearners(make, num_agents=2, seed=5)
     with pytest.raises(CheckpointError, match="expected 2 independent learners"):
         few.restore(*learners.state())
+
+
+@pytest.mark.parametrize(
+    ("num_agents", "asked", "played"), [(3, 4, [2, 2, 2]), (30, 20, [1] * 30), (2, 30, [15, 15]), (1, 7, [7])]
+)
+def test_every_agent_counts_the_same_in_an_evaluation(monkeypatch, num_agents, asked, played):
+    """Agent n gets reward n each turn: the mean return over agents is known."""
+    rules = RULES.model_copy(update={"num_agents": num_agents})
+    config = RunConfig(env="commons", commons=rules, policies="independent", num_envs=4, ppo=PPO)
+    num_worlds, episodes = evaluation_size(config, asked)
+    worlds = Commons(rules, num_worlds=num_worlds)
+    step = Commons.step
+
+    def number_as_reward(self, actions):
+        return step(self, actions)._replace(rewards=torch.arange(num_agents).repeat(num_worlds))
+
+    monkeypatch.setattr(Commons, "step", number_as_reward)
+    policy = make_learner(config, worlds).policy
+    returns = np.array(evaluate(policy, worlds, episodes=episodes).returns)
+    assert np.bincount((returns / rules.epoch_turns).astype(int)).tolist() == played
 
 
 @pytest.mark.parametrize(

@@ -332,7 +332,9 @@ class RunConfig(Config):
     log_to: tuple[Literal["wandb", "mlflow"], ...] = Field(
         (), description="Also log to Weights & Biases or MLflow, beside TensorBoard and metrics.csv."
     )
-    eval_episodes: NonNegativeInt = Field(20, description="Episodes of an evaluation; 0: none at the end.")
+    eval_episodes: NonNegativeInt = Field(
+        20, description="Episodes of an evaluation (commons: the same number for each agent); 0: none at the end."
+    )
     eval_every: NonNegativeInt = Field(
         0, description="Environment steps between evaluations during training, the best of which is kept; 0: none."
     )
