@@ -257,7 +257,7 @@ def test_a_run_in_the_commons_keeps_to_its_device(device, monkeypatch, form, pol
     if form == "grid":
         settings |= {"max_resources": 9, "respawn_probability": 0.05}
     config = commons_run(policies, **settings)
-    metrics = []
+    metrics, saved = [], []
     for where in ("cpu", str(DEVICE)):
         monkeypatch.setattr("dualhead.running.session.choose_device", lambda _, where=where: where)
         session = Session(config)
@@ -270,9 +270,12 @@ def test_a_run_in_the_commons_keeps_to_its_device(device, monkeypatch, form, pol
             if where != "cpu":
                 assert not device.counts  # not even for the actions: the world takes them where they are
             metrics[-1].append(session.learn())
-        session.state()
+        saved.append(session.state())
     for one, other in zip(*metrics):
         assert one == pytest.approx(other, rel=1e-3, abs=1e-5, nan_ok=True)
+    session.restore(*saved[0], source="a checkpoint of the CPU")
+    assert session.learner.num_steps == 12 * config.num_streams
+    session.step()
 
 
 @pytest.mark.parametrize("coding", ["composite", "simple"])
