@@ -18,7 +18,7 @@ from dualhead import (
 from dualhead.config import RunConfig, TurnoverConfig
 from dualhead.population import IndependentLearners, IndependentPolicies, Turnover, strengths_by_agent
 from dualhead.running.evaluation import evaluate, evaluation_size
-from dualhead.running.session import make_learner
+from dualhead.running.session import Session, make_learner
 from dualhead.running.trainer import train
 from dualhead.worlds.commons import Commons
 
@@ -316,6 +316,28 @@ def test_with_a_shared_policy_a_newcomer_has_no_memory_and_no_norms():
     worlds.step(agent.act(observations))
     with pytest.raises(RuntimeError, match="record"):
         agent.restart_streams(newcomers)
+
+
+@pytest.mark.parametrize("policies", ["shared", "independent"])
+def test_a_newcomers_return_is_its_own(policies):
+    """Epochs of 7 turns, rollouts of 10: in the middle of the second epoch agent 0 of both worlds is replaced."""
+    config = RunConfig(
+        env="commons",
+        commons=RULES,
+        policies=policies,
+        num_envs=2,
+        network=NETWORK,
+        ppo=PPO,
+        turnover=TurnoverConfig(first_turn=10, selection="first_n"),
+    )
+    session = Session(config)
+    session.begin()
+    for _ in range(10):
+        session.step()
+    before = session.tracker.running_returns.copy()
+    session.learn()
+    assert session.tracker.running_lengths.tolist() == [0, 3, 3, 0, 3, 3]
+    assert session.tracker.running_returns.tolist() == (before * [0, 1, 1, 0, 1, 1]).tolist()
 
 
 def test_streams_do_not_change_hands_within_a_rollout():

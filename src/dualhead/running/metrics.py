@@ -87,11 +87,12 @@ class EpisodeTracker:
             "episode/count": self.num_episodes,
         }
 
-    def abandon_episodes(self) -> None:
-        """Forgets the running episodes: others begin in their place."""
+    def abandon_episodes(self, streams: NDArray[np.bool_] | None = None) -> None:
+        """Forgets the running episodes of some streams [B] bool, or of all: others begin in their place."""
         self._fetch()
-        self.running_returns[:] = 0.0
-        self.running_lengths[:] = 0
+        abandoned = slice(None) if streams is None else streams
+        self.running_returns[abandoned] = 0.0
+        self.running_lengths[abandoned] = 0
 
     def state(self) -> dict[str, Any]:
         """JSON that `restore` takes back."""
