@@ -155,6 +155,8 @@ class DualHeadRecurrentPPO:
             )
         self._current_hidden = None
         self._episode_starts.fill_(True)
+        if self.reward_scale is not None and not self.rollout_memory.length:  # recorded episodes end by themselves
+            self.reward_scale.returns.zero_()
 
     def restart_streams(self, streams: Tensor) -> None:
         """Somebody new takes over some streams: their recurrent state and norm strengths begin at zero.
@@ -189,8 +191,6 @@ class DualHeadRecurrentPPO:
         self.num_steps -= forgotten
         self.rollout_memory.length = self.rollout_memory.tail_length = 0
         self.reset_state()
-        if self.reward_scale is not None:
-            self.reward_scale.returns.zero_()
         return forgotten
 
     @torch.no_grad()
