@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import gymnasium as gym
 import numpy as np
@@ -91,6 +92,13 @@ def test_run_directory_holds_everything(tmp_path):
     assert [path.name for path in checkpoints(run)] == ["step-000000000400.safetensors"]
     assert summary["evaluation"]["episodes"] == 2
     assert summary["evaluation"]["ci95_low"] <= summary["evaluation"]["ci95_high"]
+
+
+def test_a_run_may_be_in_another_thread_than_the_main_one(tmp_path):
+    """Only the main thread may say what a signal does."""
+    with ThreadPoolExecutor(1) as pool:
+        summary = pool.submit(train, tiny_config(tmp_path / "run")).result()
+    assert summary["steps"] == 400
 
 
 def test_same_seed_same_run_to_the_bit(tmp_path):

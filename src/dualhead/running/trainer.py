@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -256,6 +257,9 @@ def preserved_randomness() -> Iterator[None]:
 def stop_requests() -> Iterator[list[int]]:
     """Collects SIGINT and SIGTERM in a list instead of dying of them; the second one acts as usual."""
     received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # only that one may set handlers
+        yield received
+        return
 
     def remember(number: int, frame: FrameType | None) -> None:
         if received:
