@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import string
+from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import Annotated, Any, Literal
 
@@ -523,6 +524,14 @@ def tuned_settings(env: str) -> dict[str, Any]:
         if fnmatch.fnmatchcase(env, pattern):
             return settings
     return {}
+
+
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted name."""
+    result: dict[str, Any] = {}
+    for name, value in settings.items():
+        result |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return result
 
 
 def explain(error: ValidationError) -> str:
