@@ -345,6 +345,10 @@ def test_streams_do_not_change_hands_within_a_rollout():
     play(agent, worlds, worlds.reset(seed=1), 3)
     with pytest.raises(RuntimeError, match="3 steps recorded"):
         agent.restart_streams(torch.ones(12, dtype=torch.bool))
+    learners = make_learners()
+    play(learners, worlds, worlds.reset(seed=1), 3)
+    with pytest.raises(RuntimeError, match="3 steps recorded"):
+        learners.replace(1, individual=7)
 
 
 def train_commons(tmp_path, **settings):

@@ -133,7 +133,14 @@ class IndependentLearners:
         return forgotten
 
     def replace(self, agent: int, individual: int) -> None:
-        """A newcomer takes an agent's place: fresh weights and optimiser, zero state and strengths."""
+        """A newcomer takes an agent's place: fresh weights and optimiser, zero state and strengths.
+
+        Raises:
+            RuntimeError: recorded steps are not learned from yet (everybody learns at the same time).
+        """
+        length = self.learners[agent].rollout_memory.length
+        if length:
+            raise RuntimeError(f"replace() with {length} steps recorded: call learn(...) before it")
         self.learners[agent] = self._make(self._seed_of(individual))
 
     def strengths(self) -> Tensor | None:
