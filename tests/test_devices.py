@@ -228,6 +228,18 @@ def test_checkpoints_move_between_devices(device, tmp_path):
     np.testing.assert_array_equal(*goes_on)
 
 
+def test_a_checkpoint_from_a_gpu_is_loaded_without_its_generator():
+    """A CUDA generator's state is 16 bytes, and says nothing to one of the CPU."""
+    there, here = make_agent(), make_agent()
+    train(there, num_steps=8)
+    tensors, metadata = there.state()
+    own = here.state()[0]["rng/sampling"]
+    here.restore({**tensors, "rng/sampling": torch.zeros(16, dtype=torch.uint8)}, {**metadata, "device": "cuda"})
+    assert torch.equal(here.state()[0]["rng/sampling"], own)
+    assert torch.equal(here.state()[0]["rng/shuffling"], tensors["rng/shuffling"])
+    assert here.num_steps == there.num_steps
+
+
 def test_the_random_numbers_of_a_gpu_are_not_touched(monkeypatch):
     def seed_all(seed):
         raise AssertionError(f"every GPU was seeded with {seed}")

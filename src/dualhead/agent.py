@@ -544,7 +544,7 @@ class DualHeadRecurrentPPO:
         ours_now = self._tensors_to_save()
         generators = {"rng/sampling": self._sampling, "rng/shuffling": self._shuffling}
         if metadata["device"] != self.device.type and "rng/sampling" in tensors:
-            del generators["rng/sampling"]  # those of other devices have other states
+            # Generators of other devices have other states.
             tensors = {**tensors, "rng/sampling": ours_now["rng/sampling"]}
         check_fit(ours_now, tensors, what=source)
         for name, generator in generators.items():
