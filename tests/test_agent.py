@@ -484,6 +484,24 @@ def test_reset_state_begins_new_episodes_where_none_is_cut():
     agent.reset_state()  # all episodes have just ended
 
 
+def test_reset_state_begins_the_return_that_rewards_are_scaled_by():
+    agent = make_agent("gru", normalize_rewards=True, gamma=0.5)
+    for _ in range(4):
+        agent.act(masked(X))
+        agent.record(np.ones(B), NOBODY, NOBODY)
+    agent.learn(masked(X))
+    assert agent.reward_scale.returns.tolist() == [1.875] * B
+    agent.reset_state()
+    assert agent.reward_scale.returns.tolist() == [0.0] * B
+    for ended in (NOBODY, ~NOBODY):
+        agent.act(masked(X))
+        agent.record(np.ones(B), ended, NOBODY)
+    agent.reset_state()
+    # Discounted returns: 1, 1.5, 1.75, 1.875 and, after the reset, 1, 1.5.
+    agent.learn(partial=True)
+    assert agent.reward_scale.statistics.mean.item() == pytest.approx(np.mean([1, 1.5, 1.75, 1.875, 1, 1.5]), rel=1e-6)
+
+
 @pytest.mark.parametrize(
     ("start", "end", "expected"),
     [

@@ -774,6 +774,41 @@ def test_a_state_is_a_copy_and_must_fit():
         worlds.restore({name: tensor for name, tensor in tensors.items() if name != "forage/cells"}, metadata)
 
 
+@pytest.mark.parametrize("damage", ["turn", "num_counted", "device", "rng", "short rng"])
+def test_a_state_that_lacks_something_changes_nothing(damage):
+    worlds = Commons(CommonsConfig(**VARIED), num_worlds=2)
+    worlds.reset(seed=0)
+    play(worlds, 6, seed=0)
+    tensors, metadata = worlds.state()
+    if damage == "short rng":
+        tensors["rng"] = tensors["rng"][:16]
+    else:
+        (tensors if damage == "rng" else metadata).pop(damage)
+    other = Commons(worlds.config, num_worlds=2)
+    before = other.state()
+    with pytest.raises(CheckpointError, match="lacks a part"):
+        other.restore(tensors, metadata)
+    assert_same(other.state()[0], before[0])
+    assert other.state()[1] == before[1]
+
+
+def test_a_state_from_a_gpu_goes_on_here_with_other_chance():
+    """A CUDA generator's state is 16 bytes, and says nothing to one of the CPU."""
+    worlds = Commons(CommonsConfig(**VARIED), num_worlds=2)
+    worlds.reset(seed=0)
+    play(worlds, 6, seed=0)
+    tensors, metadata = worlds.state()
+    rewards = []
+    for last_byte in (1, 1, 2):
+        other = Commons(worlds.config, num_worlds=2)
+        rng = torch.tensor([0] * 15 + [last_byte], dtype=torch.uint8)
+        assert_same(other.restore({**tensors, "rng": rng}, {**metadata, "device": "cuda"}), worlds.observations())
+        assert other.turn == 6
+        rewards.append(torch.stack([step.rewards for step in play(other, 10, seed=1)]))
+    assert torch.equal(rewards[0], rewards[1])
+    assert not torch.equal(rewards[0], rewards[2])
+
+
 def test_kept_results_do_not_change_under_later_steps():
     worlds = Commons(CommonsConfig(**VARIED), num_worlds=2)
     observations = worlds.reset(seed=0)

@@ -228,6 +228,18 @@ def test_checkpoints_move_between_devices(device, tmp_path):
     np.testing.assert_array_equal(*goes_on)
 
 
+def test_a_checkpoint_from_a_gpu_is_loaded_without_its_generator():
+    """A CUDA generator's state is 16 bytes, and says nothing to one of the CPU."""
+    there, here = make_agent(), make_agent()
+    train(there, num_steps=8)
+    tensors, metadata = there.state()
+    own = here.state()[0]["rng/sampling"]
+    here.restore({**tensors, "rng/sampling": torch.zeros(16, dtype=torch.uint8)}, {**metadata, "device": "cuda"})
+    assert torch.equal(here.state()[0]["rng/sampling"], own)
+    assert torch.equal(here.state()[0]["rng/shuffling"], tensors["rng/shuffling"])
+    assert here.num_steps == there.num_steps
+
+
 def test_the_random_numbers_of_a_gpu_are_not_touched(monkeypatch):
     def seed_all(seed):
         raise AssertionError(f"every GPU was seeded with {seed}")
@@ -257,7 +269,7 @@ def test_a_run_in_the_commons_keeps_to_its_device(device, monkeypatch, form, pol
     if form == "grid":
         settings |= {"max_resources": 9, "respawn_probability": 0.05}
     config = commons_run(policies, **settings)
-    metrics = []
+    metrics, saved = [], []
     for where in ("cpu", str(DEVICE)):
         monkeypatch.setattr("dualhead.running.session.choose_device", lambda _, where=where: where)
         session = Session(config)
@@ -270,9 +282,12 @@ def test_a_run_in_the_commons_keeps_to_its_device(device, monkeypatch, form, pol
             if where != "cpu":
                 assert not device.counts  # not even for the actions: the world takes them where they are
             metrics[-1].append(session.learn())
-        session.state()
+        saved.append(session.state())
     for one, other in zip(*metrics):
         assert one == pytest.approx(other, rel=1e-3, abs=1e-5, nan_ok=True)
+    session.restore(*saved[0], source="a checkpoint of the CPU")
+    assert session.learner.num_steps == 12 * config.num_streams
+    session.step()
 
 
 @pytest.mark.parametrize("coding", ["composite", "simple"])

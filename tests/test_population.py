@@ -17,6 +17,8 @@ from dualhead import (
 )
 from dualhead.config import RunConfig, TurnoverConfig
 from dualhead.population import IndependentLearners, IndependentPolicies, Turnover, strengths_by_agent
+from dualhead.running.evaluation import evaluate, evaluation_size
+from dualhead.running.session import Session, make_learner
 from dualhead.running.trainer import train
 from dualhead.worlds.commons import Commons
 
@@ -154,6 +156,48 @@ def test_learners_go_on_where_they_were_saved():
         few.restore(*learners.state())
 
 
+@pytest.mark.parametrize(
+    ("num_agents", "asked", "played"), [(3, 4, [2, 2, 2]), (30, 20, [1] * 30), (2, 30, [15, 15]), (1, 7, [7])]
+)
+def test_every_agent_counts_the_same_in_an_evaluation(monkeypatch, num_agents, asked, played):
+    """Agent n gets reward n each turn: the mean return over agents is known."""
+    rules = RULES.model_copy(update={"num_agents": num_agents})
+    config = RunConfig(env="commons", commons=rules, policies="independent", num_envs=4, ppo=PPO)
+    num_worlds, episodes = evaluation_size(config, asked)
+    worlds = Commons(rules, num_worlds=num_worlds)
+    step = Commons.step
+
+    def number_as_reward(self, actions):
+        return step(self, actions)._replace(rewards=torch.arange(num_agents).repeat(num_worlds))
+
+    monkeypatch.setattr(Commons, "step", number_as_reward)
+    policy = make_learner(config, worlds).policy
+    returns = np.array(evaluate(policy, worlds, episodes=episodes).returns)
+    assert np.bincount((returns / rules.epoch_turns).astype(int)).tolist() == played
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda tensors, _: tensors.pop("agent_2/state/h"), "agent 2 is of another architecture: missing"),
+        (lambda tensors, _: tensors["agent_2/rng/shuffling"].zero_(), "agent 2: rng/shuffling is no state"),
+        (lambda _, metadata: metadata["learners"][2].pop("rollout"), "agent 2 lacks its counters"),
+        (lambda _, metadata: metadata.pop("num_steps"), "num_steps cannot be None"),
+    ],
+)
+def test_learners_are_restored_all_or_none(damage, message):
+    learners, worlds = make_learners(), Commons(RULES, num_worlds=NUM_WORLDS)
+    play(learners, worlds, worlds.reset(seed=1), 13)
+    other, fresh = make_learners(), make_learners()
+    tensors, metadata = learners.state()
+    damage(tensors, metadata)
+    with pytest.raises(CheckpointError, match=message):
+        other.restore(tensors, metadata)
+    (tensors, metadata), (before, metadata_before) = other.state(), fresh.state()
+    assert metadata == metadata_before
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in before.items())
+
+
 def turnover(num_agents=4, num_worlds=2, seed=0, **settings):
     config = TurnoverConfig(**settings)
     return Turnover(config, resources=("A", "B"), num_agents=num_agents, num_worlds=num_worlds, seed=seed)
@@ -185,6 +229,13 @@ def test_a_rollout_that_ends_late_makes_up_for_missed_replacements():
     while schedule.is_due(4):
         schedule.replace(learners, 4)
     assert schedule.num_times == 3
+
+
+def test_a_wrong_phase_is_told_once():
+    with pytest.raises(ValueError, match=r"^phases\.0: mode: Input should be 'voted', 'fixed' or 'off', got 'on'$"):
+        CommonsConfig(phases=[{"mode": "on"}])
+    with pytest.raises(ValueError, match=r"^phases: Tuple should have at least 1 item"):
+        CommonsConfig(phases=[])
 
 
 def test_whom_newcomers_replace():
@@ -267,11 +318,37 @@ def test_with_a_shared_policy_a_newcomer_has_no_memory_and_no_norms():
         agent.restart_streams(newcomers)
 
 
+@pytest.mark.parametrize("policies", ["shared", "independent"])
+def test_a_newcomers_return_is_its_own(policies):
+    """Epochs of 7 turns, rollouts of 10: in the middle of the second epoch agent 0 of both worlds is replaced."""
+    config = RunConfig(
+        env="commons",
+        commons=RULES,
+        policies=policies,
+        num_envs=2,
+        network=NETWORK,
+        ppo=PPO,
+        turnover=TurnoverConfig(first_turn=10, selection="first_n"),
+    )
+    session = Session(config)
+    session.begin()
+    for _ in range(10):
+        session.step()
+    before = session.tracker.running_returns.copy()
+    session.learn()
+    assert session.tracker.running_lengths.tolist() == [0, 3, 3, 0, 3, 3]
+    assert session.tracker.running_returns.tolist() == (before * [0, 1, 1, 0, 1, 1]).tolist()
+
+
 def test_streams_do_not_change_hands_within_a_rollout():
     agent, worlds = make(0, num_streams=12), Commons(RULES, num_worlds=4)
     play(agent, worlds, worlds.reset(seed=1), 3)
     with pytest.raises(RuntimeError, match="3 steps recorded"):
         agent.restart_streams(torch.ones(12, dtype=torch.bool))
+    learners = make_learners()
+    play(learners, worlds, worlds.reset(seed=1), 3)
+    with pytest.raises(RuntimeError, match="3 steps recorded"):
+        learners.replace(1, individual=7)
 
 
 def train_commons(tmp_path, **settings):

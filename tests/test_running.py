@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import gymnasium as gym
 import numpy as np
@@ -20,7 +21,7 @@ from gymnasium import spaces
 from dualhead import DualHeadRecurrentPPO
 from dualhead.cli import main
 from dualhead.config import NetworkConfig, PPOConfig, RunConfig
-from dualhead.running.checkpoint import RunError, checkpoints, read_newest
+from dualhead.running.checkpoint import RunError, checkpoints, locked, new_run_dir, read_newest
 from dualhead.running.machine import use_threads
 from dualhead.running.metrics import CSVWriter, EpisodeTracker, ProgressDisplay
 from dualhead.running.trainer import train
@@ -93,6 +94,13 @@ def test_run_directory_holds_everything(tmp_path):
     assert summary["evaluation"]["ci95_low"] <= summary["evaluation"]["ci95_high"]
 
 
+def test_a_run_may_be_in_another_thread_than_the_main_one(tmp_path):
+    """Only the main thread may say what a signal does."""
+    with ThreadPoolExecutor(1) as pool:
+        summary = pool.submit(train, tiny_config(tmp_path / "run")).result()
+    assert summary["steps"] == 400
+
+
 def test_same_seed_same_run_to_the_bit(tmp_path):
     runs = {name: train(tiny_config(tmp_path / name, seed=seed)) for name, seed in (("a", 1), ("b", 1), ("c", 2))}
     tensors = {name: read_newest(tmp_path / name)[1] for name in runs}
@@ -120,6 +128,18 @@ def test_existing_run_is_not_overwritten(tmp_path):
     with pytest.raises(RunError, match="holds a run already"):
         train(tiny_config(tmp_path / "run", seed=5))
     assert (tmp_path / "run" / "summary.json").read_bytes() == before
+
+
+def test_of_two_runs_that_begin_at_once_each_gets_a_directory(tmp_path, monkeypatch):
+    """The first has made the directory and holds its lock, and has not written its configuration yet."""
+    monkeypatch.chdir(tmp_path)
+    config = tiny_config(None).model_copy(update={"run_dir": None})
+    first = tmp_path / "runs" / "dualhead-RecallCue-v0" / "lstm-seed0"
+    (first / "checkpoints").mkdir(parents=True)
+    with locked(first):
+        assert new_run_dir(config).name == "lstm-seed0-2"
+        with pytest.raises(RunError, match="is being written by process"):
+            new_run_dir(config.model_copy(update={"run_dir": str(first)}))
 
 
 def test_full_disk_leaves_the_checkpoint_before_whole(tmp_path, monkeypatch):

@@ -632,6 +632,25 @@ def test_a_killed_worker_is_named_and_the_next_call_goes_on(tmp_path):
     assert summary["steps"] == steps + 40
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGALRM"), reason="the alarm ends what would wait for ever")
+def test_a_long_complaint_does_not_block_the_process_that_has_it(tmp_path):
+    """A pipe takes 64 kB, and nobody reads from it until the process has ended."""
+
+    def too_late(*_):
+        raise TimeoutError
+
+    config = RunConfig(env="dualhead/" + "x" * 200_000, run_dir=str(tmp_path / "run"))
+    before = signal.signal(signal.SIGALRM, too_late)
+    signal.alarm(40)
+    try:
+        ((_, problem, _),) = run_in_processes({"one": config}, jobs=1)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    assert problem.startswith("unknown environment 'dualhead/xxx")
+    assert "x" * 200_000 in (tmp_path / "run" / OUTPUT).read_text()
+
+
 def test_workers_have_one_thread_and_at_most_jobs_run_at_once(tmp_path):
     """The process of a run, while it trains, has torch's own thread and the one that watches its parent."""
     if not os.path.isdir("/proc/self"):

@@ -155,6 +155,8 @@ class DualHeadRecurrentPPO:
             )
         self._current_hidden = None
         self._episode_starts.fill_(True)
+        if self.reward_scale is not None and not self.rollout_memory.length:  # recorded episodes end by themselves
+            self.reward_scale.returns.zero_()
 
     def restart_streams(self, streams: Tensor) -> None:
         """Somebody new takes over some streams: their recurrent state and norm strengths begin at zero.
@@ -189,8 +191,6 @@ class DualHeadRecurrentPPO:
         self.num_steps -= forgotten
         self.rollout_memory.length = self.rollout_memory.tail_length = 0
         self.reset_state()
-        if self.reward_scale is not None:
-            self.reward_scale.returns.zero_()
         return forgotten
 
     @torch.no_grad()
@@ -502,6 +502,24 @@ class DualHeadRecurrentPPO:
         On another kind of device than it was saved on, actions are sampled from this agent's own generator.
 
         Raises:
+            CheckpointError: as `check`.
+        """
+        self.check(tensors, metadata, source=source)
+        if metadata["device"] != self.device.type:
+            tensors = {**tensors, "rng/sampling": self._sampling.get_state()}
+        fill(self._tensors_to_save(), tensors, what=source)
+        self._sampling.set_state(tensors["rng/sampling"])
+        self._shuffling.set_state(tensors["rng/shuffling"])
+        memory = self.rollout_memory
+        self.num_steps, self.num_updates, self._num_skipped, memory.length, memory.tail_length = _counters(
+            metadata, memory, source=source
+        )
+        self._step_is_pending = False
+
+    def check(self, tensors: dict[str, Tensor], metadata: dict[str, Any], *, source: str = "checkpoint") -> None:
+        """Whether `restore` would take this; the agent stays as it is.
+
+        Raises:
             CheckpointError: it was made by another architecture, for other spaces or another number of streams, or
                 something is missing in it or of the wrong kind.
         """
@@ -520,27 +538,20 @@ class DualHeadRecurrentPPO:
             # As JSON, where a tuple is a list and 1 is not True.
             if json.dumps(given, sort_keys=True) != json.dumps(mine, sort_keys=True):
                 raise CheckpointError(f"{source} is of another architecture: its {name} is {given}, expected {mine}")
-        memory = self.rollout_memory
-        num_steps, num_updates, num_skipped, length, tail_length = _counters(metadata, memory, source=source)
+        _counters(metadata, self.rollout_memory, source=source)
         if not isinstance(metadata.get("device"), str):
             raise CheckpointError(f"{source} does not say which device it is from: {metadata.get('device')!r}")
         ours_now = self._tensors_to_save()
-        same_device = metadata["device"] == self.device.type
-        if not same_device and "rng/sampling" in tensors:  # generators of other devices have other states
+        generators = {"rng/sampling": self._sampling, "rng/shuffling": self._shuffling}
+        if metadata["device"] != self.device.type and "rng/sampling" in tensors:
+            # Generators of other devices have other states.
             tensors = {**tensors, "rng/sampling": ours_now["rng/sampling"]}
         check_fit(ours_now, tensors, what=source)
-        generators = {"rng/sampling": self._sampling, "rng/shuffling": self._shuffling}
         for name, generator in generators.items():
             try:
                 torch.Generator(generator.device).set_state(tensors[name])
             except RuntimeError as error:
                 raise CheckpointError(f"{source}: {name} is no state of a generator: {error}") from error
-        fill(ours_now, tensors, what=source)
-        for name, generator in generators.items():
-            generator.set_state(tensors[name])
-        self.num_steps, self.num_updates, self._num_skipped = num_steps, num_updates, num_skipped
-        memory.length, memory.tail_length = length, tail_length
-        self._step_is_pending = False
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one checkpoint file, whole or not at all.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import string
+from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import Annotated, Any, Literal
 
@@ -332,7 +333,9 @@ class RunConfig(Config):
     log_to: tuple[Literal["wandb", "mlflow"], ...] = Field(
         (), description="Also log to Weights & Biases or MLflow, beside TensorBoard and metrics.csv."
     )
-    eval_episodes: NonNegativeInt = Field(20, description="Episodes of an evaluation; 0: none at the end.")
+    eval_episodes: NonNegativeInt = Field(
+        20, description="Episodes of an evaluation (commons: the same number for each agent); 0: none at the end."
+    )
     eval_every: NonNegativeInt = Field(
         0, description="Environment steps between evaluations during training, the best of which is kept; 0: none."
     )
@@ -523,10 +526,21 @@ def tuned_settings(env: str) -> dict[str, Any]:
     return {}
 
 
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted name."""
+    result: dict[str, Any] = {}
+    for name, value in settings.items():
+        result |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return result
+
+
 def explain(error: ValidationError) -> str:
     """One line per wrong setting: which, what is wrong, what was given."""
-    lines = []
-    for problem in error.errors():
+    lines, problems = [], error.errors()
+    around = {problem["loc"][:depth] for problem in problems for depth in range(len(problem["loc"]))}
+    for problem in problems:
+        if problem["loc"] and problem["loc"] in around:
+            continue  # a list is called too short when what is in it is wrong
         name = ".".join(
             str(part) for part in problem["loc"] if not str(part).startswith(("function", "tuple", "constrained"))
         )

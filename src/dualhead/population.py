@@ -133,7 +133,14 @@ class IndependentLearners:
         return forgotten
 
     def replace(self, agent: int, individual: int) -> None:
-        """A newcomer takes an agent's place: fresh weights and optimiser, zero state and strengths."""
+        """A newcomer takes an agent's place: fresh weights and optimiser, zero state and strengths.
+
+        Raises:
+            RuntimeError: recorded steps are not learned from yet (everybody learns at the same time).
+        """
+        length = self.learners[agent].rollout_memory.length
+        if length:
+            raise RuntimeError(f"replace() with {length} steps recorded: call learn(...) before it")
         self.learners[agent] = self._make(self._seed_of(individual))
 
     def strengths(self) -> Tensor | None:
@@ -152,17 +159,25 @@ class IndependentLearners:
         return tensors, {"num_steps": self.num_steps, "learners": parts}
 
     def restore(self, tensors: dict[str, Tensor], metadata: dict[str, Any], *, source: str = "checkpoint") -> None:
-        """Takes back what `state` gave.
+        """Takes back what `state` gave; nothing changes where it does not fit.
 
         Raises:
-            CheckpointError: it is of other learners; those before the first that does not fit are restored already.
+            CheckpointError: it is of other learners.
         """
-        parts = metadata.get("learners")
+        parts, num_steps = metadata.get("learners"), metadata.get("num_steps")
         if not isinstance(parts, list) or len(parts) != len(self.learners):
             raise CheckpointError(f"{source}: expected {len(self.learners)} independent learners, found another number")
-        for agent, (learner, part) in enumerate(zip(self.learners, parts)):
-            learner.restore(without_prefix(f"agent_{agent}", tensors), part, source=f"{source}, agent {agent}")
-        self.num_steps = int(metadata["num_steps"])
+        if type(num_steps) is not int or num_steps < 0:
+            raise CheckpointError(f"{source} lacks its counters: num_steps cannot be {num_steps!r}")
+        saved = [
+            (learner, without_prefix(f"agent_{agent}", tensors), part, f"{source}, agent {agent}")
+            for agent, (learner, part) in enumerate(zip(self.learners, parts))
+        ]
+        for learner, own, part, whose in saved:
+            learner.check(own, part, source=whose)
+        for learner, own, part, whose in saved:
+            learner.restore(own, part, source=whose)
+        self.num_steps = num_steps
 
     def _of(self, tree: Any, agent: int) -> Any:
         """One agent's rows of batched arrays, nested as they come."""

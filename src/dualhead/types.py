@@ -120,24 +120,3 @@ class ActionSample(NamedTuple):
     actions: Tensor
     log_probs: Tensor
     values: Tensor
-
-
-class Transition(NamedTuple):
-    """One step of all streams, as the rollout stores it.
-
-    Fields:
-        observations: leaves [B, ...], what the policy saw.
-        state: [L, B, H] *before* this step, detached.
-        sample: actions, log-probs and values.
-        episode_starts: [B] bool, this step is the first of its episode.
-        rewards: [B], shaped (task reward plus guilt).
-        terminated, truncated: [B] bool, caused by this step's action.
-    """
-
-    observations: Observations
-    state: RecurrentState
-    sample: ActionSample
-    episode_starts: Tensor
-    rewards: Tensor
-    terminated: Tensor
-    truncated: Tensor

@@ -84,13 +84,12 @@ class Rollout:
 
     def put_step(
         self, observations: Observations, state: RecurrentState, sample: ActionSample, episode_starts: Tensor
-    ) -> Observations:
-        """Writes what is known before the environment answers; gives the stored observations [B, ...]."""
+    ) -> None:
+        """Writes what is known before the environment answers."""
         t = self.length
         row = self.max_tail + t
-        stored = {}
         for name, buffer in self.observations.items():
-            stored[name] = buffer[row].copy_(observations[name])
+            buffer[row] = observations[name]
         self.h_states[:, row] = state.h
         if self.c_states is not None:
             assert state.c is not None
@@ -99,7 +98,6 @@ class Rollout:
         self.actions[t] = sample.actions
         self.log_probs[t] = sample.log_probs
         self.values[t] = sample.values
-        return stored
 
     def complete_step(self, task_rewards: Tensor, guilt: Tensor, terminated: Tensor, truncated: Tensor) -> None:
         """Writes the environment's answer, [B] each, and counts the step."""

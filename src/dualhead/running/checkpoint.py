@@ -34,6 +34,10 @@ class RunError(RuntimeError):
     """A run that cannot go on or be read; the message says why and what to do."""
 
 
+class RunInUseError(RunError):
+    """Another process is writing the run directory."""
+
+
 @contextmanager
 def locked(run_dir: str | os.PathLike[str]) -> Iterator[None]:
     """Holds a run directory for writing, after removing what killed processes left unfinished in it.
@@ -42,7 +46,8 @@ def locked(run_dir: str | os.PathLike[str]) -> Iterator[None]:
     stays. Where the file system or Windows knows no such locks a warning says so, and nothing is refused.
 
     Raises:
-        RunError: another process, or this one already, holds it; or it cannot be written.
+        RunInUseError: another process, or this one already, holds it.
+        RunError: it cannot be written.
     """
     path = Path(run_dir)
     try:
@@ -68,7 +73,7 @@ def _lock(descriptor: int, run_dir: Path) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         holder = os.read(descriptor, 1000).decode(errors="replace").strip() or "another process"
-        raise RunError(
+        raise RunInUseError(
             f"{run_dir} is being written by {holder}: wait until that has ended or stop it, or choose another --run-dir"
         ) from None
     except OSError as error:
@@ -120,6 +125,10 @@ def _began(path: Path, config: RunConfig) -> bool:
             if (path / "config.json").exists():
                 return False
             write_json(path / "config.json", config.model_dump())
+    except RunInUseError:
+        if config.run_dir is not None:
+            raise
+        return False  # another process begins its run here at this moment
     except OSError as error:
         raise RunError(f"cannot write the run directory {path}: {error.strerror or error}") from error
     return True

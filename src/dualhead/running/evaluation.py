@@ -88,16 +88,21 @@ def evaluate(
     return Evaluation([x for part in returns for x in part], [x for part in lengths for x in part])
 
 
-def evaluation_envs(config: RunConfig, episodes: int) -> int:
-    """Environments (or worlds) to play that many episodes in: each agent of a world plays its own."""
+def evaluation_size(config: RunConfig, episodes: int) -> tuple[int, int]:
+    """Environments (or worlds) to play that many episodes in, and how many those are in fact.
+
+    Each agent of a world plays its own; the number is raised to a multiple of theirs, so that all count the same.
+    """
     per_env = config.num_streams // config.num_envs
-    return max(1, min(episodes, EVALUATION_ENVS) // per_env)
+    return max(1, min(episodes, EVALUATION_ENVS) // per_env), per_env * math.ceil(episodes / per_env)
 
 
 def evaluate_run(
     run_dir: str | os.PathLike[str], *, episodes: int, seed: int = EVALUATION_SEED, deterministic: bool = True
 ) -> Evaluation:
     """Plays the newest whole checkpoint of a run (or the checkpoint file given) in the run's environment.
+
+    In the commons every agent plays equally many episodes: in all up to one for each of them more than asked for.
 
     Raises:
         RunError: no run, or no whole checkpoint, is there, or the environment gave what a policy cannot look at.
@@ -106,7 +111,8 @@ def evaluate_run(
     if episodes < 1:
         raise RunError(f"episodes: expected at least 1, got {episodes}")
     config = read_config(run_directory(run_dir))
-    streams = open_streams(config, num_envs=evaluation_envs(config, episodes))
+    num_envs, episodes = evaluation_size(config, episodes)
+    streams = open_streams(config, num_envs=num_envs)
     try:
         policy, _, _ = load_weights(run_dir, config, streams.observation_space, streams.action_space)
         return evaluate(policy, streams, episodes=episodes, seed=seed, deterministic=deterministic)

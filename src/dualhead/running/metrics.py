@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from dualhead.config import RunConfig
+from dualhead.config import RunConfig, flat
 from dualhead.running.checkpoint import RunError, write_json
 from dualhead.storage import write_bytes
 from dualhead.types import as_numpy
@@ -87,11 +87,12 @@ class EpisodeTracker:
             "episode/count": self.num_episodes,
         }
 
-    def abandon_episodes(self) -> None:
-        """Forgets the running episodes: others begin in their place."""
+    def abandon_episodes(self, streams: NDArray[np.bool_] | None = None) -> None:
+        """Forgets the running episodes of some streams [B] bool, or of all: others begin in their place."""
         self._fetch()
-        self.running_returns[:] = 0.0
-        self.running_lengths[:] = 0
+        abandoned = slice(None) if streams is None else streams
+        self.running_returns[abandoned] = 0.0
+        self.running_lengths[abandoned] = 0
 
     def state(self) -> dict[str, Any]:
         """JSON that `restore` takes back."""
@@ -410,7 +411,7 @@ class MLflowWriter:
                 experiment = self._client.get_experiment_by_name(name)
                 experiment_id = experiment.experiment_id if experiment else self._client.create_experiment(name)
                 self._run_id = self._client.create_run(experiment_id, run_name=_title(config)).info.run_id
-                params = [Param(name, str(value)) for name, value in _flat(config.model_dump()).items()]
+                params = [Param(name, str(value)) for name, value in flat(config.model_dump()).items()]
                 for begin in range(0, len(params), self._MOST_PARAMS):
                     self._client.log_batch(self._run_id, params=params[begin : begin + self._MOST_PARAMS])
         except Exception as error:
@@ -477,13 +478,6 @@ def _remembered(path: Path) -> dict[str, str]:
 
 def _title(config: RunConfig) -> str:
     return f"{config.env} {config.network.memory}-seed{config.seed}"
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
 
 
 def _is_failing() -> bool:

@@ -25,6 +25,8 @@ from dualhead.worlds.streams import UnavailableEnvironment
 
 OUTPUT = "output.txt"
 """What a run said, in its directory."""
+_LONGEST_ANSWER = 10_000
+"""Characters; the whole of it is in OUTPUT."""
 
 _PRELOADED = [
     "dualhead.running.trainer",
@@ -149,7 +151,8 @@ def _work(config: RunConfig, answer: Connection) -> None:
     except Exception as error:
         traceback.print_exc()
         problem = f"{type(error).__name__}: {error}"
-    answer.send(problem)
+    # Nobody reads before the process has ended, and a pipe takes no more than 64 kB meanwhile.
+    answer.send(problem and problem[:_LONGEST_ANSWER])
 
 
 def _end_with_parent() -> None:

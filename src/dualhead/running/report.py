@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, get_args
 
 import numpy as np
 
-from dualhead.config import Config, RunConfig, tuned_settings
+from dualhead.config import Config, RunConfig, flat, tuned_settings
 from dualhead.running.checkpoint import RunError, read_config
 from dualhead.running.evaluation import EVALUATION_SEED
 from dualhead.running.figures import DASHES, NUM_COLORS, NUM_MEANS, Curve, Figure, draw, number
@@ -189,14 +189,6 @@ def differing_settings(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     """Names of settings that are not the same in all, seed and directory aside."""
     names = dict.fromkeys(name for one in settings for name in one if name not in _NOT_A_CONDITION)
     return [name for name in names if len({_text(one.get(name)) for one in settings}) > 1]
-
-
-def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted name."""
-    result: dict[str, Any] = {}
-    for name, value in settings.items():
-        result |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return result
 
 
 def render(groups: Mapping[str, Sequence[Run]], *, replays: Sequence[Replay]) -> str:

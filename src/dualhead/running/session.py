@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -87,7 +88,9 @@ class Session:
             metrics |= self.turnover.metrics(strengths_by_agent(self.learner, self.config.commons.num_agents))
             turn = self.learner.num_steps // self.streams.num_streams
             while self.turnover.is_due(turn):
-                self.turnover.replace(self.learner, turn)
+                newcomers = self.turnover.replace(self.learner, turn)
+                places = np.arange(self.streams.num_streams) % self.config.commons.num_agents
+                self.tracker.abandon_episodes(np.isin(places, newcomers))
         return metrics
 
     def save(self, run_dir: Path) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ from dualhead.running.checkpoint import (
     save_best,
     write_json,
 )
-from dualhead.running.evaluation import evaluate, evaluation_envs
+from dualhead.running.evaluation import evaluate, evaluation_size
 from dualhead.running.machine import keep_freed_memory, use_threads
 from dualhead.running.metrics import CSVWriter, Writer, make_writers, require_packages
 from dualhead.running.session import Session
@@ -202,7 +203,7 @@ class Evaluator:
     def __init__(self, session: Session, run_dir: Path, *, resume_at: int | None) -> None:
         self._session, self._run_dir = session, run_dir
         self._writer = CSVWriter(run_dir, name="evaluations.csv", resume_at=resume_at)
-        self._episodes = session.config.eval_episodes or 20
+        self._num_envs, self._episodes = evaluation_size(session.config, session.config.eval_episodes or 20)
         self._streams: Any = None
         self._last: tuple[int, dict[str, float]] = (-1, {})
 
@@ -226,7 +227,7 @@ class Evaluator:
             return self._last[1]
         with preserved_randomness():
             if self._streams is None:
-                self._streams = open_streams(session.config, num_envs=evaluation_envs(session.config, self._episodes))
+                self._streams = open_streams(session.config, num_envs=self._num_envs)
             try:
                 summary = evaluate(session.learner.policy, self._streams, episodes=self._episodes).summary()
             except DataError as error:
@@ -256,6 +257,9 @@ def preserved_randomness() -> Iterator[None]:
 def stop_requests() -> Iterator[list[int]]:
     """Collects SIGINT and SIGTERM in a list instead of dying of them; the second one acts as usual."""
     received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # only that one may set handlers
+        yield received
+        return
 
     def remember(number: int, frame: FrameType | None) -> None:
         if received:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import zlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -393,9 +394,10 @@ class Commons:
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything that the rest of the run depends on: tensors by name (copies), and JSON metadata."""
         tensors = {name: tensor.clone() for name, tensor in self._tensors().items()}
-        return tensors, {
+        return tensors | {"rng": self._generator.get_state()}, {
             "config": self.config.model_dump(mode="json"),
             "num_worlds": self.num_worlds,
+            "device": self.device.type,
             "turn": self.turn,
             "epoch_turn": self._epoch_turn,
             "num_counted": self._num_counted,
@@ -406,19 +408,30 @@ class Commons:
     ) -> dict[str, Any]:
         """Takes back what `state` gave, and goes on with the same bits; `events` are of the last step made here.
 
+        On another kind of device than it was saved on, chance goes on differently: generators have other states there.
+
         Returns:
             The observations that were to be acted on.
 
         Raises:
-            CheckpointError: it is of other rules, another number of worlds or another kind of device; nothing changes.
+            CheckpointError: it is of other rules or another number of worlds, or something is missing in it or of the
+                wrong kind; nothing changes.
         """
         for name, ours in (("config", self.config.model_dump(mode="json")), ("num_worlds", self.num_worlds)):
             if metadata.get(name) != ours:
                 raise CheckpointError(f"{source} is of another commons: its {name} is {metadata.get(name)}, not {ours}")
-        fill(self._tensors(), tensors, what=source)
-        self._generator.set_state(tensors["rng"].cpu())
-        self.turn, self._epoch_turn = int(metadata["turn"]), int(metadata["epoch_turn"])
-        self._num_counted = int(metadata["num_counted"])
+        generator = torch.Generator(self.device)
+        try:
+            turn, epoch_turn, num_counted = (int(metadata[name]) for name in ("turn", "epoch_turn", "num_counted"))
+            if metadata["device"] == self.device.type:
+                generator.set_state(tensors["rng"].cpu())
+            else:
+                generator.manual_seed(zlib.crc32(tensors["rng"].numpy().tobytes()))
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"{source} lacks a part of the commons: {error!r}") from error
+        fill(self._tensors(), {name: part for name, part in tensors.items() if name != "rng"}, what=source)
+        self._generator = generator
+        self.turn, self._epoch_turn, self._num_counted = turn, epoch_turn, num_counted
         return self.observations()
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -428,7 +441,6 @@ class Commons:
             "was_punished": self._was_punished,
             "last_votes": self._last_votes,
             "totals": self._totals,
-            "rng": self._generator.get_state(),
             **with_prefix("forage", self.forage.tensors()),
         }
 
