@@ -19,8 +19,8 @@ from dualhead.cli import main
 from dualhead.config import NetworkConfig, PPOConfig, RunConfig
 from dualhead.running import report
 from dualhead.running.checkpoint import RunError
-from dualhead.running.figures import Curve, draw, mean_and_range, number, outline, statement, thin
 from dualhead.running.report import group_runs, read_run, read_table, write_report
+from dualhead.running.report_figures import Curve, draw, mean_and_range, number, outline, statement, thin
 
 NAN = math.nan
 GIF = b"GIF89a" + bytes(20)

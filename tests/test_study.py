@@ -17,18 +17,15 @@ from dualhead.config import RunConfig, StudyConfig
 from dualhead.running import processes, study_figures
 from dualhead.running.checkpoint import RunError, checkpoints
 from dualhead.running.processes import OUTPUT, run_in_processes
-from dualhead.running.study import (
+from dualhead.running.study import print_summary, read_study, study_names, write_results
+from dualhead.running.study_measures import (
     Run,
     closed_form,
     closed_form_turn,
     interval,
     measures,
-    print_summary,
-    read_study,
     spans,
-    study_names,
     summarise,
-    write_results,
 )
 from dualhead.running.trainer import resume, train
 

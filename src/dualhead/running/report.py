@@ -19,7 +19,7 @@ import numpy as np
 from dualhead.config import Config, RunConfig, flat, tuned_settings
 from dualhead.running.checkpoint import RunError, read_config
 from dualhead.running.evaluation import EVALUATION_SEED
-from dualhead.running.figures import DASHES, NUM_COLORS, NUM_MEANS, Curve, Figure, draw, number
+from dualhead.running.report_figures import DASHES, NUM_COLORS, NUM_MEANS, Curve, Figure, draw, number
 from dualhead.storage import CheckpointError
 from dualhead.worlds.streams import UnavailableEnvironment
 

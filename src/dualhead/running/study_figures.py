@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from dualhead.config import StudyConfig
 from dualhead.running.checkpoint import RunError
-from dualhead.running.study import (
+from dualhead.running.study_measures import (
     GROUPS,
     RELAPSE_SHARE,
     Run,
