@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import io
 import json
 import math
 import os
@@ -202,6 +203,9 @@ def test_evaluation_repeats_and_leaves_the_run_alone(tmp_path, capsys):
         (["train", "CartPole-v1", "--entropy-coef-end", "0.1"], "entropy_coef_end needs entropy_decay_steps"),
         (["train", "CartPole-v1", "--device", "cuda"], "torch sees no GPU here"),
         (["eval", "nowhere"], "nowhere holds no run"),
+        (["eval", "nowhere", "--seed", "-1"], "seed: expected at least 0, got -1"),
+        (["eval", __file__], "is no checkpoint: expected a run directory"),
+        (["train", "Humanoid-v2"], "cannot make environment 'Humanoid-v2': The mujoco v2"),
     ],
 )
 def test_bad_input_gives_one_clear_message(tmp_path, capsys, monkeypatch, arguments, message):
@@ -252,6 +256,38 @@ def test_tuned_settings_are_said_and_overridable(tmp_path, capsys):
     assert "batch_size" not in said
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert (config["network"]["hidden_size"], config["ppo"]["batch_size"]) == (64, 64)
+
+
+def test_independent_policies_fit_the_tuned_settings(tmp_path):
+    options = ["--total-steps", "2000", "--eval-episodes", "0", "--run-dir", str(tmp_path / "run")]
+    assert main(["train", "commons", "--policies", "independent", "--num-threads", "1", *options]) == 0
+
+
+def test_a_directory_is_not_taken_for_the_environment(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "CartPole-v1", *TINY_OPTIONS, "--run-dir", "commons"]) == 0
+    assert json.loads((tmp_path / "commons" / "config.json").read_text())["ppo"]["gamma"] == PPOConfig().gamma
+
+
+def test_output_that_nobody_reads_is_no_error():
+    command = [sys.executable, "-m", "dualhead", "envs"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
+
+
+def test_progress_that_nobody_reads_does_not_end_a_run(monkeypatch):
+    tried = []
+
+    def refuse(text):
+        tried.append(text)
+        raise BrokenPipeError
+
+    stream = io.StringIO()
+    monkeypatch.setattr(stream, "write", refuse)
+    ProgressDisplay(100, stream=stream).write(10, {"time/steps_per_s": 1.0, "episode/mean_return": math.nan})
+    assert "return        - " in tried[0]
 
 
 @pytest.mark.slow

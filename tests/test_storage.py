@@ -156,7 +156,7 @@ def test_a_broken_newest_gives_way_and_never_outlives_a_whole_one(keep, tmp_path
 
 
 def test_no_whole_checkpoint_is_said(tmp_path):
-    with pytest.raises(RunError, match="holds no whole checkpoint"):
+    with pytest.raises(RunError, match="has no checkpoint yet: `dualhead resume`"):
         read_newest(tmp_path)
     save_steps(tmp_path, 1)
     checkpoints(tmp_path)[0].write_bytes(b"")

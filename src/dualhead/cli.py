@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
+import os
+import re
+import select
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import tyro
 
@@ -102,9 +106,32 @@ Command = RunConfig | Resume | Study | Eval | Export | Report | Envs
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; errors that a user can mend come as one message and exit status 1 or 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        try:
+            return _main(arguments)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if _has_reader(sys.stdout):
+            raise  # it was another pipe
+        # `dualhead envs | head` has seen enough. What is still in the buffer must not fail once more at the exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _has_reader(stream: TextIO) -> bool:
+    """Whether somebody is at the other end of a pipe; True where the system cannot tell."""
+    if not hasattr(select, "poll"):  # Windows
+        return True
+    poll = select.poll()
+    poll.register(stream, 0)
+    return not any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _main(arguments: list[str]) -> int:
     with warnings.catch_warnings():
         warnings.simplefilter("default")
-        warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+        warnings.showwarning = _warn
         try:
             command = _parse(arguments)
             return _RUN[type(command)](command)
@@ -114,6 +141,11 @@ def main(arguments: list[str] | None = None) -> int:
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130
+
+
+def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
+    plain = re.sub(r"\x1b\[\d*m", "", str(message))  # Gymnasium colours its own
+    print(f"warning: {plain.removeprefix('WARN: ')}", file=sys.stderr)
 
 
 def _parse(arguments: list[str]) -> Command:
@@ -144,9 +176,15 @@ def _tuned_defaults(arguments: list[str]) -> Any:
     """RunConfig with the tuned settings of the environment that the arguments name, or no default."""
     if not arguments or arguments[0] != "train":
         return tyro.MISSING
-    words = [word for word in arguments[1:] if not word.startswith("-")]
+    words = [word for before, word in itertools.pairwise(arguments) if word[:1] != "-" and before != "--run-dir"]
     env = next((word for word in words if tuned_settings(word)), None)
-    return tyro.MISSING if env is None else RunConfig(env=env, **tuned_settings(env))
+    if env is None:
+        return tyro.MISSING
+    tuned = tuned_settings(env)
+    if any(word.endswith("independent") for word in arguments):
+        # The tuned minibatch is of all agents together, more than a rollout of one.
+        tuned = tuned | {"ppo": {name: value for name, value in tuned["ppo"].items() if name != "batch_size"}}
+    return RunConfig(env=env, **tuned)
 
 
 def _train(config: RunConfig) -> int:
@@ -175,6 +213,8 @@ def _tell(summary: dict[str, Any]) -> int:
 
 
 def _eval(command: Eval) -> int:
+    if command.seed < 0:
+        raise RunError(f"seed: expected at least 0, got {command.seed}")
     deterministic = not command.sample
     # The video first: what is wrong with it shows at once.
     video = command.video and record_video(command.run, command.video, seed=command.seed, deterministic=deterministic)

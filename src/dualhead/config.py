@@ -362,13 +362,14 @@ class RunConfig(Config):
             raise ValueError(
                 f"a rollout of {per_learner} streams x {self.ppo.rollout_length} steps = {rollout_steps} "
                 f"steps does not fill one minibatch of batch_size={self.ppo.batch_size}: raise rollout_length "
-                f"or num_envs, or lower batch_size"
+                f"or num_envs, or lower batch_size to at most {rollout_steps}"
             )
         rollout_steps = self.num_streams * self.ppo.rollout_length
         if self.total_steps < rollout_steps:
             raise ValueError(
                 f"total_steps={self.total_steps} ends before the first update: one rollout is {self.num_streams} "
-                f"streams x {self.ppo.rollout_length} steps = {rollout_steps}"
+                f"streams x {self.ppo.rollout_length} steps = {rollout_steps}; raise total_steps, or lower num_envs or "
+                f"rollout_length"
             )
         return self
 

@@ -255,7 +255,10 @@ def read_newest(run_dir: str | os.PathLike[str]) -> tuple[Path, dict[str, Tensor
     Raises:
         RunError: there is none.
     """
-    for path in checkpoints(run_dir):
+    paths = checkpoints(run_dir)
+    if not paths:
+        raise RunError(f"{run_dir} has no checkpoint yet: `dualhead resume` goes on with a run that was stopped before")
+    for path in paths:
         try:
             return path, *read_tensors(path)
         except CheckpointError as error:

@@ -16,6 +16,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -517,12 +518,14 @@ class ProgressDisplay:
             self._progress.update(self._task, completed=min(num_steps, self.total_steps), speed=speed, score=score)
             return
         left = max(0, self.total_steps - num_steps) / max(speed, 1e-9)
-        print(
-            f"steps {num_steps:>9,} / {self.total_steps:,}  {speed:>8,.0f} steps/s  return {score:>8.3f}  "
-            f"left {left:>5.0f} s",
-            file=self.stream,
-            flush=True,
-        )
+        shown = "-" if math.isnan(score) else f"{score:.3f}"  # no episode has ended yet
+        with suppress(OSError):  # nobody reads on, or the disk is full: no reason to lose the run
+            print(
+                f"steps {num_steps:>9,} / {self.total_steps:,}  {speed:>8,.0f} steps/s  return {shown:>8}  "
+                f"left {left:>5.0f} s",
+                file=self.stream,
+                flush=True,
+            )
 
     def close(self) -> None:
         if self._progress is not None:

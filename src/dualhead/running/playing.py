@@ -15,7 +15,7 @@ from dualhead.networks.encoders import ObservationSpec
 from dualhead.networks.heads import ActionSpec
 from dualhead.networks.policy import RecurrentPolicy
 from dualhead.population import IndependentPolicies
-from dualhead.running.checkpoint import read_config, read_newest
+from dualhead.running.checkpoint import RunError, read_config, read_newest
 from dualhead.storage import fill, read_tensors, without_prefix
 from dualhead.types import DataError, RecurrentState, on_device
 from dualhead.worlds.registry import open_streams
@@ -125,9 +125,18 @@ def load_policy(run: str | os.PathLike[str], *, seed: int = 0) -> Player:
 
 
 def run_directory(run: str | os.PathLike[str]) -> Path:
-    """The run directory, where `run` is one or one of its checkpoint files."""
+    """The run directory, where `run` is one or one of its checkpoint files.
+
+    Raises:
+        RunError: it is a file that lies in no run.
+    """
     path = Path(run)
-    return path.absolute().parent.parent if path.is_file() else path
+    if not path.is_file():
+        return path
+    folder = path.absolute().parent.parent
+    if not (folder / "config.json").exists():
+        raise RunError(f"{run} is no checkpoint: expected a run directory, or a file in its `checkpoints`")
+    return folder
 
 
 def load_weights(

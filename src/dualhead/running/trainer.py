@@ -265,7 +265,7 @@ def stop_requests() -> Iterator[list[int]]:
         if received:
             raise KeyboardInterrupt
         received.append(number)
-        with suppress(RuntimeError):  # the signal may have come while something else was being printed
+        with suppress(RuntimeError, OSError):  # it may come while something else is printed, or when nobody reads on
             print("stopping after this step; once more to stop at once", file=sys.stderr)
 
     before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -308,7 +308,7 @@ def make_env(env: str, **kwargs: Any) -> gym.Env:
         ) from error
     except gym.error.DependencyNotInstalled as error:
         raise UnavailableEnvironment(f"environment {env!r} needs a package that is missing: {error}") from error
-    except (gym.error.Error, ModuleNotFoundError, TypeError) as error:
+    except (gym.error.Error, ImportError, TypeError) as error:
         raise UnavailableEnvironment(f"cannot make environment {env!r}: {error}") from error
     return _without_mission(made) if env.startswith("MiniGrid") else made
 
