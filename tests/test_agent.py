@@ -273,6 +273,18 @@ def test_settings_that_cannot_work_are_refused_at_once(settings, error, message)
         make_agent(**settings)
 
 
+def test_settings_of_another_class_are_refused_by_name():
+    spaces_of_one = spaces.Box(-1, 1, (2,), np.float32), spaces.Discrete(2)
+    for name, kind in (("config", "PPOConfig"), ("network", "NetworkConfig"), ("norms", "NormConfig")):
+        with pytest.raises(TypeError, match=rf"{name}: expected {kind}\(...\), got dict"):
+            DualHeadRecurrentPPO(*spaces_of_one, **{name: {"gamma": 0.5}})
+
+
+def test_saving_where_no_folder_is_names_the_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no such folder to write into: '.*missing'"):
+        make_agent().save(tmp_path / "missing" / "agent.safetensors")
+
+
 def test_final_observations_are_read_only_where_an_episode_was_truncated():
     """Rows of other streams may hold anything: NaN, or masks without a legal choice."""
     agents = [make_agent(), make_agent()]

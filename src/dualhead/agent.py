@@ -55,7 +55,7 @@ class DualHeadRecurrentPPO:
         device, dtype: where and as what everything is kept.
 
     Raises:
-        TypeError: an unsupported space.
+        TypeError: an unsupported space, or settings of another class.
         ValueError: settings that do not fit each other.
     """
 
@@ -74,6 +74,13 @@ class DualHeadRecurrentPPO:
     ) -> None:
         if num_streams < 1:
             raise ValueError(f"num_streams: expected at least 1, got {num_streams}")
+        for name, given, kind in (
+            ("config", config, PPOConfig),
+            ("network", network, NetworkConfig),
+            ("norms", norms, NormConfig),
+        ):
+            if given is not None and not isinstance(given, kind):
+                raise TypeError(f"{name}: expected {kind.__name__}(...), got {type(given).__name__} {given!r}")
         self.config = config or PPOConfig()
         self.network = network or NetworkConfig()
         self.num_streams = num_streams

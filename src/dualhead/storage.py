@@ -60,6 +60,8 @@ def write_bytes(path: str | os.PathLike[str], contents: bytes | bytearray) -> No
         OSError: the folder cannot be written or the disk is full; a file that was there before is untouched.
     """
     path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "no such folder to write into", str(path.parent))
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
     try:
         with temporary.open("xb") as file:

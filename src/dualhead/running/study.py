@@ -11,8 +11,10 @@ STUDY/                    --out, default runs/study-NAME
 from __future__ import annotations
 
 import csv
+import importlib.util
 import io
 import sys
+import warnings
 from collections import Counter
 from contextlib import closing
 from importlib import resources
@@ -117,6 +119,8 @@ def run_study(name: str, *, out: str | None = None, jobs: int | None = None) -> 
         for seed in study.seeds
     }
     missing = {key: config for key, config in wanted.items() if not _is_finished(config)}
+    if importlib.util.find_spec("matplotlib") is None:
+        warnings.warn("there will be tables only: figures need pip install 'dualhead[plot]'", stacklevel=2)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
