@@ -15,7 +15,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-# About two minutes on two cores: what happens to taking the harmful resource when punishment stops, with and without
+# One or two minutes on two cores: what happens to taking the harmful resource when punishment stops, with and without
 # internalised norms. Prints a table and draws runs/demo/overview.png.
 demo: $(STAMP)
 	$(BIN)/dualhead study norms_small --out runs/demo
