@@ -373,3 +373,17 @@ def test_an_agent_of_ones_own_loads_the_checkpoint_of_a_run(tmp_path):
     for name, weight in agent.policy.state_dict().items():
         assert torch.equal(weight, saved[f"policy/{name}"])
     assert agent.num_steps == summary["steps"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+def test_output_that_cannot_be_written_is_said_without_a_traceback():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "dualhead", "envs", "CartPole"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 1
+    assert done.stderr == "error: cannot write the output: No space left on device\n"

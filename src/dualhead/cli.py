@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import itertools
 import json
 import math
@@ -114,9 +115,19 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:
         if _has_reader(sys.stdout):
             raise  # it was another pipe
-        # `dualhead envs | head` has seen enough. What is still in the buffer must not fail once more at the exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()  # `dualhead envs | head` has seen enough
         return 141
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print(f"error: cannot write the output: {error.strerror}", file=sys.stderr)
+        _drop_output()
+        return 1
+
+
+def _drop_output() -> None:
+    """What is still in the buffer must not fail once more at the exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _has_reader(stream: TextIO) -> bool:
