@@ -651,7 +651,7 @@ def test_a_long_complaint_does_not_block_the_process_that_has_it(tmp_path):
 def test_workers_have_one_thread_and_at_most_jobs_run_at_once(tmp_path):
     """The process of a run, while it trains, has torch's own thread and the one that watches its parent."""
     if not os.path.isdir("/proc/self"):
-        pytest.skip("counts threads in /proc")
+        pytest.skip("this system has no /proc, where the threads of another process can be counted")
     study = read_study(str(endless(tmp_path)))
     configs = {seed: study.run("plain", seed, str(tmp_path / str(seed))) for seed in (0, 1, 2)}
     configs[0] = configs[0].model_copy(update={"total_steps": 60})
