@@ -140,8 +140,8 @@ def _cheapest_blocks(lengths: IntArray, block_cost: float) -> list[tuple[int, in
 
         cost(j) = min_i cost(i) + block_cost + longest(i + 1) · segments(i + 1 .. j)
     """
-    longest, first = np.unique(-lengths, return_index=True)
-    longest, ends = -longest, np.append(first, len(lengths))
+    first = np.flatnonzero(np.diff(lengths, prepend=lengths[0] + 1))
+    longest, ends = lengths[first], np.append(first, len(lengths))
     cost = np.zeros(len(ends))
     chosen = np.zeros(len(ends), dtype=np.int64)
     for j in range(1, len(ends)):

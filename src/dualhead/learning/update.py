@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import warnings
+from contextlib import nullcontext
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dualhead.config import PPOConfig
@@ -14,7 +16,7 @@ from dualhead.learning.losses import clipped_surrogate, explained_variance, norm
 from dualhead.learning.rollout import Rollout
 from dualhead.learning.segments import IntArray, Segments, cut, minibatches
 from dualhead.networks.memory import concatenate_states
-from dualhead.networks.policy import PolicyOutput, RecurrentPolicy
+from dualhead.networks.policy import RecurrentPolicy
 from dualhead.types import DivergedError, RecurrentState, SegmentBatch, on_device
 
 DRIFT_SEGMENTS = 64
@@ -68,9 +70,10 @@ def ppo_update(
     joint = config.ratio == "joint"
     weights = torch.tensor(entropy_coefs, dtype=policy.dtype, device=policy.device)
     parameters = list(policy.parameters())
-    sums: Tensor | None = None
+    finite_steps = FiniteSteps(optimizer, num_skipped=num_skipped, limit=config.max_skipped_steps, device=policy.device)
+    steps: list[Tensor] = []  # of each optimiser step what `_MEASURED` names, and the entropies
     metrics: dict[str, float] = {}
-    num_minibatches = skipped_here = 0
+    once = {"policy/explained_variance": values_explained}
     stopped = False
 
     for epoch in range(config.num_epochs):
@@ -78,12 +81,12 @@ def ppo_update(
             metrics |= refresh(policy, rollout, segments, config=config)
         for chosen in minibatches(segments.length, config.batch_size, generator=generator):
             minibatch = segments.take(chosen)
-            if num_minibatches == 0:
+            if not steps:
                 # The weights are still those that acted: stored states are exact, and a burn-in through the tail,
                 # whose states older weights made, would replace them by other ones.
                 minibatch = minibatch._replace(burn_in=np.zeros_like(minibatch.burn_in))
             batch = gather(policy, rollout, minibatch, advantages=advantages, returns=returns)
-            with torch.autocast(policy.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            with torch.autocast(policy.device.type, torch.bfloat16) if config.precision == "bf16" else nullcontext():
                 output = policy.evaluate(batch)
             minibatch_advantages = batch.advantages
             if config.normalize_advantages == "minibatch":
@@ -95,9 +98,9 @@ def ppo_update(
                 clip_coef=config.clip_coef,
                 joint=joint,
             )
-            if num_minibatches == 0:
+            if not steps:
                 # Nothing has moved yet: anything but 1 is a bug or rounding.
-                metrics["policy/first_ratio_error"] = (surrogate.ratio - 1).abs().max().item()
+                once["policy/first_ratio_error"] = (surrogate.ratio.detach() - 1).abs().max()
             if config.target_kl is not None and surrogate.approx_kl.item() > config.target_kl:
                 stopped = True
                 break
@@ -107,41 +110,81 @@ def ppo_update(
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf)
-            if not (loss.detach() + norm).isfinite():
-                num_skipped += 1
-                skipped_here += 1
-                _tell_skipped(loss, norm, num_skipped, limit=config.max_skipped_steps)
-                continue
-            num_skipped = 0
-            optimizer.step()
-            num_minibatches += 1
+            finite_steps.step(loss, norm)
             with torch.no_grad():
                 parts = [loss, surrogate.loss, squared_error, surrogate.approx_kl, surrogate.clip_fraction, norm]
-                measured = torch.cat([torch.stack(parts), entropies])
-                sums = measured if sums is None else sums + measured
+                steps.append(torch.cat([torch.stack(parts), entropies]))
         if stopped:
             break
     if config.state_refresh == "never" or config.num_epochs == 1:
         metrics |= refresh(policy, rollout, segments, config=config, write=False)
 
-    if sums is not None:
-        names = (*_MEASURED, *(f"entropy/{name}" for name in head_names))
-        metrics |= dict(zip(names, (sums / num_minibatches).tolist()))
-    metrics["policy/explained_variance"] = values_explained.item()
-    metrics["update/optimizer_steps"] = num_minibatches
-    metrics["update/skipped_steps"] = skipped_here
+    metrics |= dict(zip(once, torch.stack(list(once.values())).tolist()))
+    names = (*_MEASURED, *(f"entropy/{name}" for name in head_names))
+    measured = torch.stack(steps).cpu().numpy().astype(np.float64) if steps else np.zeros((0, len(names)))
+    taken, num_skipped = _count_skipped(measured, num_skipped=num_skipped, limit=config.max_skipped_steps)
+    if taken.any():
+        metrics |= dict(zip(names, measured[taken].mean(0).tolist()))
+    metrics["update/optimizer_steps"] = int(taken.sum())
+    metrics["update/skipped_steps"] = int((~taken).sum())
     metrics["skipped_in_a_row"] = num_skipped
     return metrics
 
 
-def _tell_skipped(loss: Tensor, norm: Tensor, num_skipped: int, *, limit: int) -> None:
-    what = f"loss {loss.item()}, gradient norm {norm.item()}"
-    if num_skipped >= limit:
-        raise DivergedError(
-            f"{num_skipped} optimiser steps in a row had a non-finite loss or gradient ({what}): lower learning_rate, "
-            f"set normalize_rewards, or look for extreme rewards and observations"
-        )
-    warnings.warn(f"an optimiser step was skipped: {what} ({num_skipped} in a row)", stacklevel=4)
+class FiniteSteps:
+    """Steps of a fused optimiser, but none where the loss or the gradient is not finite.
+
+    The host need not wait to know: the step itself looks at `found_inf`, as it does for `torch.amp.GradScaler`.
+
+    Args:
+        optimizer: a fused one.
+        num_skipped: steps in a row that were skipped before.
+        limit: after so many in a row none are taken any more.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, *, num_skipped: int, limit: int, device: torch.device) -> None:
+        self._optimizer, self._limit = optimizer, limit
+        self._in_a_row = torch.full((), float(num_skipped), device=device)
+        self._has_diverged = torch.zeros((), dtype=torch.bool, device=device)
+
+    @torch.no_grad()
+    def step(self, loss: Tensor, norm: Tensor) -> None:
+        """A step by the gradient, of that norm, of the loss; both are scalars."""
+        is_bad = ~(loss + norm).isfinite()
+        self._in_a_row = (self._in_a_row + 1) * is_bad
+        self._has_diverged = self._has_diverged | (self._in_a_row >= self._limit)
+        self._optimizer.found_inf = (is_bad | self._has_diverged).to(torch.float32)  # type: ignore[attr-defined]
+        self._optimizer.step()
+
+
+def _count_skipped(measured: NDArray[np.float64], *, num_skipped: int, limit: int) -> tuple[NDArray[np.bool_], int]:
+    """Tells of the optimiser steps that were skipped.
+
+    Args:
+        measured: [M, ...] numbers of M steps, named by `_MEASURED`.
+        num_skipped: steps in a row that were skipped before these.
+        limit: so many in a row are too many.
+
+    Returns:
+        [M] which were taken, and how many in a row were skipped at the end.
+
+    Raises:
+        DivergedError: too many in a row.
+    """
+    losses, norms = (measured[:, _MEASURED.index(name)] for name in ("loss/total", "policy/grad_norm"))
+    taken = np.isfinite(losses + norms)
+    for loss, norm, was_taken in zip(losses, norms, taken):
+        num_skipped = 0 if was_taken else num_skipped + 1
+        if was_taken:
+            continue
+        what = f"loss {loss}, gradient norm {norm}"
+        if num_skipped >= limit:
+            raise DivergedError(
+                f"{num_skipped} optimiser steps in a row had a non-finite loss or gradient ({what}): lower "
+                f"learning_rate, set normalize_rewards, or look for extreme rewards and observations"
+            )
+        warnings.warn(f"an optimiser step was skipped: {what} ({num_skipped} in a row)", stacklevel=4)
+    return taken, num_skipped
 
 
 def gather(
@@ -219,19 +262,26 @@ def refresh(
     (measured,) = np.nonzero(inside)
     measured = measured[np.linspace(0, len(measured) - 1, min(DRIFT_SEGMENTS, len(measured))).astype(np.int64)]
     sample = segments.take(measured)
-    before = _first_and_last(policy, rollout, sample)
+    order, packed, layout = rollout.stretch(sample, sample.start, sample.length, block_cost=policy.memory.block_cost)
+    seen = rollout.observations_at(packed)
+    sample = sample.take(order)
+    begins = rollout.flat_rows(sample.stream, sample.start)
+    ends = rollout.flat_rows(sample.stream, sample.start + sample.length - 1)
+    old = policy.unroll(seen, rollout.state_at(begins), layout)
     stored = rollout.state_at(rows)
     rollout.write_states(rows, states)
-    after = _first_and_last(policy, rollout, sample)
+    new = policy.unroll(seen, rollout.state_at(begins), layout)
     if not write:
         rollout.write_states(rows, stored)
 
     spread = rollout.values[: rollout.length].std(unbiased=False) + 1e-8
+    squares, kl = (new.values - old.values).square(), new.distribution.kl_from(old.distribution)
     metrics = {}
-    for place, (old, old_values), (new, new_values) in zip(("first", "last"), before, after):
-        metrics[f"state_drift/value_{place}"] = ((new_values - old_values).square().mean().sqrt() / spread).item()
-        metrics[f"state_drift/kl_{place}"] = new.kl_from(old).mean().item()
-    return metrics
+    for place, where in (("first", begins), ("last", ends)):
+        weights = torch.isin(packed, where).to(kl.dtype) / len(where)
+        metrics[f"state_drift/value_{place}"] = (weights * squares).sum().sqrt() / spread
+        metrics[f"state_drift/kl_{place}"] = (weights * kl).sum()
+    return dict(zip(metrics, torch.stack(list(metrics.values())).tolist()))
 
 
 def _unroll_runs(
@@ -263,23 +313,3 @@ def _unroll_runs(
         rows.append(rollout.flat_rows(runs.stream, runs.start + position))
         states.append(state)
     return torch.cat(rows), concatenate_states(states)
-
-
-def _first_and_last(policy: RecurrentPolicy, rollout: Rollout, segments: Segments) -> tuple[PolicyOutput, PolicyOutput]:
-    """Distribution and values at the first and at the last step of segments, from the states stored now."""
-    state = rollout.state_at(rollout.flat_rows(segments.stream, segments.start))
-    first, _ = policy.step(rollout.observations_at(rollout.flat_rows(segments.stream, segments.start)), state)
-    longer = np.flatnonzero(segments.length > 1)
-    last = first
-    if len(longer):
-        lead = segments.take(longer)
-        lead_order, lead_rows, lead_layout = rollout.stretch(lead, lead.start, lead.length - 1, block_cost=0.0)
-        which = on_device(torch.from_numpy(longer[lead_order]), rollout.device)
-        moved = policy.advance(rollout.observations_at(lead_rows), state.select(which), lead_layout)
-        for part, new in zip(state, moved):
-            if part is not None:
-                assert new is not None
-                part[:, which] = new
-        ends = segments.start + segments.length - 1
-        last, _ = policy.step(rollout.observations_at(rollout.flat_rows(segments.stream, ends)), state)
-    return first, last

@@ -117,14 +117,15 @@ class RecurrentMemory(nn.Module):
     def unroll(self, features: Tensor, state: RecurrentState, layout: Layout) -> tuple[Tensor, RecurrentState]:
         rows = features if layout.padding is None else features.index_select(0, layout.padding)
         outputs, finals = [], []
-        row = segment = 0
-        for num_segments, num_steps in layout.blocks:
-            steps = rows[row : row + num_segments * num_steps].view(num_steps, num_segments, -1)
+        segment = 0
+        # Not sliced one by one: the gradient of a slice is a whole tensor of zeros around it.
+        in_blocks = rows.split([num_segments * num_steps for num_segments, num_steps in layout.blocks])
+        for (num_segments, num_steps), block in zip(layout.blocks, in_blocks):
+            steps = block.view(num_steps, num_segments, -1)
             h, c = (None if part is None else part[:, segment : segment + num_segments].contiguous() for part in state)
             output, final = self.cell(steps.transpose(0, 1), h if c is None else (h, c))
             outputs.append(output.transpose(0, 1).reshape(num_steps * num_segments, -1))
             finals.append(RecurrentState(final, None) if c is None else RecurrentState(*final))
-            row += num_segments * num_steps
             segment += num_segments
         h_rows = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         if layout.real is not None:

@@ -98,11 +98,15 @@ class RecurrentPolicy(nn.Module):
         h, next_state = self._forward_base(observations, state)
         return self._output(h, observations), next_state
 
+    def unroll(self, observations: Observations, state: RecurrentState, layout: Layout) -> PolicyOutput:
+        """Leaves [N, ...] and the states [L, S, H] that segments begin from -> outputs [N]."""
+        h, _ = self._forward_base(observations, state, layout)
+        with torch.autocast(self.device.type, enabled=False):
+            return self._output(h.to(self.dtype), observations)
+
     def evaluate(self, segments: SegmentBatch) -> PolicyOutput:
         """All N steps of a minibatch of segments, each from its own state; heads and critic never under autocast."""
-        h, _ = self._forward_base(segments.observations, segments.state, segments.layout)
-        with torch.autocast(self.device.type, enabled=False):
-            return self._output(h.to(self.dtype), segments.observations)
+        return self.unroll(segments.observations, segments.state, segments.layout)
 
     def advance(self, observations: Observations, state: RecurrentState, layout: Layout) -> RecurrentState:
         """State [L, S, H] after the last step of each segment of an unpadded layout."""

@@ -210,6 +210,12 @@ class GymnasiumStreams:
 
     def _join(self, observations: Any, final: NDArray[np.object_]) -> Any:
         """The observations with those of ended streams replaced by their final ones."""
+        if isinstance(observations, np.ndarray):
+            joined = observations.copy()
+            for stream, before in enumerate(final):
+                if before is not None:
+                    joined[stream] = before
+            return joined
         rows = [
             after if before is None else before
             for before, after in zip(final, iterate(self.envs.observation_space, observations))
