@@ -1,6 +1,7 @@
 """What is not finite: minibatches are skipped, environments are named, and a run that diverged says where to go on."""
 
 import csv
+import itertools
 import math
 import re
 
@@ -125,6 +126,24 @@ def test_skipped_steps_are_counted_in_a_row_over_updates_and_checkpoints(monkeyp
     ):
         learn(again)
     assert weights_and_moments(again) == before
+
+
+def test_the_optimiser_and_the_count_agree_on_what_is_skipped():
+    numbers = (1.0, 3e38, math.inf, -math.inf, math.nan)
+    weight = torch.nn.Parameter(torch.zeros(()))
+    optimizer = torch.optim.Adam([weight], fused=True)
+    pairs, moved = list(itertools.product(numbers, numbers)), []
+    steps = update.FiniteSteps(optimizer, num_skipped=0, limit=100, device=torch.device("cpu"))
+    for loss, norm in pairs:
+        before, weight.grad = weight.item(), torch.ones(())
+        steps.step(torch.tensor(loss), torch.tensor(norm))
+        moved.append(weight.item() != before)
+    measured = np.zeros((len(pairs), 6))
+    measured[:, 0], measured[:, 5] = zip(*pairs)
+    with pytest.warns(UserWarning, match="was skipped"):
+        taken, in_a_row = update._count_skipped(measured, num_skipped=0, limit=100)
+    assert taken.tolist() == moved == [abs(loss) <= 3e38 and abs(norm) <= 3e38 for loss, norm in pairs]
+    assert in_a_row == len(pairs) - 1 - max(np.flatnonzero(moved))
 
 
 # Runs.

@@ -150,7 +150,7 @@ class FiniteSteps:
     @torch.no_grad()
     def step(self, loss: Tensor, norm: Tensor) -> None:
         """A step by the gradient, of that norm, of the loss; both are scalars."""
-        is_bad = ~(loss + norm).isfinite()
+        is_bad = ~(loss.isfinite() & norm.isfinite())
         self._in_a_row = (self._in_a_row + 1) * is_bad
         self._has_diverged = self._has_diverged | (self._in_a_row >= self._limit)
         self._optimizer.found_inf = (is_bad | self._has_diverged).to(torch.float32)  # type: ignore[attr-defined]
@@ -172,7 +172,7 @@ def _count_skipped(measured: NDArray[np.float64], *, num_skipped: int, limit: in
         DivergedError: too many in a row.
     """
     losses, norms = (measured[:, _MEASURED.index(name)] for name in ("loss/total", "policy/grad_norm"))
-    taken = np.isfinite(losses + norms)
+    taken = np.isfinite(losses) & np.isfinite(norms)
     for loss, norm, was_taken in zip(losses, norms, taken):
         num_skipped = 0 if was_taken else num_skipped + 1
         if was_taken:
