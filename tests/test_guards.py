@@ -132,8 +132,11 @@ def test_the_optimiser_and_the_count_agree_on_what_is_skipped():
     numbers = (1.0, 3e38, math.inf, -math.inf, math.nan)
     weight = torch.nn.Parameter(torch.zeros(()))
     optimizer = torch.optim.Adam([weight], fused=True)
-    pairs, moved = list(itertools.product(numbers, numbers)), []
-    steps = update.FiniteSteps(optimizer, num_skipped=0, limit=100, device=torch.device("cpu"))
+    every, moved = list(itertools.product(numbers, numbers)), []
+    pairs = [every[7 * place % 25] for place in range(25)]  # so that the good ones lie scattered
+    # More are skipped in total, and fewer in a row.
+    settings = {"num_skipped": 0, "limit": 10}
+    steps = update.FiniteSteps(optimizer, **settings, device=torch.device("cpu"))
     for loss, norm in pairs:
         before, weight.grad = weight.item(), torch.ones(())
         steps.step(torch.tensor(loss), torch.tensor(norm))
@@ -141,7 +144,8 @@ def test_the_optimiser_and_the_count_agree_on_what_is_skipped():
     measured = np.zeros((len(pairs), 6))
     measured[:, 0], measured[:, 5] = zip(*pairs)
     with pytest.warns(UserWarning, match="was skipped"):
-        taken, in_a_row = update._count_skipped(measured, num_skipped=0, limit=100)
+        taken, in_a_row = update._count_skipped(measured, **settings)
+    assert len(pairs) - sum(moved) > settings["limit"]
     assert taken.tolist() == moved == [abs(loss) <= 3e38 and abs(norm) <= 3e38 for loss, norm in pairs]
     assert in_a_row == len(pairs) - 1 - max(np.flatnonzero(moved))
 

@@ -12,6 +12,8 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -22,8 +24,8 @@ from gymnasium import spaces
 from dualhead import DualHeadRecurrentPPO
 from dualhead.cli import main
 from dualhead.config import NetworkConfig, PPOConfig, RunConfig
+from dualhead.running import machine
 from dualhead.running.checkpoint import RunError, checkpoints, locked, new_run_dir, read_newest
-from dualhead.running.machine import use_threads
 from dualhead.running.metrics import CSVWriter, EpisodeTracker, ProgressDisplay
 from dualhead.running.trainer import train
 from dualhead.storage import read_tensors
@@ -308,14 +310,59 @@ def test_interrupt_saves_a_checkpoint_and_says_where(tmp_path, number):
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["stopped_early"]
 
 
+class Clocks:
+    """In the place of psutil's: two cores of ours and one that is not, this process, and one child."""
+
+    def __init__(self, monkeypatch):
+        self.seconds, self.own, self.child, self.by_core = 0.0, 0.0, 0.0, [0.0, 0.0, 0.0]
+        process = SimpleNamespace(
+            cpu_times=lambda: (self.own / 2, self.own / 2, 99.0),
+            children=lambda recursive: [SimpleNamespace(cpu_times=lambda: (self.child, 0.0))],
+        )
+        monkeypatch.setattr(machine, "_cores", lambda: {0, 2})
+        monkeypatch.setattr(machine.psutil, "Process", lambda: process)
+        monkeypatch.setattr(
+            machine.psutil,
+            "cpu_times",
+            lambda percpu: [
+                SimpleNamespace(user=busy / 2, system=busy / 2, idle=7.0, steal=9.0, guest=busy / 2)
+                for busy in self.by_core
+            ],
+        )
+        monkeypatch.setattr(machine.time, "perf_counter", lambda: self.seconds)
+
+
 def test_a_busy_machine_is_said(monkeypatch):
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    monkeypatch.setattr(os, "getloadavg", lambda: (1.9, 1.0, 1.0))
-    with pytest.warns(UserWarning, match=r"uses 2 threads and about 1\.9 of 2 cores.*--num-threads 1"):
-        use_threads(None)
-    monkeypatch.setattr(os, "getloadavg", lambda: (0.2, 2.0, 2.0))
-    use_threads(None)  # warnings are errors here
+    clocks = Clocks(monkeypatch)
+    use = machine.CoreUse()
+    clocks.seconds, clocks.own, clocks.child, clocks.by_core = 4.0, 2.0, 1.5, [4.0, 4.0, 4.0]
+    # Of 8 seconds on our two cores 3.5 were ours.
+    assert use.others() == pytest.approx(4.5 / 4)
+    with pytest.warns(
+        UserWarning, match=r"uses 2 threads, and other programs keep 1\.1 of the 2 cores.*--num-threads 1"
+    ):
+        use.warn()
+    clocks.own = 5.0
+    use.warn()  # 0.4 cores; warnings are errors here
+    clocks.own = 2.0
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    use.warn()  # one thread fights with nobody
+
+
+@pytest.mark.slow
+def test_a_run_says_that_others_fight_with_it_for_the_cores(tmp_path):
+    cores = machine.num_cores()
+    spin = [sys.executable, "-c", "while True: pass"]
+    command = [sys.executable, "-m", "dualhead", "train", "CartPole-v1", *TINY_OPTIONS, "--num-threads", str(cores)]
+    command += ["--total-steps", "10000000", "--run-dir", str(tmp_path / "run")]
+    with ExitStack() as stack:
+        run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        for process in (run, *(subprocess.Popen(spin) for _ in range(cores))):
+            stack.enter_context(process)
+            stack.callback(process.kill)
+        said = next((line for line in run.stderr if "threads" in line), "")
+    assert re.search(rf"uses {cores} threads, and other programs keep \d+\.\d of the {cores} cores busy", said)
 
 
 def test_metrics_file_grows_columns(tmp_path):

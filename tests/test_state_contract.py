@@ -661,6 +661,38 @@ def test_bf16_is_near_and_touches_the_update_only(memory):
 
 
 @recurrent
+def test_under_autocast_heads_and_critic_stay_exact(memory, monkeypatch):
+    agent, world = make_agent(memory, precision="bf16", dtype=torch.float32), World()
+    policy = agent.policy
+    features, outputs = [], []
+    unroll, evaluate = policy.memory.unroll, policy.evaluate
+
+    def spy_unroll(*args):
+        h, state = unroll(*args)
+        features.append(h)
+        return h, state
+
+    def spy_evaluate(batch):
+        output = evaluate(batch)
+        h = features[-1].detach().float()
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):  # now, before the optimiser moves the weights
+            logits = [linear(h) for linear in policy.heads.linears]
+            outputs.append((output, policy.critic(h)[:, 0], [head.log_softmax(-1) for head in logits]))
+        return output
+
+    world.play(agent)
+    monkeypatch.setattr(policy.memory, "unroll", spy_unroll)
+    monkeypatch.setattr(policy, "evaluate", spy_evaluate)
+    agent.learn(world.now)
+    assert outputs
+    for output, values, log_probs in outputs:
+        assert output.values.dtype == torch.float32
+        torch.testing.assert_close(output.values, values, rtol=1e-5, atol=1e-6)
+        for ours, expected in zip(output.distribution.logits, log_probs):
+            torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+
+
+@recurrent
 def test_permuting_streams_permutes_what_is_stored(memory):
     order = [2, 0, 1]
     stored = []

@@ -21,7 +21,8 @@ class Counter(gym.Env):
 
     action_space = spaces.Discrete(2)
 
-    def __init__(self, length: int, *, nested: bool = False, truncates: bool = False) -> None:
+    def __init__(self, length: int, *, nested: bool = False, truncates: bool = False, reuses: bool = False) -> None:
+        self.array = np.zeros(1, np.float32) if reuses else None
         box = spaces.Box(0, 100, (1,), np.float32)
         self.length, self.nested, self.truncates = length, nested, truncates
         self.observation_space = (
@@ -30,6 +31,9 @@ class Counter(gym.Env):
 
     def _see(self):
         count = np.array([self.t], np.float32)
+        if self.array is not None:
+            self.array[:] = count
+            count = self.array
         return {"count": count, "pair": (count, self.t)} if self.nested else count
 
     def reset(self, *, seed=None, options=None):
@@ -61,8 +65,22 @@ def test_final_observation_is_the_one_before_the_reset():
     assert step.rewards.tolist() == [1.0, 3.0]
 
 
-def test_nested_final_observations():
-    streams = GymnasiumStreams(LeanSyncVectorEnv([lambda: Counter(2, nested=True)] * 2))
+@pytest.mark.parametrize("reuses", [False, True])
+def test_final_observations_of_one_stream_are_not_the_next_ones(reuses):
+    """An environment may write each observation to the same array; what was seen last is kept from the reset."""
+    streams = GymnasiumStreams(LeanSyncVectorEnv([lambda: Counter(2, reuses=reuses)] * 2))
+    streams.reset(seed=0)
+    streams.step(np.zeros(2, int))
+    step = streams.step(np.zeros(2, int))
+    assert step.final_observations.tolist() == [[2], [2]]
+    assert step.observations.tolist() == [[0], [0]]
+    streams.step(np.zeros(2, int))
+    assert step.final_observations.tolist() == [[2], [2]]
+
+
+@pytest.mark.parametrize("reuses", [False, True])
+def test_nested_final_observations(reuses):
+    streams = GymnasiumStreams(LeanSyncVectorEnv([lambda: Counter(2, nested=True, reuses=reuses)] * 2))
     streams.reset(seed=0)
     streams.step(np.zeros(2, int))
     step = streams.step(np.zeros(2, int))

@@ -37,12 +37,14 @@ def ppo_update(
 ) -> dict[str, float]:
     """Improves the policy by one rollout.
 
-    A minibatch whose loss or gradient is not finite is skipped: weights and optimiser stay as they are.
+    A minibatch whose loss or gradient is not finite is skipped: weights and optimiser stay as they are. The device
+    finds that out and the host tells it at the end, so that nobody waits; after a first one that was skipped, the
+    second burns in.
 
     Args:
         policy, rollout: what learns, from what.
         advantages: [T, B], not normalised; T is the rollout's length.
-        optimizer: over the policy's parameters.
+        optimizer: over the policy's parameters, a fused one (see `FiniteSteps`).
         config: epochs, minibatches, clipping and the rest.
         entropy_coefs: weight of each head's entropy, K of them.
         head_names: K names for the metrics.
@@ -155,6 +157,7 @@ class FiniteSteps:
         self._has_diverged = self._has_diverged | (self._in_a_row >= self._limit)
         self._optimizer.found_inf = (is_bad | self._has_diverged).to(torch.float32)  # type: ignore[attr-defined]
         self._optimizer.step()
+        del self._optimizer.found_inf  # type: ignore[attr-defined]  # somebody else's step is theirs
 
 
 def _count_skipped(measured: NDArray[np.float64], *, num_skipped: int, limit: int) -> tuple[NDArray[np.bool_], int]:
@@ -278,7 +281,7 @@ def refresh(
     squares, kl = (new.values - old.values).square(), new.distribution.kl_from(old.distribution)
     metrics = {}
     for place, where in (("first", begins), ("last", ends)):
-        weights = torch.isin(packed, where).to(kl.dtype) / len(where)
+        weights = torch.isin(packed, where, assume_unique=True).to(kl.dtype) / len(where)
         metrics[f"state_drift/value_{place}"] = (weights * squares).sum().sqrt() / spread
         metrics[f"state_drift/kl_{place}"] = (weights * kl).sum()
     return dict(zip(metrics, torch.stack(list(metrics.values())).tolist()))

@@ -45,11 +45,6 @@ class _Worker(NamedTuple):
     begun: float
 
 
-def num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def run_in_processes(
     configs: Mapping[Key, RunConfig], *, jobs: int, label: Callable[[Key], str] = str
 ) -> Generator[tuple[Key, str | None, float], None, None]:

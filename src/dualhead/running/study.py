@@ -25,7 +25,8 @@ import numpy as np
 
 from dualhead.config import RunConfig, StudyConfig
 from dualhead.running.checkpoint import RunError, read_config, read_json, write_json
-from dualhead.running.processes import num_cores, run_in_processes
+from dualhead.running.machine import num_cores
+from dualhead.running.processes import run_in_processes
 from dualhead.running.study_measures import GROUPS, Run, read_run, spans, summarise
 from dualhead.storage import write_bytes
 

@@ -30,11 +30,14 @@ from dualhead.running.checkpoint import (
     write_json,
 )
 from dualhead.running.evaluation import evaluate, evaluation_size
-from dualhead.running.machine import keep_freed_memory, use_threads
+from dualhead.running.machine import CoreUse, keep_freed_memory
 from dualhead.running.metrics import CSVWriter, Writer, make_writers, require_packages
 from dualhead.running.session import Session
 from dualhead.types import DataError, DivergedError
 from dualhead.worlds.registry import open_streams
+
+SECONDS_OF_LOOKING = 2.0
+"""After so long a run looks, once, whether others fight with it for the cores."""
 
 
 def train(config: RunConfig, *, show_progress: bool = True) -> dict[str, Any]:
@@ -114,7 +117,8 @@ def resume(run_dir: str | Path, *, total_steps: int | None = None, show_progress
 
 def _prepare(config: RunConfig) -> None:
     keep_freed_memory()
-    use_threads(config.num_threads)
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
     # Our own code never draws from these; an environment may.
     random.seed(config.seed)
     np.random.seed(config.seed % 2**32)  # noqa: NPY002
@@ -169,6 +173,7 @@ def run_loop(session: Session, writers: list[Writer], evaluator: Evaluator, run_
     config, learner = session.config, session.learner
     begun = update_begun = time.perf_counter()
     seconds_before, steps_before = session.seconds, learner.num_steps
+    core_use: CoreUse | None = CoreUse()
     while learner.num_steps < config.total_steps and not stop:
         session.step()
         if learner.rollout_is_ready:
@@ -186,6 +191,9 @@ def run_loop(session: Session, writers: list[Writer], evaluator: Evaluator, run_
                 session.next_evaluation = learner.num_steps + config.eval_every
             for writer in writers:
                 writer.write(learner.num_steps, metrics)
+            if core_use is not None and core_use.seconds > SECONDS_OF_LOOKING:
+                core_use.warn()
+                core_use = None
             session.seconds = seconds_before + time.perf_counter() - begun
             if learner.num_steps >= session.next_checkpoint:
                 session.next_checkpoint = learner.num_steps + config.checkpoint_every

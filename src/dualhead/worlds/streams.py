@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib
 import importlib.util
@@ -251,7 +252,7 @@ class LeanSyncVectorEnv(SyncVectorEnv):
             if terminated or truncated:
                 if not infos:
                     infos["final_obs"] = np.full(self.num_envs, None, dtype=object)
-                infos["final_obs"][i] = observation
+                infos["final_obs"][i] = copy.deepcopy(observation)  # reset() may write to the same arrays
                 observation, _ = env.reset()
             if self._plain:
                 rows[i] = observation
