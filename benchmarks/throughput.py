@@ -339,8 +339,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.precision not in PRECISIONS:
         parser.error(f"--precision {args.precision}: this version of dualhead trains in {', '.join(PRECISIONS)} only")
-    if min(args.updates, args.warm_up, args.threads) < 1:
-        parser.error("--updates, --warm-up and --threads: expected at least 1")
+    if min(args.updates, args.warm_up, args.threads, args.sequence_length) < 1:
+        parser.error("--updates, --warm-up, --threads and --sequence-length: expected at least 1")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU here")
     if args.product not in products_on(args.device):

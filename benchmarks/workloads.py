@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -61,7 +62,7 @@ class Workload:
         """
         sizes = {"num_envs": self.num_envs * num_envs, "rollout_length": self.rollout_length * rollout_length}
         for name, size in sizes.items():
-            if size < 1 or size != int(size):
+            if not (math.isfinite(size) and size >= 1 and size == int(size)):
                 raise ValueError(f"{self.name}: expected a whole number of {name}, the factor gives {size}")
         workload = replace(self, **{name: int(size) for name, size in sizes.items()})
         if workload.num_steps % workload.num_minibatches:

@@ -1,0 +1,100 @@
+"""Two versions of this project at the same work, in turns, so that a machine that drifts slows both.
+
+    git worktree add ../before HEAD~3
+    python benchmarks/versions.py ../before . --workload vector --turns 25
+
+Each version trains in a process of its own; a turn is one rollout and one update of every version, in random order. A
+version's ratio is the median over turns of its time to the first one's. At the end it is said whether all have the
+same weights to the bit: the runs have one seed, so a change for speed alone leaves them alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import random
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve()
+
+
+def work(root: Path, workload: str, threads: int) -> None:
+    """Does a turn for every line that comes in and says its seconds; at the end, the digest of its weights."""
+    sys.path[:0] = [str(root / "src"), str(root / "benchmarks")]
+    import torch
+    from workloads import WORKLOADS, run_config
+
+    import dualhead
+    from dualhead.running.machine import keep_freed_memory
+    from dualhead.running.session import Session
+
+    assert Path(dualhead.__file__).is_relative_to(root), f"{dualhead.__file__} is not of {root}"
+    keep_freed_memory()
+    torch.set_num_threads(threads)
+    chosen = WORKLOADS[workload]
+    session = Session(run_config(chosen, "", total_steps=1000 * chosen.num_steps))
+    session.begin()
+    for _ in sys.stdin:
+        began = time.perf_counter()
+        while not session.learner.rollout_is_ready:
+            session.step()
+        rollout_ended = time.perf_counter()
+        session.learn()
+        print(rollout_ended - began, time.perf_counter() - rollout_ended, flush=True)
+    digest = hashlib.sha256()
+    for parameter in session.learner.policy.parameters():
+        digest.update(parameter.detach().numpy().tobytes())
+    print(digest.hexdigest())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("versions", nargs="+", type=Path, help="checkouts, the one to compare with first")
+    parser.add_argument("--workload", default="vector", help="vector, grid or popgym; default vector")
+    parser.add_argument("--turns", type=int, default=15, help="default 15, after 3 that do not count")
+    parser.add_argument("--threads", type=int, default=2, help="of torch; default 2")
+    parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    roots = [version.resolve() for version in args.versions]
+    if args.work:
+        work(roots[0], args.workload, args.threads)
+        return
+    missing = [str(root) for root in roots if not (root / "src" / "dualhead").is_dir()]
+    if missing or args.turns < 1:
+        parser.error(
+            f"expected --turns of at least 1 and checkouts of dualhead, got {args.turns} and {missing or roots}"
+        )
+    options = ["--work", "--workload", args.workload, "--threads", str(args.threads)]
+    workers = [
+        subprocess.Popen(
+            [sys.executable, str(HERE), str(root), *options], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        for root in roots
+    ]
+    seconds: list[list[tuple[float, ...]]] = [[] for _ in workers]
+    for turn in range(args.turns + 3):
+        for number in random.sample(range(len(workers)), len(workers)):
+            stdin, stdout = workers[number].stdin, workers[number].stdout
+            assert stdin is not None
+            assert stdout is not None
+            print("turn", file=stdin, flush=True)
+            answer = stdout.readline()
+            if not answer:
+                sys.exit(f"{args.versions[number]} ended before its time: what went wrong stands above")
+            if turn >= 3:
+                seconds[number].append(tuple(map(float, answer.split())))
+    digests = [worker.communicate()[0].strip() for worker in workers]
+    first = [sum(parts) for parts in seconds[0]]
+    for version, parts in zip(args.versions, seconds):
+        rollout, update = (statistics.median(part) for part in zip(*parts))
+        ratio = statistics.median(sum(mine) / theirs for mine, theirs in zip(parts, first))
+        print(f"{version}: rollout {rollout:.3f} s, update {update:.3f} s, {ratio:.3f} of the first one's time")
+    print("the same weights to the bit" if len(set(digests)) == 1 else "weights differ")
+
+
+if __name__ == "__main__":
+    main()
