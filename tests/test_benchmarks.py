@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -131,3 +132,38 @@ def test_peers_are_compared():
     assert [row["library"] for row in rows] == ["dualhead", *(["sb3-contrib"] if installed else []), "single file"]
     assert installed or "pip install 'dualhead[bench]'" in done.stderr
     assert all(row["steps_per_s"] > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_a_long_run_is_told_part_by_part():
+    done = run("level.py", "--workload", "vector", "--total-steps", "25000", "--parts", "3", "--threads", "1", tiny=[])
+    assert done.returncode == 0, done.stderr
+    header, *parts = (line.split() for line in done.stdout.splitlines())
+    assert header == ["steps", "steps/s", "MiB"]
+    assert [steps for steps, _, _ in parts] == ["8,192", "16,384", "24,576"]
+    assert all(float(number.replace(",", "")) > 100 for part in parts for number in part)
+    refused = run("level.py", "--workload", "vector", "--total-steps", "20000", "--parts", "3", tiny=[])
+    assert "an update of 8192 steps for each part" in refused.stderr
+
+
+@pytest.mark.slow
+def test_versions_are_compared_to_the_bit(tmp_path):
+    here = BENCHMARKS.parent
+    other = tmp_path / "other"
+    for folder in ("src", "benchmarks"):
+        shutil.copytree(here / folder, other / folder)
+    options = ["--turns", "1", "--threads", "1", "--workload", "vector"]
+    for change, verdict in ((0, "the same weights to the bit"), (1e-5, "weights differ")):
+        source = (here / "src" / "dualhead" / "learning" / "losses.py").read_text()
+        assert source.count("return error.mean()") == 1
+        changed = source.replace("return error.mean()", f"return error.mean() * {1 + change}")
+        (other / "src" / "dualhead" / "learning" / "losses.py").write_text(changed)
+        done = run("versions.py", str(here), str(other), *options, tiny=[])
+        assert done.returncode == 0, done.stderr
+        *lines, last = done.stdout.splitlines()
+        assert last == verdict
+        assert [line.split(":")[0] for line in lines] == [str(here), str(other)]
+        assert "1.000 of the first one's time" in lines[0]
+    refused = run("versions.py", str(here), str(tmp_path), *options, tiny=[])
+    assert refused.returncode == 2
+    assert str(tmp_path) in refused.stderr
