@@ -24,7 +24,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from workloads import WORKLOADS, Workload, run_config
+from workloads import Workload, add_options, chosen_workloads, run_config
 
 from dualhead.config import RunConfig
 from dualhead.running.checkpoint import checkpoints, new_run_dir
@@ -32,7 +32,6 @@ from dualhead.running.machine import keep_freed_memory
 from dualhead.running.metrics import ProgressDisplay, Writer, make_writers
 from dualhead.running.session import Session
 from dualhead.running.trainer import Evaluator, run_loop
-from dualhead.worlds.streams import UnavailableEnvironment
 
 KEYS = ("workload", "update_s", "logging_ms", "checkpoint_ms", "checkpoint_mb", "logging", "checkpoint", "overhead")
 
@@ -113,23 +112,9 @@ def measure(workload: Workload, *, num_updates: int, warm_up: int) -> dict[str, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workload", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
-    parser.add_argument("--updates", type=int, default=7, help="measured updates; default 7")
-    parser.add_argument("--warm-up", type=int, default=2, help="updates before them; default 2")
-    parser.add_argument("--threads", type=int, default=2, help="of torch; default 2")
-    parser.add_argument("--num-envs-factor", type=float, default=1.0, help="times as many environments")
-    parser.add_argument("--rollout-factor", type=float, default=1.0, help="times as long a rollout")
-    parser.add_argument("--json", action="store_true", help="print a list of objects; the table goes to stderr")
+    add_options(parser, updates=7)
     args = parser.parse_args()
-    if min(args.updates, args.warm_up, args.threads) < 1:
-        parser.error("--updates, --warm-up and --threads: expected at least 1")
-    factors = {"num_envs": args.num_envs_factor, "rollout_length": args.rollout_factor}
-    try:
-        workloads = [WORKLOADS[name].scaled(**factors) for name in args.workload]
-        for workload in workloads:
-            workload.make_env().close()
-    except (ValueError, UnavailableEnvironment) as error:
-        parser.error(str(error))
+    workloads = chosen_workloads(parser, args)
 
     keep_freed_memory()
     torch.set_num_threads(args.threads)

@@ -28,10 +28,9 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from torch import Tensor, nn
 from torch.distributions import Categorical
-from workloads import WORKLOADS, Workload, time_ours
+from workloads import Workload, add_options, chosen_workloads, time_ours
 
 from dualhead.running.machine import keep_freed_memory
-from dualhead.worlds.streams import UnavailableEnvironment
 
 INSTALL = "sb3-contrib is not installed and left out; to have it: pip install 'dualhead[bench]'"
 
@@ -243,33 +242,23 @@ def compare(workload: Workload, *, updates: int, warm_up: int, state_refresh: st
     ]
 
 
+def expect_equal_groups(workload: Workload) -> None:
+    """Raises ValueError where the environments are not equal groups, which the others' minibatches are made of."""
+    if workload.num_envs % workload.num_minibatches:
+        raise ValueError(
+            f"{workload.name}: expected environments for {workload.num_minibatches} equal groups, which the others' "
+            f"minibatches are, got {workload.num_envs}"
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workload", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
-    parser.add_argument("--updates", type=int, default=5, help="measured updates; default 5")
-    parser.add_argument("--warm-up", type=int, default=2, help="updates before them; default 2")
-    parser.add_argument("--threads", type=int, default=2, help="of torch; default 2")
+    add_options(parser)
     parser.add_argument(
         "--state-refresh", choices=["never", "epoch"], default="never", help="`epoch`: our default's extra pass"
     )
-    parser.add_argument("--num-envs-factor", type=float, default=1.0, help="times as many environments")
-    parser.add_argument("--rollout-factor", type=float, default=1.0, help="times as long a rollout")
-    parser.add_argument("--json", action="store_true", help="print a list of objects; the lines go to stderr")
     args = parser.parse_args()
-    if min(args.updates, args.warm_up, args.threads) < 1:
-        parser.error("--updates, --warm-up and --threads: expected at least 1")
-    factors = {"num_envs": args.num_envs_factor, "rollout_length": args.rollout_factor}
-    try:
-        workloads = [WORKLOADS[name].scaled(**factors) for name in args.workload]
-        for workload in workloads:
-            workload.make_env().close()
-            if workload.num_envs % workload.num_minibatches:
-                raise ValueError(
-                    f"{workload.name}: expected environments for {workload.num_minibatches} equal groups, which the "
-                    f"others' minibatches are, got {workload.num_envs}"
-                )
-    except (ValueError, UnavailableEnvironment) as error:
-        parser.error(str(error))
+    workloads = chosen_workloads(parser, args, check=expect_equal_groups)
 
     keep_freed_memory()
     torch.set_num_threads(args.threads)

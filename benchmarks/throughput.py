@@ -37,10 +37,9 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from torch import Tensor, nn
-from workloads import PRECISIONS, WORKLOADS, Timing, Workload, device_name, synchronize, time_ours
+from workloads import Timing, Workload, add_options, chosen_workloads, device_name, synchronize, time_ours
 
 from dualhead.running.machine import keep_freed_memory
-from dualhead.worlds.streams import UnavailableEnvironment
 
 PLAIN_SEQUENCE = 16
 PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mm": lambda left, right: torch.mm(left, right.t())}
@@ -310,15 +309,12 @@ def plain_sequences(workload: Workload, asked: int | None) -> tuple[int, ...]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workload", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
+    add_options(parser)
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of ours and of both ceilings")
     parser.add_argument("--memory", choices=["lstm", "gru"], default="lstm")
     parser.add_argument(
         "--device", choices=["cpu", "cuda"], default="cpu", help="of ours and both ceilings; default cpu"
     )
-    parser.add_argument("--updates", type=int, default=5, help="measured updates; default 5")
-    parser.add_argument("--warm-up", type=int, default=2, help="updates before them; default 2")
-    parser.add_argument("--threads", type=int, default=2, help="of torch; default 2")
     parser.add_argument("--sequence-length", type=int, default=16, help="of our segments; default 16")
     parser.add_argument(
         "--state-refresh",
@@ -330,29 +326,17 @@ def main() -> None:
         "--plain-sequence", type=int, help=f"plain torch's sequences; default the faster of {PLAIN_SEQUENCE} and all"
     )
     parser.add_argument("--product", choices=list(PRODUCTS), default="mm", help="the ceiling's; default mm")
-    parser.add_argument("--num-envs-factor", type=float, default=1.0, help="times as many environments")
-    parser.add_argument("--rollout-factor", type=float, default=1.0, help="times as long a rollout")
     parser.add_argument(
         "--system-allocator", action="store_true", help="give freed memory back at once, as glibc does unasked"
     )
-    parser.add_argument("--json", action="store_true", help="print a list of objects; the lines go to stderr")
     args = parser.parse_args()
-    if args.precision not in PRECISIONS:
-        parser.error(f"--precision {args.precision}: this version of dualhead trains in {', '.join(PRECISIONS)} only")
-    if min(args.updates, args.warm_up, args.threads, args.sequence_length) < 1:
-        parser.error("--updates, --warm-up, --threads and --sequence-length: expected at least 1")
+    if args.sequence_length < 1:
+        parser.error(f"--sequence-length: expected at least 1, got {args.sequence_length}")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU here")
     if args.product not in products_on(args.device):
         parser.error(f"--product {args.product}: expected one of {', '.join(products_on(args.device))} on a GPU")
-    factors = {"num_envs": args.num_envs_factor, "rollout_length": args.rollout_factor}
-    try:
-        workloads = [WORKLOADS[name].scaled(**factors) for name in args.workload]
-        for workload in workloads:
-            plain_sequences(workload, args.plain_sequence)
-            workload.make_env().close()
-    except (ValueError, UnavailableEnvironment) as error:
-        parser.error(str(error))
+    workloads = chosen_workloads(parser, args, check=lambda workload: plain_sequences(workload, args.plain_sequence))
 
     if not args.system_allocator:
         keep_freed_memory()

@@ -1,7 +1,8 @@
-"""The three reference workloads, and how long our trainer takes for them. Shared by throughput.py and peers.py."""
+"""The three reference workloads, how long our trainer takes for them, and options of the scripts that measure it."""
 
 from __future__ import annotations
 
+import argparse
 import math
 import tempfile
 import time
@@ -19,9 +20,7 @@ from dualhead.running.checkpoint import new_run_dir
 from dualhead.running.metrics import make_writers
 from dualhead.running.session import Session
 from dualhead.running.trainer import Evaluator, run_loop
-from dualhead.worlds.streams import make_env
-
-PRECISIONS = tuple(["fp32", "bf16"] if "precision" in PPOConfig.model_fields else ["fp32"])
+from dualhead.worlds.streams import UnavailableEnvironment, make_env
 
 
 @dataclass(frozen=True)
@@ -122,6 +121,42 @@ WORKLOADS = {
 }
 
 
+def add_options(parser: argparse.ArgumentParser, *, updates: int = 5) -> None:
+    """Which workloads, how large, how many updates, on how many threads.
+
+    Args:
+        updates: measured unless asked for otherwise.
+    """
+    parser.add_argument("--workload", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
+    parser.add_argument("--updates", type=int, default=updates, help=f"measured updates; default {updates}")
+    parser.add_argument("--warm-up", type=int, default=2, help="updates before them; default 2")
+    parser.add_argument("--threads", type=int, default=2, help="of torch; default 2")
+    parser.add_argument("--num-envs-factor", type=float, default=1.0, help="times as many environments")
+    parser.add_argument("--rollout-factor", type=float, default=1.0, help="times as long a rollout")
+    parser.add_argument("--json", action="store_true", help="print a list of objects; the lines go to stderr")
+
+
+def chosen_workloads(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, *, check: Callable[[Workload], object] = lambda _: None
+) -> list[Workload]:
+    """What `add_options` was told; ends with the parser's error where it cannot be measured.
+
+    Args:
+        check: raises ValueError where a script cannot do with a workload.
+    """
+    if min(args.updates, args.warm_up, args.threads) < 1:
+        parser.error("--updates, --warm-up and --threads: expected at least 1")
+    factors = {"num_envs": args.num_envs_factor, "rollout_length": args.rollout_factor}
+    try:
+        workloads = [WORKLOADS[name].scaled(**factors) for name in args.workload]
+        for workload in workloads:
+            check(workload)
+            workload.make_env().close()
+    except (ValueError, UnavailableEnvironment) as error:
+        parser.error(str(error))
+    return workloads
+
+
 def synchronize() -> None:
     """Waits until the GPU, where one is in use, has done what it was given."""
     if torch.cuda.is_initialized():
@@ -173,7 +208,6 @@ def run_config(
     device: str = "cpu",
 ) -> RunConfig:
     """Settings of a run of a workload that saves no checkpoint before its end."""
-    chosen = {"precision": precision} if "precision" in PPOConfig.model_fields else {}
     return RunConfig(
         env=workload.env,
         num_envs=workload.num_envs,
@@ -188,7 +222,7 @@ def run_config(
             batch_size=workload.batch_size,
             sequence_length=sequence_length,
             state_refresh=state_refresh,
-            **chosen,
+            precision=precision,
         ),
     )
 

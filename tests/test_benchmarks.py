@@ -30,6 +30,12 @@ def throughput(monkeypatch):
     return importlib.import_module("throughput")
 
 
+@pytest.fixture
+def workloads(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("workloads").WORKLOADS
+
+
 @pytest.mark.parametrize(
     ("workload", "shape", "logits", "memory", "flops"),
     [
@@ -41,16 +47,16 @@ def throughput(monkeypatch):
         ("grid", (5, 11, 11), 7, "lstm", 9_826_624),
     ],
 )
-def test_counts_the_arithmetic_of_a_forward_pass(throughput, workload, shape, logits, memory, flops):
-    chosen = throughput.WORKLOADS[workload]
+def test_counts_the_arithmetic_of_a_forward_pass(throughput, workloads, workload, shape, logits, memory, flops):
+    chosen = workloads[workload]
     assert throughput.forward_flops(chosen, shape, logits=logits, memory=memory) == flops
     assert throughput.flops_per_step(chosen, flops) == 13 * flops
 
 
-def test_workloads_are_those_of_the_design(throughput):
+def test_workloads_are_those_of_the_design(workloads):
     sizes = {
         name: (w.num_envs, w.num_minibatches, w.rollout_length, w.num_epochs, w.hidden_size, w.batch_size)
-        for name, w in throughput.WORKLOADS.items()
+        for name, w in workloads.items()
     }
     assert sizes == {
         "vector": (64, 8, 128, 4, 256, 1024),
@@ -59,8 +65,8 @@ def test_workloads_are_those_of_the_design(throughput):
     }
 
 
-def test_grid_episodes_last_20_to_120_steps(throughput):
-    env = throughput.WORKLOADS["grid"].make_env()
+def test_grid_episodes_last_20_to_120_steps(workloads):
+    env = workloads["grid"].make_env()
     observation, _ = env.reset(seed=3)
     assert env.observation_space.contains(observation)
     lengths = []
@@ -110,6 +116,9 @@ def test_throughput_refuses_what_it_cannot_measure():
     done = run("throughput.py", "--workload", "vector", "--plain-sequence", "5")
     assert done.returncode == 2
     assert "--plain-sequence: expected a divisor" in done.stderr
+    done = run("throughput.py", "--num-envs-factor", "inf")
+    assert done.returncode == 2
+    assert "expected a whole number of num_envs, the factor gives inf" in done.stderr
 
 
 @pytest.mark.slow

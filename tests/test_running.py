@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
+import psutil
 import pytest
 import torch
 from gymnasium import spaces
@@ -211,8 +212,7 @@ def test_evaluation_repeats_and_leaves_the_run_alone(tmp_path, capsys):
     ],
 )
 def test_bad_input_gives_one_clear_message(tmp_path, capsys, monkeypatch, arguments, message):
-    if "cuda" in arguments and torch.cuda.is_available():
-        pytest.skip("this machine has a GPU, so asking for one is no mistake")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.chdir(tmp_path)
     if arguments[0] == "train":
         arguments = [*arguments[:2], *TINY_OPTIONS, "--run-dir", "run", *arguments[2:]]
@@ -314,22 +314,26 @@ class Clocks:
     """In the place of psutil's: two cores of ours and one that is not, this process, and one child."""
 
     def __init__(self, monkeypatch):
-        self.seconds, self.own, self.child, self.by_core = 0.0, 0.0, 0.0, [0.0, 0.0, 0.0]
+        self.seconds, self.own, self.ended, self.child, self.by_core = 0.0, 0.0, 0.0, 0.0, [0.0, 0.0, 0.0]
+        self.is_told = True
         process = SimpleNamespace(
-            cpu_times=lambda: (self.own / 2, self.own / 2, 99.0),
-            children=lambda recursive: [SimpleNamespace(cpu_times=lambda: (self.child, 0.0))],
+            cpu_times=lambda: (self.own / 2, self.own / 2, self.ended / 2, self.ended / 2, 99.0),
+            children=lambda recursive: [SimpleNamespace(cpu_times=self.of_child)],
         )
         monkeypatch.setattr(machine, "_cores", lambda: {0, 2})
         monkeypatch.setattr(machine.psutil, "Process", lambda: process)
-        monkeypatch.setattr(
-            machine.psutil,
-            "cpu_times",
-            lambda percpu: [
-                SimpleNamespace(user=busy / 2, system=busy / 2, idle=7.0, steal=9.0, guest=busy / 2)
-                for busy in self.by_core
-            ],
-        )
+        monkeypatch.setattr(machine.psutil, "cpu_times", self.of_cores)
         monkeypatch.setattr(machine.time, "perf_counter", lambda: self.seconds)
+
+    def of_child(self):
+        if self.child is None:
+            raise psutil.NoSuchProcess(1)
+        return self.child, 0.0, 99.0, 99.0
+
+    def of_cores(self, percpu):
+        if not self.is_told:
+            raise psutil.AccessDenied
+        return [SimpleNamespace(user=b / 2, system=b / 2, idle=7.0, steal=9.0, guest=b / 2) for b in self.by_core]
 
 
 def test_a_busy_machine_is_said(monkeypatch):
@@ -339,15 +343,25 @@ def test_a_busy_machine_is_said(monkeypatch):
     clocks.seconds, clocks.own, clocks.child, clocks.by_core = 4.0, 2.0, 1.5, [4.0, 4.0, 4.0]
     # Of 8 seconds on our two cores 3.5 were ours.
     assert use.others() == pytest.approx(4.5 / 4)
-    with pytest.warns(
-        UserWarning, match=r"uses 2 threads, and other programs keep 1\.1 of the 2 cores.*--num-threads 1"
-    ):
+    with pytest.warns(UserWarning, match=r"2 threads, and other programs keep 1\.1 of the 2 cores.*--num-threads 1"):
         use.warn()
+    clocks.child, clocks.ended = None, 1.5  # it ended, which changes nothing
+    assert use.others() == pytest.approx(4.5 / 4)
     clocks.own = 5.0
     use.warn()  # 0.4 cores; warnings are errors here
     clocks.own = 2.0
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     use.warn()  # one thread fights with nobody
+
+
+@pytest.mark.parametrize("when", [False, True])
+def test_a_system_that_does_not_tell_is_not_called_busy(monkeypatch, when):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    clocks = Clocks(monkeypatch)
+    clocks.is_told = when
+    use = machine.CoreUse()
+    clocks.is_told, clocks.seconds, clocks.by_core = not when, 4.0, [4e6] * 3
+    use.warn()
 
 
 @pytest.mark.slow

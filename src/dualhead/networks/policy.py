@@ -99,13 +99,16 @@ class RecurrentPolicy(nn.Module):
         return self._output(h, observations), next_state
 
     def unroll(self, observations: Observations, state: RecurrentState, layout: Layout) -> PolicyOutput:
-        """Leaves [N, ...] and the states [L, S, H] that segments begin from -> outputs [N]."""
+        """Leaves [N, ...] and the states [L, S, H] that segments begin from -> outputs [N].
+
+        Heads and critic are never under autocast.
+        """
         h, _ = self._forward_base(observations, state, layout)
         with torch.autocast(self.device.type, enabled=False):
             return self._output(h.to(self.dtype), observations)
 
     def evaluate(self, segments: SegmentBatch) -> PolicyOutput:
-        """All N steps of a minibatch of segments, each from its own state; heads and critic never under autocast."""
+        """All N steps of a minibatch of segments, each from its own state."""
         return self.unroll(segments.observations, segments.state, segments.layout)
 
     def advance(self, observations: Observations, state: RecurrentState, layout: Layout) -> RecurrentState:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import sys
 import time
@@ -47,29 +48,16 @@ class CoreUse:
     """
 
     def __init__(self) -> None:
-        self._before = self._now()
-
-    @staticmethod
-    def _now() -> tuple[float, float, float]:
-        """Seconds by the clock, that this process and its children worked, and that all our cores did."""
-        own = busy = 0.0
-        with suppress(psutil.Error, OSError):  # a system that does not tell, or a child that ended meanwhile
-            by_core = psutil.cpu_times(percpu=True)
-            busy = sum(_working(by_core[core]) for core in _cores() if core < len(by_core))
-            here = psutil.Process()
-            for process in (here, *here.children(recursive=True)):
-                own += sum(process.cpu_times()[:2])
-        return time.perf_counter(), own, busy
+        self._begun, self._before = time.perf_counter(), _seconds_of_others()
 
     @property
     def seconds(self) -> float:
         """How long it has been looked at."""
-        return time.perf_counter() - self._before[0]
+        return time.perf_counter() - self._begun
 
     def others(self) -> float:
-        """Cores that others kept busy on average."""
-        elapsed, own, busy = (now - before for now, before in zip(self._now(), self._before))
-        return max(0.0, (busy - own) / elapsed)
+        """Cores of ours that others kept busy on average; 0 where the system does not tell."""
+        return max(0.0, (_seconds_of_others() - self._before) / self.seconds)
 
     def warn(self) -> None:
         """Says so where others leave too few cores for our threads."""
@@ -80,6 +68,21 @@ class CoreUse:
                 f"trainings that fight for cores slow each other many times over; wait, or give each --num-threads 1",
                 stacklevel=2,
             )
+
+
+def _seconds_of_others() -> float:
+    """What all our cores have worked, but for this process and its children; NaN where the system does not tell."""
+    try:
+        by_core = psutil.cpu_times(percpu=True)
+        busy = sum(_working(by_core[core]) for core in _cores() if core < len(by_core))
+        here = psutil.Process()
+        own = sum(here.cpu_times()[:4])  # of children that have ended as well
+        for child in here.children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                own += sum(child.cpu_times()[:2])
+        return busy - own
+    except (psutil.Error, OSError):
+        return math.nan
 
 
 def _working(times: Any) -> float:

@@ -212,6 +212,7 @@ class GymnasiumStreams:
     def _join(self, observations: Any, final: NDArray[np.object_]) -> Any:
         """The observations with those of ended streams replaced by their final ones."""
         if isinstance(observations, np.ndarray):
+            # The same as below, made quick: among many short episodes some stream ends at nearly every step.
             joined = observations.copy()
             for stream, before in enumerate(final):
                 if before is not None:
