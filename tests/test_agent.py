@@ -768,8 +768,10 @@ def test_files_that_are_no_checkpoint_are_refused(saved, tmp_path):
     refused(agent, broken, "not a whole dualhead checkpoint")
     save_file({"weight": torch.ones(3)}, broken, {"format": "pt"})
     refused(agent, broken, "not a whole dualhead checkpoint")
-    save_file({"weight": torch.ones(3)}, broken, {"format": "dualhead", "version": "2", "json": "{}"})
+    save_file({"weight": torch.ones(3)}, broken, {"format": "dualhead", "version": "3", "json": "{}"})
     refused(agent, broken, "newer dualhead")
+    save_file({"weight": torch.ones(3)}, broken, {"format": "dualhead", "version": "1", "json": "{}"})
+    refused(agent, broken, "older dualhead")
 
 
 @pytest.mark.parametrize("missing", ["num_steps", "num_updates", "rollout"])

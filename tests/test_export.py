@@ -15,7 +15,7 @@ import torch
 from gymnasium import spaces
 from saved_runs import randomize, save_run
 
-from dualhead import load_policy
+from dualhead import Player, load_policy
 from dualhead.cli import main
 from dualhead.config import NetworkConfig
 from dualhead.networks.encoders import ObservationSpec
@@ -50,8 +50,8 @@ OBSERVATIONS = {
 }
 
 
-def make_policy(observation_space, action_space, memory, num_layers=2):
-    config = NetworkConfig(memory=memory, hidden_size=24, num_layers=num_layers, encoder_sizes=(16,))
+def make_policy(observation_space, action_space, memory, num_layers=2, **shape):
+    config = NetworkConfig(memory=memory, hidden_size=24, num_layers=num_layers, encoder_sizes=(16,), **shape)
     spec, actions = ObservationSpec(observation_space), ActionSpec(action_space)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -124,7 +124,7 @@ def play_both(policy, spec, session, description, *, batch, steps=STEPS):
             for head, logits in zip(description["actions"]["heads"], output.distribution.logits):
                 expected[head["output"]] = logits
         if description["state"]:
-            expected |= {f"next_state/{name}": part for name, part in ours._asdict().items() if part is not None}
+            expected |= {f"next_state/{name}": part for name, part in ours.parts.items()}
         assert expected.keys() == given.keys()
         for name, tensor in expected.items():
             legal = tensor.numpy() > -1e30
@@ -150,6 +150,58 @@ def test_onnx_equals_ours_over_episodes(memory, kind, action_space):
     session, description = session_of(to_onnx(graph)), graph.describe()
     for batch in (1, 64):
         assert play_both(policy, spec, session, description, batch=batch) < 1e-5
+
+
+@pytest.mark.parametrize("action_space", [HEADS, spaces.Box(-2.0, 2.0, (3,), np.float32)], ids=["heads", "box"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"previous_action": True, "previous_reward": True, "critic_memory": "lstm", "head_sizes": (8,)},
+        {"previous_action": True, "critic_memory": "none", "activation": "tanh"},
+        {"previous_reward": True, "critic_memory": "gru", "memory": "none"},
+    ],
+    ids=["everything", "critic without memory", "actor without memory"],
+)
+def test_onnx_sees_the_step_before_as_a_player_does(shape, action_space):
+    """By the inputs' names alone: previous/action is -1 (0 of a Box) and previous/reward 0 where an episode starts."""
+    policy, spec, actions = make_policy(BOX, action_space, shape.get("memory", "lstm"), **shape_without_memory(shape))
+    graph = StepGraph(policy, spec, actions)
+    contents = to_onnx(graph)
+    session, description = session_of(contents), graph.describe()
+    assert verify(contents, graph)["largest_difference"] < 1e-5
+    names = [port["name"] for port in description["outputs"]]
+    batch, rng = 5, np.random.default_rng(0)
+    player = Player(policy, BOX, action_space)
+    state = zeros(description, batch)
+    is_box = description["actions"]["kind"] == "gaussian"
+    blank = np.zeros((batch, 3), np.float32) if is_box else np.full((batch, 3), -1, np.int64)
+    action, reward, starts = blank, np.zeros(batch, np.float32), np.ones(batch, bool)
+    for _ in range(60):
+        seen = rng.normal(size=(batch, 5)).astype(np.float32)
+        wanted = player.act(seen, starts, rewards=reward)
+        given = {"previous/action": np.where(starts[:, None], blank, action)}
+        given["previous/reward"] = np.where(starts, 0, reward).astype(np.float32)
+        asked = {port["name"] for port in description["inputs"]}
+        assert set(given) & asked == {
+            f"previous/{what}" for what in ("action", "reward") if shape.get(f"previous_{what}")
+        }
+        for part in state.values():
+            part[:, starts] = 0.0
+        inputs = {"observation": seen} | {name: part for name, part in given.items() if name in asked} | state
+        outputs = dict(zip(names, session.run(names, inputs)))
+        state = {pair["input"]: outputs[pair["output"]] for pair in description["state"]}
+        if is_box:
+            action = outputs["mean"].clip(-1, 1)
+            np.testing.assert_allclose(action * 2, wanted, rtol=0, atol=1e-5)
+        else:
+            action = np.stack([outputs[head["output"]].argmax(-1) for head in description["actions"]["heads"]], axis=1)
+            together = np.concatenate([wanted["move"][:, None] - 1, wanted["vote"]], axis=1)
+            np.testing.assert_array_equal(action, together)
+        reward, starts = rng.normal(size=batch).astype(np.float32), rng.random(batch) < 0.1
+
+
+def shape_without_memory(shape):
+    return {name: value for name, value in shape.items() if name != "memory"}
 
 
 @pytest.mark.parametrize("kind", OBSERVATIONS)

@@ -9,6 +9,7 @@ import torch
 from gymnasium import spaces
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from slow_policy import slow_cell
 from torch.distributions import Categorical, Normal, kl_divergence
 
 import dualhead.networks.linear
@@ -265,23 +266,6 @@ def test_only_vectors_of_floats_are_normalised():
     assert list(encoder.normalizers) == ["vector"]
 
 
-def sigmoid(x):
-    return 1 / (1 + np.exp(-x))
-
-
-def slow_cell(kind, x, h, c, w_ih, w_hh, b_ih, b_hh):
-    """One step of one layer: x [B, F], h and c [B, H]; the formulas of the torch documentation in NumPy."""
-    given, kept = x @ w_ih.T + b_ih, h @ w_hh.T + b_hh
-    if kind == "lstm":
-        i, f, g, o = np.split(given + kept, 4, axis=1)
-        c = sigmoid(f) * c + sigmoid(i) * np.tanh(g)
-        return sigmoid(o) * np.tanh(c), c
-    (r_x, z_x, n_x), (r_h, z_h, n_h) = np.split(given, 3, axis=1), np.split(kept, 3, axis=1)
-    r, z = sigmoid(r_x + r_h), sigmoid(z_x + z_h)
-    n = np.tanh(n_x + r * n_h)
-    return (1 - z) * n + z * h, c
-
-
 def slow_unroll(memory, x, state):
     """Steps x [T, B, F] from a state: top-layer h [T, B, H] and the final h and c, [L, B, H]."""
     cell = getattr(memory, memory.kind)
@@ -315,7 +299,7 @@ def make_memory(kind, num_layers, seed=0):
 def random_state(memory, batch, seed=0):
     generator = torch.Generator().manual_seed(seed)
     zeros = memory.initial_state(batch, device=CPU, dtype=torch.float64)
-    return zeros._map(lambda part: torch.randn(part.shape, generator=generator, dtype=torch.float64))
+    return zeros.map(lambda part: torch.randn(part.shape, generator=generator, dtype=torch.float64))
 
 
 every_memory = pytest.mark.parametrize(("kind", "num_layers"), [("lstm", 1), ("lstm", 2), ("gru", 1), ("gru", 2)])
@@ -430,7 +414,7 @@ def test_permuting_streams_permutes_the_policy_s_outputs(kind, num_layers):
     policy = make_policy(kind, num_layers=num_layers).double()
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4, 2, generator=generator).double()
-    state = policy.initial_state(4)._map(lambda part: torch.randn(part.shape, generator=generator).double())
+    state = policy.initial_state(4).map(lambda part: torch.randn(part.shape, generator=generator).double())
     order = torch.tensor([2, 0, 3, 1])
     with torch.no_grad():
         output, after = policy.step({"observation": x}, state)
@@ -473,7 +457,7 @@ def test_single_precision_is_double_precision_to_rounding(kind, num_steps, monke
 def test_a_policy_is_a_function_of_its_state():
     """Same input, same output, whatever was asked in between; the state that came in is not written to."""
     policy = make_policy("gru").double()
-    state = policy.initial_state(1)._map(lambda part: part + 0.5)
+    state = policy.initial_state(1).map(lambda part: part + 0.5)
     x = {"observation": torch.ones(1, 2).double()}
     with torch.no_grad():
         first, after = policy.step(x, state)

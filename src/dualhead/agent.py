@@ -117,6 +117,8 @@ class DualHeadRecurrentPPO:
         self._current_hidden: RecurrentState | None = None
         self._step_is_pending = False
         self._episode_starts = torch.ones(num_streams, dtype=torch.bool, device=self.device)
+        # What the policy is shown of the step before; blanked where an episode starts, when it is shown.
+        self._previous = self.policy.previous.nothing(num_streams, device=self.device, dtype=dtype)
         self.rollout_memory = Rollout(
             self.config.rollout_length,
             num_streams,
@@ -124,7 +126,8 @@ class DualHeadRecurrentPPO:
             observations={
                 leaf.name: (leaf.space.shape or (), _storage_dtype(leaf.space, dtype))
                 for leaf in self.observation_spec.leaves
-            },
+            }
+            | self.policy.previous.shapes(dtype),
             state=self.policy.initial_state(1),
             num_action_columns=self.action_spec.num_columns,
             action_dtype=dtype if self.action_spec.is_continuous else torch.int64,
@@ -143,7 +146,7 @@ class DualHeadRecurrentPPO:
     def _update_hidden_state(self, new_hidden: RecurrentState | tuple[Tensor, Tensor] | Tensor) -> None:
         """Takes what `nn.LSTM` or `nn.GRU` returns as its state, or ours."""
         if isinstance(new_hidden, Tensor):
-            new_hidden = RecurrentState(new_hidden, None)
+            new_hidden = RecurrentState(new_hidden)
         self._current_hidden = new_hidden if isinstance(new_hidden, RecurrentState) else RecurrentState(*new_hidden)
 
     def reset_state(self) -> None:
@@ -223,6 +226,7 @@ class DualHeadRecurrentPPO:
             )
         tensors = self._tensors(observations)
         state = self._get_hidden_state()
+        tensors |= self._previous_inputs()
         output, next_state = self.policy.step(tensors, state)
         distribution = output.distribution
         actions = distribution.mode() if deterministic else distribution.sample(self._sampling)
@@ -279,9 +283,10 @@ class DualHeadRecurrentPPO:
                 if self.norms is None
                 else "norms are enforced but no events came: record(..., events=NormEvents(punished, collected))"
             )
+        previous = self.policy.previous.after(memory.actions[memory.length], task_rewards)
         final_values = None
         if cut_off is not None and len(cut_off):
-            final_values = self._final_values(cut_off, final_observations)
+            final_values = self._final_values(cut_off, final_observations, previous)
             cut_off = on_device(cut_off, self.device)
         guilt = torch.zeros_like(task_rewards)
         if self.norms is not None and events is not None:
@@ -289,6 +294,7 @@ class DualHeadRecurrentPPO:
         if final_values is not None:
             memory.final_values[memory.length, cut_off] = final_values
         memory.complete_step(task_rewards, guilt, terminated, truncated)
+        self._previous = previous
         self._step_is_pending = False
         self.num_steps += self.num_streams
         ended = terminated | truncated
@@ -391,12 +397,21 @@ class DualHeadRecurrentPPO:
                     "from them (or set bootstrap_last=False)"
                 )
             # The value pass looks at the acting state and leaves it as it is.
-            next_values[-1] = self.policy.values(self._tensors(next_observations), self._get_hidden_state())
+            state = self._get_hidden_state()
+            tensors = self._tensors(next_observations) | self._previous_inputs()
+            next_values[-1] = self.policy.values(tensors, state)
         cut_off = memory.truncated[:T] & ~memory.terminated[:T]
         return torch.where(cut_off, memory.final_values[:T], next_values)
 
-    def _final_values(self, streams: Tensor, final_observations: Any) -> Tensor:
-        """V [n] of what the n truncated streams saw last, with the state that followed their last step."""
+    def _previous_inputs(self) -> Observations:
+        """What the policy is shown of the step before, [B, ...]: nothing where an episode starts."""
+        return self.policy.previous.reset_where(self._previous, self._episode_starts)
+
+    def _final_values(self, streams: Tensor, final_observations: Any, previous: Observations) -> Tensor:
+        """V [n] of what the n truncated streams saw last, with the state that followed their last step.
+
+        `previous` [B, ...] is that last step, as the policy's input.
+        """
         if final_observations is None:
             raise ValueError(
                 f"streams {streams.tolist()[:8]} were truncated: record(..., final_observations=...) is needed to "
@@ -407,7 +422,9 @@ class DualHeadRecurrentPPO:
             tensors = self._tensors(final_observations, streams)
         except DataError as error:
             raise DataError(f"final {error}") from None
-        return self.policy.values(tensors, self._current_hidden.select(on_device(streams, self.device)))
+        streams = on_device(streams, self.device)
+        tensors |= {name: leaf[streams] for name, leaf in previous.items()}
+        return self.policy.values(tensors, self._current_hidden.select(streams))
 
     def _coefs(self, num_updates: int) -> tuple[float, ...]:
         """Entropy weight per head after a number of updates: linear from start to end, then constant."""
@@ -595,9 +612,8 @@ class DualHeadRecurrentPPO:
         tensors = with_prefix("policy", self.policy.state_dict(keep_vars=True))
         for name, parameter in self.policy.named_parameters():
             tensors |= with_prefix(f"optimizer/{name}", self.optimizer.state[parameter])
-        tensors |= {"state/h": hidden.h, "state/episode_starts": self._episode_starts}
-        if hidden.c is not None:
-            tensors["state/c"] = hidden.c
+        tensors |= with_prefix("state", hidden.parts | self._previous)
+        tensors["state/episode_starts"] = self._episode_starts
         for prefix, module in (("norms", self.norms), ("reward_scale", self.reward_scale)):
             if module is not None:
                 tensors |= with_prefix(prefix, module.state_dict(keep_vars=True))

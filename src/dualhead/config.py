@@ -52,7 +52,7 @@ class NetworkConfig(Config):
     hidden_size: PositiveInt = Field(256, description="Units of the memory, H.")
     num_layers: PositiveInt = Field(1, description="Stacked recurrent layers, L.")
     encoder_sizes: tuple[PositiveInt, ...] = Field(
-        (256,), description="Widths of the ReLU layers between the flattened observation and the memory."
+        (256,), description="Widths of the layers between the flattened observation and the memory."
     )
     image_encoder: Literal["auto", "small", "nature"] = Field(
         "auto",
@@ -62,6 +62,22 @@ class NetworkConfig(Config):
     image_layout: Literal["auto", "chw", "hwc"] = Field(
         "auto",
         description="Which axis of an image holds the channels; `auto`: two equal neighbours are the pixels.",
+    )
+    activation: Literal["relu", "tanh"] = Field(
+        "relu", description="After the layers of `encoder_sizes` and `head_sizes`; convolutions keep ReLU."
+    )
+    previous_action: bool = Field(
+        False, description="Show the policy its action of the step before (R2D2): one-hot per head, zero at a start."
+    )
+    previous_reward: bool = Field(
+        False, description="Show the policy the reward of the step before (R2D2), zero at an episode's start."
+    )
+    critic_memory: Literal["shared", "lstm", "gru", "none"] = Field(
+        "shared",
+        description="Memory of the critic: the policy's, an own one of the same size, or none (a layer in its place).",
+    )
+    head_sizes: tuple[PositiveInt, ...] = Field(
+        (), description="Widths of the layers between memory and action heads, and between memory and critic."
     )
     head_gain: PositiveFloat = Field(2**0.5, description="Gain of the action heads' orthogonal initialisation.")
     forget_bias: float = Field(
@@ -119,8 +135,10 @@ class PPOConfig(Config):
         False, description="Divide rewards by the running deviation of the discounted return."
     )
     rollout_length: PositiveInt = Field(100, description="Steps per stream between updates, T.")
-    sequence_length: PositiveInt = Field(
-        16, description="Longest run of steps that gradients flow through; 1 is the specification's slicing."
+    sequence_length: PositiveInt | Literal["rollout"] = Field(
+        16,
+        description="Longest run of steps that gradients flow through: a number, or `rollout` for whole episodes, as "
+        "far as the rollout holds them; 1 is the specification's slicing.",
     )
     burn_in: NonNegativeInt = Field(
         0, description="Preceding steps unrolled without gradient to warm a segment's state (R2D2)."
@@ -136,14 +154,19 @@ class PPOConfig(Config):
         description="Value of the observation after the rollout; off: zero, as the specification's class.",
     )
 
+    @property
+    def max_segment(self) -> int:
+        """Steps of the longest possible segment."""
+        return self.rollout_length if self.sequence_length == "rollout" else self.sequence_length
+
     @model_validator(mode="after")
     def _settings_fit(self) -> PPOConfig:
         if self.entropy_coef_end is not None and self.entropy_decay_steps == 0:
             raise ValueError("entropy_coef_end needs entropy_decay_steps: over how many updates to get there")
-        if min(self.sequence_length, self.rollout_length) > self.batch_size:
+        longest = min(self.max_segment, self.rollout_length)
+        if longest > self.batch_size:
             raise ValueError(
-                f"batch_size={self.batch_size} cannot hold one segment of "
-                f"{min(self.sequence_length, self.rollout_length)} steps "
+                f"batch_size={self.batch_size} cannot hold one segment of {longest} steps "
                 f"(sequence_length={self.sequence_length}, rollout_length={self.rollout_length}): "
                 f"raise batch_size or lower sequence_length"
             )

@@ -17,6 +17,7 @@ from dualhead.agent import DualHeadRecurrentPPO
 from dualhead.config import TurnoverConfig
 from dualhead.networks.heads import FactoredCategorical, Heads
 from dualhead.networks.policy import PolicyOutput, RecurrentPolicy
+from dualhead.networks.previous import PreviousStep
 from dualhead.norms import NormEvents
 from dualhead.storage import CheckpointError, with_prefix, without_prefix
 from dualhead.types import Observations, RecurrentState, on_device
@@ -204,6 +205,10 @@ class IndependentPolicies(torch.nn.Module):
         return self.policies[0].heads
 
     @property
+    def previous(self) -> PreviousStep:
+        return self.policies[0].previous
+
+    @property
     def device(self) -> torch.device:
         return self.policies[0].device
 
@@ -217,7 +222,7 @@ class IndependentPolicies(torch.nn.Module):
 
     def step(self, observations: Observations, state: RecurrentState) -> tuple[PolicyOutput, RecurrentState]:
         """One time step; see `RecurrentPolicy.step`."""
-        number, batch = len(self.policies), state.h.shape[1]
+        number, batch = len(self.policies), state.num_streams
         logits, values, after = [], [], []
         for agent, policy in enumerate(self.policies):
             streams = torch.arange(agent, batch, number, device=self.device)
@@ -228,10 +233,11 @@ class IndependentPolicies(torch.nn.Module):
             values.append(output.values)
             after.append(next_state)
         nvec = tuple(head.shape[-1] for head in output.distribution.logits)
-        h = torch.stack([part.h for part in after], dim=2).flatten(1, 2)
-        c = None if after[0].c is None else torch.stack([part.c for part in after], dim=2).flatten(1, 2)
+        together = {
+            name: torch.stack([part.parts[name] for part in after], dim=2).flatten(1, 2) for name in after[0].parts
+        }
         distribution = FactoredCategorical(torch.stack(logits, dim=1).flatten(0, 1), nvec)
-        return PolicyOutput(distribution, torch.stack(values, dim=1).flatten()), RecurrentState(h, c)
+        return PolicyOutput(distribution, torch.stack(values, dim=1).flatten()), RecurrentState(**together)
 
 
 class Turnover:

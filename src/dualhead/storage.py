@@ -17,7 +17,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 FORMAT = "dualhead"
-VERSION = 1
+VERSION = 2
 TEMPORARY = ".tmp"
 """How the names of unfinished files end; those of a process that was killed stay behind."""
 
@@ -114,10 +114,11 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
         form, version = header["format"], int(header["version"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} is not a whole dualhead checkpoint: no readable header ({error!r})") from error
-    if form != FORMAT or not 1 <= version <= VERSION:
+    if form != FORMAT or version != VERSION:
+        who = "an older" if form == FORMAT and version < VERSION else "a newer"
         raise CheckpointError(
-            f"{path} has format {form!r} version {version}: expected {FORMAT!r} up to {VERSION}; "
-            f"a newer dualhead wrote it (upgrade to read it), or it is damaged"
+            f"{path} has format {form!r} version {version}: expected {FORMAT!r} version {VERSION}: {who} dualhead "
+            f"wrote it (read it with that one, or train again), or it is damaged"
         )
     if not _checksum_holds(contents, end):
         raise CheckpointError(

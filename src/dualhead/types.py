@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,33 +37,74 @@ class DivergedError(RuntimeError):
     """Losses or gradients stayed non-finite: there is nothing left to learn from."""
 
 
-class RecurrentState(NamedTuple):
-    """State of a memory: `h, c = state`. A GRU has `c=None`; the memoryless control has H = 0.
+class RecurrentState:
+    """State of a policy's memories: named parts [L, B, H], the stream axis second. `h, c = state` for an LSTM.
 
-    Fields:
-        h: [L, B, H] output state, the only part that heads and critic see.
-        c: [L, B, H] cell state of an LSTM, or None.
+    A GRU has the part `h` alone. The memoryless control has an `h` without units. A critic with a memory of its own
+    adds parts whose names begin with `critic_`.
+
+    Args:
+        h: output state, the only part that heads and critic see.
+        c: cell state of an LSTM.
+        others: further parts by name.
+
+    Attributes:
+        parts: every part by name.
     """
 
-    h: Tensor
-    c: Tensor | None
+    __slots__ = ("parts",)
 
-    def _map(self, function: Callable[[Tensor], Tensor]) -> RecurrentState:
-        return RecurrentState(function(self.h), None if self.c is None else function(self.c))
+    def __init__(self, h: Tensor, c: Tensor | None = None, **others: Tensor) -> None:
+        self.parts = {"h": h} | ({} if c is None else {"c": c}) | others
+
+    @property
+    def h(self) -> Tensor:
+        return self.parts["h"]
+
+    @property
+    def c(self) -> Tensor | None:
+        return self.parts.get("c")
+
+    @property
+    def num_streams(self) -> int:
+        return self.h.shape[1]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.parts.values())
+
+    def __repr__(self) -> str:
+        return f"RecurrentState({', '.join(f'{name}={tuple(part.shape)}' for name, part in self.parts.items())})"
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> RecurrentState:
+        """The state whose parts are `function(part)`."""
+        return RecurrentState(**{name: function(part) for name, part in self.parts.items()})
 
     def detach(self) -> RecurrentState:
-        return self._map(Tensor.detach)
+        return self.map(Tensor.detach)
 
     def to(self, device: torch.device | str) -> RecurrentState:
-        return self._map(lambda part: part.to(device))
+        return self.map(lambda part: part.to(device))
 
-    def select(self, indices: Tensor) -> RecurrentState:
-        """Streams `indices` ([S] integers or [B] bool), as `mb_h = h_states[:, idx, :]`."""
-        return self._map(lambda part: part[:, indices])
+    def select(self, indices: Tensor | slice) -> RecurrentState:
+        """Streams `indices` ([S] integers, [B] bool, or a slice), as `mb_h = h_states[:, idx, :]`."""
+        return self.map(lambda part: part[:, indices])
 
     def reset_where(self, mask: Tensor) -> RecurrentState:
-        """Zero both parts of the streams where `mask` [B] is true."""
-        return self._map(lambda part: part.masked_fill(mask[None, :, None], 0.0))
+        """Zero every part of the streams where `mask` [B] is true."""
+        return self.map(lambda part: part.masked_fill(mask[None, :, None], 0.0))
+
+    def write(self, indices: Tensor, other: RecurrentState) -> None:
+        """Replaces streams `indices` [S] in place by the S streams of `other`."""
+        for name, part in self.parts.items():
+            part[:, indices] = other.parts[name]
+
+    @staticmethod
+    def concatenate(states: Sequence[RecurrentState]) -> RecurrentState:
+        """Several groups of streams as one."""
+        if len(states) == 1:
+            return states[0]
+        names = states[0].parts
+        return RecurrentState(**{name: torch.cat([state.parts[name] for state in states], dim=1) for name in names})
 
 
 class Layout(NamedTuple):

@@ -20,7 +20,8 @@ class Rollout:
 
     Attributes:
         observations: leaves [P + T, B, ...] in their own dtype.
-        h_states: [L, P + T, B, H], the state *before* each step; `c_states` likewise, or None for a GRU.
+        states: by part of the recurrent state [L, P + T, B, H], the state *before* each step. `h_states` and `c_states`
+            (None for a GRU) are the specification's names for the parts `h` and `c`.
         episode_starts: [P + T, B] bool.
         actions [T, B, K or D], log_probs [T, B, K], values, rewards, task_rewards, guilt, final_values [T, B]:
             rewards are task reward plus guilt; final_values hold V(final observation) at truncations.
@@ -58,9 +59,9 @@ class Rollout:
             name: zeros(rows, num_streams, *shape, dtype=leaf_dtype)
             for name, (shape, leaf_dtype) in observations.items()
         }
-        layers, _, hidden = state.h.shape
-        self.h_states = zeros(layers, rows, num_streams, hidden)
-        self.c_states = None if state.c is None else zeros(layers, rows, num_streams, hidden)
+        self.states = {
+            name: zeros(part.shape[0], rows, num_streams, part.shape[2]) for name, part in state.parts.items()
+        }
         self.episode_starts = zeros(rows, num_streams, dtype=torch.bool)
         self.actions = zeros(*steps, num_action_columns, dtype=action_dtype)
         self.log_probs = zeros(*steps, num_heads)
@@ -73,12 +74,21 @@ class Rollout:
         self.truncated = zeros(*steps, dtype=torch.bool)
 
     @property
+    def h_states(self) -> Tensor:
+        return self.states["h"]
+
+    @property
+    def c_states(self) -> Tensor | None:
+        return self.states.get("c")
+
+    @property
     def is_full(self) -> bool:
         return self.length == self.rollout_length
 
     def tensors(self) -> dict[str, Tensor]:
         """Every buffer by name, for checkpoints."""
         named = {f"observations/{name}": buffer for name, buffer in self.observations.items()}
+        named |= {f"states/{name}": buffer for name, buffer in self.states.items()}
         named |= {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
         return named
 
@@ -90,10 +100,8 @@ class Rollout:
         row = self.max_tail + t
         for name, buffer in self.observations.items():
             buffer[row] = observations[name]
-        self.h_states[:, row] = state.h
-        if self.c_states is not None:
-            assert state.c is not None
-            self.c_states[:, row] = state.c
+        for name, buffer in self.states.items():
+            buffer[:, row] = state.parts[name]
         self.episode_starts[row] = episode_starts
         self.actions[t] = sample.actions
         self.log_probs[t] = sample.log_probs
@@ -111,15 +119,15 @@ class Rollout:
 
     def state_at(self, rows: Tensor) -> RecurrentState:
         """States [L, S, H] before the steps at flat rows [S] (row * B + stream, the tail counted)."""
-        c = None if self.c_states is None else self.c_states.flatten(1, 2)
-        return RecurrentState(self.h_states.flatten(1, 2), c).select(rows)
+        return self._all_states().select(rows)
 
     def write_states(self, rows: Tensor, state: RecurrentState) -> None:
         """Replaces the states before the steps at flat rows [S]."""
-        for buffer, part in ((self.h_states, state.h), (self.c_states, state.c)):
-            if buffer is not None:
-                assert part is not None
-                buffer.flatten(1, 2)[:, rows] = part
+        self._all_states().write(rows, state)
+
+    def _all_states(self) -> RecurrentState:
+        """Views of all stored states, rows times streams on the stream axis."""
+        return RecurrentState(**{name: buffer.flatten(1, 2) for name, buffer in self.states.items()})
 
     def observations_at(self, rows: Tensor) -> Observations:
         """Leaves [N, ...] at flat rows [N]."""
@@ -159,8 +167,7 @@ class Rollout:
             buffers = [*self.observations.values(), self.episode_starts]
             for buffer in buffers:
                 buffer[self.max_tail - kept : self.max_tail] = buffer[begin : begin + kept].clone()
-            for states in (self.h_states, self.c_states):
-                if states is not None:
-                    states[:, self.max_tail - kept : self.max_tail] = states[:, begin : begin + kept].clone()
+            for states in self.states.values():
+                states[:, self.max_tail - kept : self.max_tail] = states[:, begin : begin + kept].clone()
         self.tail_length = kept
         self.length = 0

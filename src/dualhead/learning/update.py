@@ -15,7 +15,6 @@ from dualhead.config import PPOConfig
 from dualhead.learning.losses import clipped_surrogate, explained_variance, normalize, value_loss
 from dualhead.learning.rollout import Rollout
 from dualhead.learning.segments import IntArray, Segments, cut, minibatches
-from dualhead.networks.memory import concatenate_states
 from dualhead.networks.policy import RecurrentPolicy
 from dualhead.types import DivergedError, RecurrentState, SegmentBatch, on_device
 
@@ -65,7 +64,7 @@ def ppo_update(
     episode_starts = rollout.episode_starts[rollout.max_tail :][: rollout.length].cpu().numpy()
     segments = cut(
         episode_starts,
-        config.sequence_length,
+        config.max_segment,
         burn_in=config.burn_in,
         tail_lengths=rollout.tail_lengths() if config.burn_in else None,
     )
@@ -194,9 +193,7 @@ def gather(
     policy: RecurrentPolicy, rollout: Rollout, segments: Segments, *, advantages: Tensor, returns: Tensor
 ) -> SegmentBatch:
     """A minibatch of segments, packed, each with the state it begins from."""
-    order, rows, layout = rollout.stretch(
-        segments, segments.start, segments.length, block_cost=policy.memory.block_cost
-    )
+    order, rows, layout = rollout.stretch(segments, segments.start, segments.length, block_cost=policy.block_cost)
     steps = rows - rollout.max_tail * rollout.num_streams
 
     def pick(buffer: Tensor) -> Tensor:
@@ -228,10 +225,7 @@ def initial_states(policy: RecurrentPolicy, rollout: Rollout, segments: Segments
     order, rows, layout = rollout.stretch(prefix, prefix.start - prefix.burn_in, prefix.burn_in, block_cost=0.0)
     which = on_device(torch.from_numpy(warm[order]), rollout.device)
     warmed = policy.advance(rollout.observations_at(rows), state.select(which), layout)
-    for part, new in zip(state, warmed):
-        if part is not None:
-            assert new is not None
-            part[:, which] = new
+    state.write(which, warmed)
     return state
 
 
@@ -241,7 +235,7 @@ def refresh(
 ) -> dict[str, float]:
     """Recomputes the states that segments (and their burn-ins) begin from with today's weights, and measures drift.
 
-    Every run of steps is unrolled from its own beginning, all runs side by side, `sequence_length` steps at a time.
+    Every run of steps is unrolled from its own beginning, all runs side by side, a segment's length at a time.
     Drift is what R2D2 calls ΔQ, said for PPO: how far values (root mean square, in deviations of the rollout's values)
     and action distributions (KL in nats) move between stored and refreshed state, at the first and last step of
     segments.
@@ -252,7 +246,7 @@ def refresh(
     Returns:
         Metrics `state_drift/*`; none for a memoryless policy or where no segment begins inside a run.
     """
-    if rollout.h_states.shape[-1] == 0:
+    if not policy.has_memory:
         return {}
     inside = segments.offset > 0
     if not write:
@@ -265,7 +259,7 @@ def refresh(
     (measured,) = np.nonzero(inside)
     measured = measured[np.linspace(0, len(measured) - 1, min(DRIFT_SEGMENTS, len(measured))).astype(np.int64)]
     sample = segments.take(measured)
-    order, packed, layout = rollout.stretch(sample, sample.start, sample.length, block_cost=policy.memory.block_cost)
+    order, packed, layout = rollout.stretch(sample, sample.start, sample.length, block_cost=policy.block_cost)
     seen = rollout.observations_at(packed)
     sample = sample.take(order)
     begins = rollout.flat_rows(sample.stream, sample.start)
@@ -296,8 +290,8 @@ def _unroll_runs(
     run = np.cumsum(first) - 1
     run_length = np.bincount(run, weights=of_streams.length).astype(np.int64)
     runs = of_streams.take(np.flatnonzero(first))
-    remainder = config.burn_in % config.sequence_length
-    pieces = [config.sequence_length - remainder, remainder] if remainder else [config.sequence_length]
+    remainder = config.burn_in % config.max_segment
+    pieces = [config.max_segment - remainder, remainder] if remainder else [config.max_segment]
     state = rollout.state_at(rollout.flat_rows(runs.stream, runs.start))
     rows, states = [], []
     position = turn = 0
@@ -315,4 +309,4 @@ def _unroll_runs(
         turn += 1
         rows.append(rollout.flat_rows(runs.stream, runs.start + position))
         states.append(state)
-    return torch.cat(rows), concatenate_states(states)
+    return torch.cat(rows), RecurrentState.concatenate(states)

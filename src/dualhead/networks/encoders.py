@@ -19,6 +19,7 @@ from dualhead.types import DataError, Observations, on_device
 ACTION_MASK = "action_mask"
 WHOLE = "observation"
 NATURE_MIN_PIXELS = 36
+ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh}
 _SUPPORTED = "Box, Discrete, MultiDiscrete, MultiBinary, and Dict or Tuple of them"
 
 
@@ -311,11 +312,12 @@ def _is_image(space: gym.Space) -> bool:
 
 
 class Encoder(nn.Module):
-    """Features of an observation: each leaf encoded, all joined, then Linear + ReLU layers.
+    """Features of an observation: each leaf encoded, all joined, then Linear layers with an activation each.
 
     Args:
         spec: which leaves there are.
         encoder_sizes: widths of the joining layers.
+        activation: of the joining layers, a key of `ACTIVATIONS`.
         image_encoder, image_layout: see `NetworkConfig`.
         normalize: give vectors of floats a running normaliser.
     """
@@ -325,6 +327,7 @@ class Encoder(nn.Module):
         spec: ObservationSpec,
         *,
         encoder_sizes: Sequence[int],
+        activation: str = "relu",
         image_encoder: str,
         image_layout: str,
         normalize: bool,
@@ -337,7 +340,7 @@ class Encoder(nn.Module):
         sizes = [num_joined, *encoder_sizes]
         layers: list[nn.Module] = []
         for given, wanted in itertools.pairwise(sizes):
-            layers += [Linear(given, wanted), nn.ReLU()]
+            layers += [Linear(given, wanted), ACTIVATIONS[activation]()]
         self.joined = nn.Sequential(*layers)
         self.num_features = sizes[-1]
 

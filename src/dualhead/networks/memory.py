@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from dualhead.config import NetworkConfig
 from dualhead.networks.linear import Linear
 from dualhead.types import Layout, RecurrentState
 
@@ -98,21 +99,28 @@ class RecurrentMemory(nn.Module):
     def step(self, features: Tensor, state: RecurrentState) -> tuple[Tensor, RecurrentState]:
         if features.shape[0] >= SEQUENCE_CALL_STREAMS:
             # cuDNN refuses states that are not contiguous.
-            h, c = (None if part is None else part.contiguous() for part in state)
-            output, final = self.cell(features[:, None], h if c is None else (h, c))
-            return output[:, 0], RecurrentState(final, None) if c is None else RecurrentState(*final)
-        x, hs, cs = features, [], []
+            output, final = self._call(features[:, None], state.map(Tensor.contiguous))
+            return output[:, 0], final
+        x, layers = features, []
         for layer in range(self.num_layers):
             weights = [
                 getattr(self.cell, f"{name}_l{layer}") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
             ]
-            if state.c is None:
-                x = torch.gru_cell(x, state.h[layer], *weights)
-            else:
-                x, c = torch.lstm_cell(x, (state.h[layer], state.c[layer]), *weights)
-                cs.append(c)
-            hs.append(x)
-        return x, RecurrentState(torch.stack(hs), torch.stack(cs) if cs else None)
+            before = [part[layer] for part in state]
+            after = (
+                torch.lstm_cell(x, before, *weights) if self.kind == "lstm" else (torch.gru_cell(x, *before, *weights),)
+            )
+            x = after[0]
+            layers.append(after)
+        return x, RecurrentState(*(torch.stack(parts) for parts in zip(*layers)))
+
+    def _call(self, features: Tensor, state: RecurrentState) -> tuple[Tensor, RecurrentState]:
+        """The recurrent layer on [S, T, F] from a contiguous state: outputs [S, T, H] and the final state."""
+        if self.kind == "lstm":
+            output, final = self.cell(features, tuple(state))
+            return output, RecurrentState(*final)
+        output, final = self.cell(features, state.h)
+        return output, RecurrentState(final)
 
     def unroll(self, features: Tensor, state: RecurrentState, layout: Layout) -> tuple[Tensor, RecurrentState]:
         rows = features if layout.padding is None else features.index_select(0, layout.padding)
@@ -122,15 +130,29 @@ class RecurrentMemory(nn.Module):
         in_blocks = rows.split([num_segments * num_steps for num_segments, num_steps in layout.blocks])
         for (num_segments, num_steps), block in zip(layout.blocks, in_blocks):
             steps = block.view(num_steps, num_segments, -1)
-            h, c = (None if part is None else part[:, segment : segment + num_segments].contiguous() for part in state)
-            output, final = self.cell(steps.transpose(0, 1), h if c is None else (h, c))
+            begin = state.select(slice(segment, segment + num_segments)).map(Tensor.contiguous)
+            output, final = self._call(steps.transpose(0, 1), begin)
             outputs.append(output.transpose(0, 1).reshape(num_steps * num_segments, -1))
-            finals.append(RecurrentState(final, None) if c is None else RecurrentState(*final))
+            finals.append(final)
             segment += num_segments
         h_rows = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         if layout.real is not None:
             h_rows = h_rows.index_select(0, layout.real)
-        return h_rows, concatenate_states(finals)
+        return h_rows, RecurrentState.concatenate(finals)
+
+
+def make_memory(config: NetworkConfig, kind: str, input_size: int) -> Memory:
+    """The recurrent core, or memoryless control, that a configuration asks for; an `nn.Module`."""
+    if kind == "none":
+        return NoMemory(input_size, hidden_size=config.hidden_size)
+    return RecurrentMemory(
+        kind,
+        input_size,
+        hidden_size=config.hidden_size,
+        num_layers=config.num_layers,
+        forget_bias=config.forget_bias,
+        orthogonal_per_gate=config.orthogonal_per_gate,
+    )
 
 
 class NoMemory(nn.Module):
@@ -147,20 +169,10 @@ class NoMemory(nn.Module):
         self.linear = Linear(input_size, hidden_size)
 
     def initial_state(self, batch: int, *, device: torch.device, dtype: torch.dtype) -> RecurrentState:
-        return RecurrentState(torch.zeros(1, batch, 0, device=device, dtype=dtype), None)
+        return RecurrentState(torch.zeros(1, batch, 0, device=device, dtype=dtype))
 
     def step(self, features: Tensor, state: RecurrentState) -> tuple[Tensor, RecurrentState]:
         return self.linear(features).relu(), state
 
     def unroll(self, features: Tensor, state: RecurrentState, layout: Layout) -> tuple[Tensor, RecurrentState]:
         return self.linear(features).relu(), state
-
-
-def concatenate_states(states: list[RecurrentState]) -> RecurrentState:
-    """States of several groups of streams as one, along the stream axis."""
-    if len(states) == 1:
-        return states[0]
-    h = torch.cat([state.h for state in states], dim=1)
-    return RecurrentState(
-        h, None if states[0].c is None else torch.cat([s.c for s in states if s.c is not None], dim=1)
-    )

@@ -74,10 +74,12 @@ def evaluate(
     lengths: list[list[int]] = [[] for _ in range(num_streams)]
     running_return, running_length = np.zeros(num_streams), np.zeros(num_streams, dtype=np.int64)
     observations, ended = streams.reset(seed=seed), np.ones(num_streams, dtype=bool)
+    rewards = np.zeros(num_streams)
     while any(len(done) < share for done, share in zip(returns, shares)):
-        step = streams.step(player.act(observations, ended, deterministic=deterministic))
+        step = streams.step(player.act(observations, ended, rewards=rewards, deterministic=deterministic))
         observations, ended = step.observations, as_numpy(step.terminated) | as_numpy(step.truncated)
-        running_return += as_numpy(step.rewards)
+        rewards = as_numpy(step.rewards)
+        running_return += rewards
         running_length += 1
         for stream in np.flatnonzero(ended):
             if len(returns[stream]) < shares[stream]:

@@ -33,6 +33,11 @@ _RESET = (
     "Every state input is zeros in a stream's first step and at every later episode start; in all other steps it is "
     "the state output of the step before. Other streams are not touched when one is reset."
 )
+_PREVIOUS = (
+    "previous/action [batch, heads]: the index of each head chosen in the step before, without its start; -1 in an "
+    "episode's first step. Of a continuous action: x of the step before, clipped as below and not scaled; 0 in an "
+    "episode's first step. previous/reward [batch]: what the environment paid for it; 0 in an episode's first step."
+)
 _DISCRETE = (
     "Each head's output holds log-probabilities [batch, size], masked choices near -3.4e38. Deterministic: argmax. "
     "Sampled: draw an index with probability exp(output). The action of a head is that index plus its start; `place` "
@@ -47,9 +52,9 @@ _CONTINUOUS = (
 def export_policy(run: str | os.PathLike[str], out: str | os.PathLike[str]) -> dict[str, Any]:
     """Writes `out` and, beside it, the JSON file of the same name, once ONNX Runtime agrees with the policy.
 
-    The graph is one step of any number of streams: observations (in their own dtypes, images as uint8), action masks
-    and recurrent state in; masked log-probabilities of each head (or mean and deviation), value and next state out.
-    Statistics of normalised observations are part of it.
+    The graph is one step of any number of streams. In: observations (in their own dtypes, images as uint8), action
+    masks, what the policy sees of the step before, and the recurrent state. Out: masked log-probabilities of each head
+    (or mean and deviation), value and next state. Statistics of normalised observations are part of it.
 
     Args:
         run: a run directory (its newest whole checkpoint is taken), or one of its checkpoint files.
@@ -112,25 +117,25 @@ class StepGraph(nn.Module):
         self.policy = policy
         self.spec = spec
         self.actions = actions
-        state = policy.initial_state(1)
-        self.has_state = state.h.shape[-1] > 0
-        parts = [] if not self.has_state else ["h"] if state.c is None else ["h", "c"]
-        self.state_shape = (state.h.shape[0], "batch", state.h.shape[2])
-        self.state_inputs = [f"state/{part}" for part in parts]
-        self.state_outputs = [f"next_state/{part}" for part in parts]
+        parts = policy.initial_state(1).parts
+        self.state_shapes = {
+            name: (part.shape[0], "batch", part.shape[2]) for name, part in parts.items() if part.shape[2]
+        }
+        self.state_inputs = [f"state/{name}" for name in self.state_shapes]
+        self.state_outputs = [f"next_state/{name}" for name in self.state_shapes]
+        self.previous_inputs = list(policy.previous.shapes(policy.dtype))
         nested = isinstance(spec.space, spaces.Dict | spaces.Tuple)
         self.observation_inputs = [f"{WHOLE}/{leaf.name}" if nested else WHOLE for leaf in spec.leaves]
         names = ["mean", "std"] if actions.is_continuous else [f"logits/{name}" for name in actions.names]
-        self.input_names = [*self.observation_inputs, *self.state_inputs]
+        self.input_names = [*self.observation_inputs, *self.previous_inputs, *self.state_inputs]
         self.output_names = [*names, "value", *self.state_outputs]
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Leaves [B, ...] and state parts [L, B, H] -> [B, n_k] per head (or mean and std [B, D]), value [B], state."""
-        observations = {leaf.name: tensor for leaf, tensor in zip(self.spec.leaves, tensors)}
-        given = tensors[len(observations) :]
-        state = self.policy.initial_state(1)  # of no units where there is no memory
-        if self.has_state:
-            state = RecurrentState(given[0], given[1] if len(given) > 1 else None)
+        names = [*(leaf.name for leaf in self.spec.leaves), *self.previous_inputs]
+        observations = dict(zip(names, tensors))
+        given = dict(zip(self.state_shapes, tensors[len(names) :]))
+        state = RecurrentState(**self.policy.initial_state(1).parts | given)  # parts without units stay
         output, next_state = self.policy.step(observations, state)
         distribution = output.distribution
         if isinstance(distribution, DiagonalGaussian):
@@ -138,8 +143,7 @@ class StepGraph(nn.Module):
         else:
             assert isinstance(distribution, FactoredCategorical)
             chosen = distribution.logits
-        after = [part for part in next_state if part is not None] if self.has_state else []
-        return (*chosen, output.values, *after)
+        return (*chosen, output.values, *(next_state.parts[name] for name in self.state_shapes))
 
     def input_dtype(self, leaf: Leaf) -> torch.dtype:
         """Its own; floats as the policy's, and wide unsigned integers, which the exporter does not know, as int64."""
@@ -150,7 +154,8 @@ class StepGraph(nn.Module):
 
     def zero_state(self, batch: int) -> list[Tensor]:
         """The state inputs at the beginning of an episode."""
-        return [part for part in self.policy.initial_state(batch) if part is not None] if self.has_state else []
+        parts = self.policy.initial_state(batch).parts
+        return [parts[name] for name in self.state_shapes]
 
     def describe(self) -> dict[str, Any]:
         """Inputs, outputs, reset and actions for the JSON file."""
@@ -167,7 +172,16 @@ class StepGraph(nn.Module):
             }
             for name, leaf in zip(self.observation_inputs, self.spec.leaves)
         ]
-        state = {"role": "state", "dtype": dtype, "shape": list(self.state_shape)}
+        inputs += [
+            {
+                "name": name,
+                "role": name.replace("/", "_"),
+                "dtype": str(leaf_dtype).removeprefix("torch."),
+                "shape": ["batch", *shape],
+            }
+            for name, (shape, leaf_dtype) in self.policy.previous.shapes(self.policy.dtype).items()
+        ]
+        states = [{"role": "state", "dtype": dtype, "shape": list(shape)} for shape in self.state_shapes.values()]
         sizes = self.actions.nvec or (self.actions.num_columns,) * 2
         outputs: list[dict[str, Any]] = [
             {"name": name, "role": name.partition("/")[0], "dtype": dtype, "shape": ["batch", size]}
@@ -175,10 +189,11 @@ class StepGraph(nn.Module):
         ]
         outputs.append({"name": "value", "role": "value", "dtype": dtype, "shape": ["batch"]})
         return {
-            "inputs": inputs + [{"name": name, **state} for name in self.state_inputs],
-            "outputs": outputs + [{"name": name, **state} for name in self.state_outputs],
+            "inputs": inputs + [{"name": name, **state} for name, state in zip(self.state_inputs, states)],
+            "outputs": outputs + [{"name": name, **state} for name, state in zip(self.state_outputs, states)],
             "state": [{"input": a, "output": b} for a, b in zip(self.state_inputs, self.state_outputs)],
-            "reset": _RESET if self.has_state else "There is no recurrent state.",
+            "reset": _RESET if self.state_inputs else "There is no recurrent state.",
+            "previous": _PREVIOUS if self.previous_inputs else "The policy does not see the step before.",
             "actions": self._describe_actions(),
         }
 
@@ -287,8 +302,19 @@ def verify(contents: bytes, graph: StepGraph) -> dict[str, Any] | None:
 
 
 def random_observations(graph: StepGraph, batch: int, rng: np.random.Generator) -> list[Tensor]:
-    """Observations [batch, ...] from all over their spaces; masks that leave every head a choice."""
-    return [_random_leaf(leaf, graph, batch, rng) for leaf in graph.spec.leaves]
+    """Observations [batch, ...] from all over their spaces, previous actions and rewards likewise; masks that leave
+    every head a choice."""
+    previous = graph.policy.previous
+    n = graph.actions.num_columns
+    actions = (
+        rng.normal(size=(batch, n)) if graph.actions.is_continuous else rng.integers(-1, graph.actions.nvec, (batch, n))
+    )
+    leaves = previous.after(torch.from_numpy(actions), torch.from_numpy(rng.normal(size=batch)))
+    dtypes = {name: dtype for name, (_, dtype) in previous.shapes(graph.policy.dtype).items()}
+    return [
+        *(_random_leaf(leaf, graph, batch, rng) for leaf in graph.spec.leaves),
+        *(leaf.to(dtypes[name]) for name, leaf in leaves.items()),
+    ]
 
 
 def _random_leaf(leaf: Leaf, graph: StepGraph, batch: int, rng: np.random.Generator) -> Tensor:

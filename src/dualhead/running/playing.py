@@ -9,9 +9,10 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch
+from torch import Tensor
 
 from dualhead.config import RunConfig
-from dualhead.networks.encoders import ObservationSpec
+from dualhead.networks.encoders import ObservationSpec, all_finite, as_tensor
 from dualhead.networks.heads import ActionSpec
 from dualhead.networks.policy import RecurrentPolicy
 from dualhead.population import IndependentPolicies
@@ -28,10 +29,10 @@ class Player:
 
         player = dualhead.load_policy("runs/...")
         observation, _ = env.reset()
-        episode_start = True
+        reward, episode_start = 0.0, True
         while True:
-            action = player.act(observation, episode_start)
-            observation, _, terminated, truncated, _ = env.step(action)
+            action = player.act(observation, episode_start, rewards=reward)
+            observation, reward, terminated, truncated, _ = env.step(action)
             episode_start = terminated or truncated
             if episode_start:
                 observation, _ = env.reset()
@@ -50,19 +51,22 @@ class Player:
         self._action_spec = ActionSpec(action_space)
         self._sampling = torch.Generator(policy.device).manual_seed(seed)
         self._state: RecurrentState | None = None
+        self._actions = torch.empty(0)  # of the last call, in the policy's units
 
     def reset(self) -> None:
         """Forgets everything seen: the next call of `act` begins an episode in every stream, in any number of them."""
         self._state = None
 
     @torch.no_grad()
-    def act(self, observations: Any, episode_starts: Any, *, deterministic: bool = True) -> Any:
+    def act(self, observations: Any, episode_starts: Any, *, rewards: Any = None, deterministic: bool = True) -> Any:
         """Chooses actions and advances the recurrent state.
 
         Args:
             observations: [B, ...] nested as the observation space is; of one plain environment without the B.
             episode_starts: [B] bool, this observation is the first of an episode: its stream remembers nothing of
                 before. A single bool for one plain environment. The first call begins an episode everywhere.
+            rewards: [B] what the environment paid for the last actions (of one plain environment a number). Needed by
+                a policy that was trained with `previous_reward`, but for the first call; others do not look at it.
             deterministic: the likeliest actions, or sampled ones.
 
         Returns:
@@ -70,16 +74,16 @@ class Player:
             was a single bool.
 
         Raises:
-            DataError: wrong shapes, missing parts, non-finite numbers, a mask without a legal choice.
+            DataError: wrong shapes, missing parts, missing rewards, non-finite numbers, a mask without a legal choice.
             ValueError: another number of streams than before.
         """
         starts = np.asarray(episode_starts)
         if starts.ndim > 1 or not ((starts == 0) | (starts == 1)).all():
             raise DataError(f"episode_starts: expected a bool for each stream, or one bool, got {episode_starts!r}")
         num_streams = starts.size
-        if self._state is not None and self._state.h.shape[1] != num_streams:
+        if self._state is not None and self._state.num_streams != num_streams:
             raise ValueError(
-                f"episode_starts of {num_streams} streams after calls with {self._state.h.shape[1]}: "
+                f"episode_starts of {num_streams} streams after calls with {self._state.num_streams}: "
                 f"reset() comes before another number of streams"
             )
         policy = self.policy
@@ -88,14 +92,33 @@ class Player:
         tensors = {name: on_device(tensor, policy.device) for name, tensor in tensors.items()}
         if self._state is None:
             state = policy.initial_state(num_streams)
+            tensors |= policy.previous.nothing(num_streams, device=policy.device, dtype=policy.dtype)
         else:
             begins = on_device(torch.from_numpy(starts.reshape(num_streams) != 0), policy.device)
             state = self._state.reset_where(begins)
+            previous = policy.previous.after(self._actions, self._rewards(rewards, num_streams))
+            tensors |= policy.previous.reset_where(previous, begins)
         output, self._state = policy.step(tensors, state)
         distribution = output.distribution
         chosen = distribution.mode() if deterministic else distribution.sample(self._sampling)
+        self._actions = chosen
         actions = self._action_spec.to_env(chosen.cpu().numpy())
         return actions if starts.ndim else _first(actions)
+
+    def _rewards(self, rewards: Any, num_streams: int) -> Tensor:
+        """[B] rewards of the last actions, on the policy's device; zeros where the policy does not look at them."""
+        policy = self.policy
+        if not policy.previous.sees_reward:
+            return torch.zeros(num_streams, dtype=policy.dtype, device=policy.device)
+        if rewards is None:
+            raise DataError(
+                "rewards: this policy was trained with previous_reward and sees what its last actions were paid: "
+                "expected act(observations, episode_starts, rewards=...) from the second call on, got none"
+            )
+        tensor = as_tensor(rewards, "rewards").reshape(-1)
+        if len(tensor) != num_streams or not all_finite(tensor):
+            raise DataError(f"rewards: expected {num_streams} finite numbers, one per stream, got {rewards!r}")
+        return on_device(tensor.to(policy.dtype), policy.device)
 
 
 def _first(actions: Any) -> Any:

@@ -106,10 +106,11 @@ def _frames(
 ) -> Iterator[NDArray[np.uint8]]:
     """Pictures [height, width, 3] of the reset and of every step."""
     observation, _ = env.reset(seed=seed)
+    reward: Any = 0.0
     yield _frame(env)
     for step in range(max_steps):
-        action = player.act(observation, step == 0, deterministic=deterministic)
-        observation, _, terminated, truncated, _ = env.step(action)
+        action = player.act(observation, step == 0, rewards=reward, deterministic=deterministic)
+        observation, reward, terminated, truncated, _ = env.step(action)
         yield _frame(env)
         if terminated or truncated:
             return
@@ -120,10 +121,11 @@ def _frames_of_commons(
 ) -> Iterator[NDArray[np.uint8]]:
     """Pictures of one world over an epoch."""
     observations = commons.reset(seed=seed)
-    starts = np.ones(commons.num_streams, dtype=bool)
+    starts, rewards = np.ones(commons.num_streams, dtype=bool), None
     yield commons.frame()
     for _ in range(min(max_steps, commons.config.epoch_turns)):
-        observations = commons.step(player.act(observations, starts, deterministic=deterministic)).observations
+        step = commons.step(player.act(observations, starts, rewards=rewards, deterministic=deterministic))
+        observations, rewards = step.observations, step.rewards
         starts[:] = False
         yield commons.frame()
 

@@ -1,0 +1,342 @@
+"""What a policy sees of the step before, a critic's own memory and layers after the memories, against NumPy in float64.
+
+A world of random observations ends episodes by chance. `SlowPolicy` plays every stream beside the agent, one step at a
+time, and must agree wherever the policy is asked: acting, truncation, the end of a rollout, minibatches, a `Player`.
+"""
+
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from slow_policy import SlowPolicy, log_softmax
+
+import dualhead.agent
+from dualhead import DataError, DualHeadRecurrentPPO, NetworkConfig, Player, PPOConfig
+from dualhead.learning.segments import cut
+from dualhead.learning.update import gather
+
+B, T = 3, 20
+HEADS = spaces.MultiDiscrete([3, 2], start=[5, 0])
+BOX = spaces.Box(np.float64([-2, -np.inf]), np.float64([4, np.inf]), dtype=np.float64)
+SHAPES = {
+    "previous step": {"previous_action": True, "previous_reward": True},
+    "previous action of a GRU": {"previous_action": True, "memory": "gru"},
+    "previous reward without memory": {"previous_reward": True, "memory": "none"},
+    "critic with an LSTM": {"critic_memory": "lstm", "previous_action": True},
+    "critic with a GRU of two layers": {"critic_memory": "gru", "num_layers": 2},
+    "critic without memory": {"critic_memory": "none", "memory": "gru"},
+    "actor without memory": {"critic_memory": "lstm", "memory": "none"},
+    "layers": {"head_sizes": (6, 5), "activation": "tanh"},
+    "everything": {
+        "previous_action": True,
+        "previous_reward": True,
+        "critic_memory": "lstm",
+        "head_sizes": (6, 5),
+        "activation": "tanh",
+    },
+}
+every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+both_spaces = pytest.mark.parametrize("action_space", [HEADS, BOX], ids=["heads", "box"])
+
+
+def make_agent(shape, action_space=HEADS, *, seed=0, **settings):
+    settings = {"rollout_length": T, "batch_size": 20, "num_epochs": 2, "sequence_length": 7} | settings
+    agent = DualHeadRecurrentPPO(
+        spaces.Box(-9, 9, (3,), np.float64),
+        action_space,
+        num_streams=B,
+        config=PPOConfig(learning_rate=0.01, **settings),
+        network=NetworkConfig(**{"hidden_size": 8, "encoder_sizes": (8,), "head_gain": 1.0} | shape),
+        seed=seed,
+        dtype=torch.float64,
+    )
+    with torch.no_grad():
+        for parameter in agent.policy.parameters():  # biases and deviations are zero by default
+            parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)).double()
+    return agent
+
+
+class Play:
+    """Steps an agent through rollouts, and a slow policy for every stream beside it.
+
+    Attributes:
+        log_probs [T, B, K], values, final_values [T, B]: of the rollout at hand, by the slow policies.
+    """
+
+    def __init__(self, agent, *, seed=0, rate=0.12):
+        self.agent, self.rng, self.rate = agent, np.random.default_rng(seed), rate
+        spec = agent.action_spec
+        self.slow = [
+            SlowPolicy(agent.policy, agent.network, spec.nvec or None, bounded=getattr(spec, "bounded", None))
+            for _ in range(B)
+        ]
+        self.now = self.rng.normal(size=(B, 3))
+        self.num_truncated = 0
+
+    def rollout(self, num_steps=T):
+        agent = self.agent
+        shape = (num_steps, B)
+        self.values, self.final_values = np.zeros(shape), np.zeros(shape)
+        self.log_probs = np.zeros((*shape, len(agent.action_spec.names)))
+        self.truncated = np.zeros(shape, bool)
+        for t in range(num_steps):
+            actions = agent.act(self.now)
+            for b, slow in enumerate(self.slow):
+                outputs, self.values[t, b] = slow.step(self.now[b])
+                self.log_probs[t, b] = self.of_actions(outputs, actions[b])
+            terminated, truncated = self.rng.random((2, B)) < self.rate
+            final, rewards = self.rng.normal(size=(B, 3)), 3 * self.rng.normal(size=B)
+            agent.record(rewards, terminated, truncated, final_observations=final)
+            for b, slow in enumerate(self.slow):
+                slow.previous = actions[b], rewards[b]
+                if truncated[b] and not terminated[b]:
+                    self.truncated[t, b] = True
+                    self.final_values[t, b] = slow.value_of(final[b])
+                if truncated[b] or terminated[b]:
+                    slow.reset()
+            self.now = self.rng.normal(size=(B, 3))
+        self.num_truncated += self.truncated.sum()
+        self.next_values = np.array([slow.value_of(x) for slow, x in zip(self.slow, self.now)])
+
+    def of_actions(self, outputs, action):
+        if self.agent.action_spec.is_continuous:
+            log_std = self.agent.policy.heads.log_std.detach().numpy()
+            z = (action - outputs[0]) / np.exp(log_std)
+            return -(0.5 * z**2 + log_std + 0.5 * np.log(2 * np.pi)).sum()
+        return [log_softmax(logits)[k] for logits, k in zip(outputs, action)]
+
+    def take_weights(self):
+        """After learning: the slow policies go on with the agent's new weights and their own states."""
+        for slow in self.slow:
+            slow.weights = {name: tensor.detach().numpy() for name, tensor in self.agent.policy.state_dict().items()}
+
+
+@both_spaces
+@every_shape
+def test_the_agent_computes_what_numpy_does(shape, action_space, monkeypatch):
+    """Log-probs, values and values of final and next observations, over two rollouts with an update between them."""
+    agent = make_agent(shape, action_space)
+    play = Play(agent)
+    asked = []
+    values = agent.policy.values
+    monkeypatch.setattr(agent.policy, "values", lambda *given: asked.append(values(*given)) or asked[-1])
+    for _ in range(2):
+        play.rollout()
+        rollout = agent.rollout_memory
+        np.testing.assert_allclose(rollout.log_probs, play.log_probs, rtol=0, atol=1e-12)
+        np.testing.assert_allclose(rollout.values, play.values, rtol=0, atol=1e-12)
+        final = np.where(play.truncated, rollout.final_values, 0.0)
+        np.testing.assert_allclose(final, play.final_values, rtol=0, atol=1e-12)
+        metrics = agent.learn(play.now)
+        np.testing.assert_allclose(asked[-1], play.next_values, rtol=0, atol=1e-12)
+        assert metrics["policy/first_ratio_error"] < 1e-12
+        play.take_weights()
+    assert play.num_truncated > 3
+
+
+@pytest.mark.parametrize(("sequence_length", "burn_in"), [("rollout", 0), (7, 3), (1, 5)])
+@every_shape
+def test_minibatches_begin_where_acting_was(shape, sequence_length, burn_in):
+    """The ratio of the first minibatch is 1 in every later update, too; with burn-in through the tail."""
+    agent = make_agent(shape, sequence_length=sequence_length, burn_in=burn_in, batch_size=60)
+    play = Play(agent)
+    for _ in range(3):
+        play.rollout()
+        assert agent.learn(play.now)["policy/first_ratio_error"] < 1e-12
+
+
+@every_shape
+def test_gradients_equal_those_of_a_loop_over_steps(shape):
+    """All steps in one minibatch of whole spans, against `policy.step` one step at a time with autograd through it."""
+    agent = make_agent(shape, sequence_length="rollout", batch_size=60)
+    play = Play(agent)
+    play.rollout()
+    policy, rollout = agent.policy, agent.rollout_memory
+    starts = rollout.episode_starts.numpy()
+    weights = torch.randn(T, B, generator=torch.Generator().manual_seed(0)).double()
+    batch = gather(policy, rollout, cut(starts, T), advantages=weights, returns=weights)
+    output = policy.evaluate(batch)
+    loss = (batch.advantages * (output.distribution.log_probs(batch.actions).sum(-1) + output.values.square())).sum()
+    ours = torch.autograd.grad(loss, list(policy.parameters()))
+
+    slow_loss = 0.0
+    for b in range(B):
+        state = rollout.state_at(torch.tensor([b]))
+        for t in range(T):
+            if starts[t, b]:
+                state = policy.initial_state(1)
+            seen = {name: leaf[t, b : b + 1] for name, leaf in rollout.observations.items()}
+            output, state = policy.step(seen, state)
+            log_probs = output.distribution.log_probs(rollout.actions[t, b : b + 1])
+            slow_loss = slow_loss + weights[t, b] * (log_probs.sum() + output.values.square().sum())
+    slow = torch.autograd.grad(slow_loss, list(policy.parameters()))
+    for one, other in zip(ours, slow):
+        assert (one - other).abs().max() < 1e-9 * (1 + other.abs().max())
+
+
+def test_a_critic_with_its_own_memory_leaves_the_policy_s_alone():
+    """The value loss reaches only the critic's memory, the surrogate only the policy's; the encoder sees both."""
+    agent = make_agent(SHAPES["critic with an LSTM"], sequence_length="rollout", batch_size=60)
+    play = Play(agent)
+    play.rollout()
+    policy, rollout = agent.policy, agent.rollout_memory
+    ones = torch.ones(T, B).double()
+    batch = gather(policy, rollout, cut(rollout.episode_starts.numpy(), T), advantages=ones, returns=ones)
+    output = policy.evaluate(batch)
+    losses = {"value": output.values.sum(), "policy": output.distribution.log_probs(batch.actions).sum()}
+    reached = {}
+    for name, loss in losses.items():
+        policy.zero_grad()
+        loss.backward(retain_graph=True)
+        reached[name] = {n for n, p in policy.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert any(name.startswith("critic_memory.") for name in reached["value"])
+    assert not any(name.startswith(("memory.", "heads.")) for name in reached["value"])
+    assert any(name.startswith("memory.") for name in reached["policy"])
+    assert not any(name.startswith("critic") for name in reached["policy"])
+    assert all(any(name.startswith("encoder.") for name in names) for names in reached.values())
+
+
+def test_the_first_step_of_an_episode_sees_nothing_before_it():
+    """By hand: rewards 5, 6 and 7; stream 1 ends at its second step."""
+    agent = make_agent(SHAPES["previous step"])
+    previous = []
+    for t in range(3):
+        agent.act(np.zeros((B, 3)))
+        previous.append({name: leaf[t].tolist() for name, leaf in agent.rollout_memory.observations.items()})
+        agent.record(np.full(B, 5.0 + t), np.array([False, t == 1, False]), np.zeros(B, bool))
+    actions = agent.rollout_memory.actions.tolist()
+    assert previous[0]["previous/action"] == [[-1, -1]] * B
+    assert [step["previous/reward"] for step in previous] == [[0, 0, 0], [5, 5, 5], [6, 0, 6]]
+    assert previous[1]["previous/action"] == actions[0]
+    assert previous[2]["previous/action"] == [actions[1][0], [-1, -1], actions[1][2]]
+
+
+@pytest.mark.parametrize("how", ["reset_state", "restart_streams", "none"])
+def test_whatever_begins_an_episode_hides_the_step_before(how):
+    agent = make_agent(SHAPES["previous step"])
+    play = Play(agent, rate=0.0)
+    play.rollout()
+    agent.learn(play.now)
+    if how == "reset_state":
+        agent.reset_state()
+    elif how == "restart_streams":
+        agent.restart_streams(np.array([True, False, True]))
+    else:
+        agent._current_hidden = None
+    agent.act(play.now)
+    hidden = (agent.rollout_memory.observations["previous/action"][0] == -1).all(-1)
+    assert hidden.tolist() == ([True, False, True] if how == "restart_streams" else [True] * 3)
+    assert ((agent.rollout_memory.observations["previous/reward"][0] == 0) == hidden).all()
+
+
+def test_a_box_shows_the_action_as_the_environment_clips_it():
+    """The first of two numbers has two bounds and is clipped to them, in the policy's units; the second has none."""
+    agent = make_agent(SHAPES["previous step"], BOX)
+    with torch.no_grad():
+        agent.policy.heads.log_std.fill_(1.5)
+    agent.act(np.zeros((B, 3)))
+    agent.record(np.zeros(B), np.zeros(B, bool), np.zeros(B, bool))
+    agent.act(np.zeros((B, 3)))
+    acted, seen = agent.rollout_memory.actions[0].numpy(), agent.rollout_memory.observations["previous/action"][1]
+    assert np.abs(acted).max(0).min() > 1
+    np.testing.assert_array_equal(seen, np.stack([acted[:, 0].clip(-1, 1), acted[:, 1]], axis=1))
+
+
+@pytest.mark.parametrize("at", [0, 7, T], ids=["after an update", "within a rollout", "before an update"])
+@both_spaces
+def test_a_saved_agent_goes_on_to_the_same_bits(action_space, at, tmp_path):
+    agent = make_agent(SHAPES["everything"], action_space, burn_in=3)
+    play = Play(agent)
+    play.rollout()
+    agent.learn(play.now)
+    play.rollout(at)
+    agent.save(tmp_path / "agent")
+    other = make_agent(SHAPES["everything"], action_space, burn_in=3, seed=9)
+    other.load(tmp_path / "agent")
+    ends = []
+    for one in (agent, other):
+        goes_on = Play(one, seed=5)
+        goes_on.rollout(T - at)
+        one.learn(goes_on.now)
+        ends.append(one.state()[0])
+    assert ends[0].keys() == ends[1].keys()
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+@both_spaces
+def test_a_player_sees_what_the_agent_saw(action_space):
+    agent = make_agent(SHAPES["everything"], action_space, rollout_length=60)
+    player = Player(agent.policy, agent.observation_spec.space, action_space, seed=0)
+    rng = np.random.default_rng(0)
+    rewards, starts = None, np.ones(B, bool)
+    for _ in range(60):
+        seen = rng.normal(size=(B, 3))
+        wanted = agent.to_env(agent.act(seen))
+        actions = player.act(seen, starts, rewards=rewards, deterministic=False)
+        np.testing.assert_array_equal(actions, wanted)
+        rewards, starts = rng.normal(size=B), rng.random(B) < 0.1
+        agent.record(rewards, starts, np.zeros(B, bool))
+
+
+def test_a_player_says_that_it_needs_rewards():
+    agent = make_agent(SHAPES["previous step"])
+    player = Player(agent.policy, agent.observation_spec.space, HEADS)
+    player.act(np.zeros((B, 3)), np.ones(B, bool))
+    for rewards, message in ((None, "rewards=..."), (np.zeros(2), "3 finite"), (np.full(B, np.nan), "3 finite")):
+        with pytest.raises(DataError, match=message):
+            player.act(np.zeros((B, 3)), np.zeros(B, bool), rewards=rewards)
+    player.act(np.zeros((B, 3)), np.zeros(B, bool), rewards=np.zeros(B))
+
+
+def test_an_observation_part_may_not_take_the_name_of_an_input():
+    part = spaces.Dict(x=spaces.Box(-1, 1, (2,)), previous=spaces.Dict(action=spaces.Discrete(2)))
+    with pytest.raises(ValueError, match="previous/action"):
+        DualHeadRecurrentPPO(part, HEADS, network=NetworkConfig(previous_action=True))
+    DualHeadRecurrentPPO(part, HEADS, network=NetworkConfig(previous_reward=True))
+
+
+@pytest.mark.parametrize("memory", ["lstm", "gru"])
+def test_whole_rollouts_are_segments_as_long_as_a_rollout(memory):
+    weights = []
+    for sequence_length in ("rollout", T):
+        agent = make_agent({"memory": memory}, sequence_length=sequence_length)
+        play = Play(agent)
+        for _ in range(2):
+            play.rollout()
+            agent.learn(play.now)
+        weights.append(agent.policy.state_dict())
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    with pytest.raises(ValueError, match="batch_size=19"):
+        PPOConfig(rollout_length=20, batch_size=19, sequence_length="rollout")
+
+
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES.values() if set(shape.values()) != {True, "none"}])
+def test_refreshed_states_of_both_memories_equal_a_slow_replay(shape, monkeypatch):
+    """Where segments begin, the state is what today's weights make of the span from its own beginning."""
+    agent = make_agent(shape, sequence_length=6, num_epochs=2)
+    play = Play(agent, rate=0.04)
+    seen = []
+    refresh = dualhead.learning.update.refresh
+
+    def spy(policy, rollout, segments, **settings):
+        begins = rollout.state_at(torch.arange(B))
+        result = refresh(policy, rollout, segments, **settings)
+        with torch.no_grad():
+            for s in np.flatnonzero(segments.offset > 0):
+                b, start, offset = (int(field[s]) for field in (segments.stream, segments.start, segments.offset))
+                first = start - offset
+                state = policy.initial_state(1)
+                if not rollout.episode_starts[first, b]:
+                    state = begins.select(torch.tensor([b]))
+                for t in range(first, start):
+                    leaves = {name: leaf[t, b : b + 1] for name, leaf in rollout.observations.items()}
+                    _, state = policy.step(leaves, state)
+                ours = rollout.state_at(torch.tensor([start * B + b]))
+                seen.append(max((a - c).abs().max().item() for a, c in zip(ours, state) if a.numel()))
+        return result
+
+    monkeypatch.setattr(dualhead.learning.update, "refresh", spy)
+    play.rollout()
+    agent.learn(play.now)
+    assert len(seen) > 3
+    assert max(seen) < 1e-12
