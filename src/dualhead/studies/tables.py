@@ -1,0 +1,163 @@
+"""The tables of a study: CSV files, and what the terminal shows."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import io
+import math
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from dualhead.config import StudyConfig
+from dualhead.running.checkpoint import RunError
+from dualhead.storage import write_bytes
+from dualhead.studies.measures import LAST_PART, Measured, Run
+
+Row = dict[str, Any]
+
+SUMMARY = ("environment", "condition", "measure", "mean", "ci95_low", "ci95_high", "min", "max", "seeds")
+"""Columns of summary.csv."""
+ROWS_OF_RUN = 200
+"""Most rows of one run in results.csv, so that the file can be kept under version control."""
+
+
+def write_csv(path: Path, rows: list[Row], columns: Sequence[str]) -> None:
+    """Writes chosen columns of rows; a cell that a row lacks stays empty.
+
+    Raises:
+        RunError: the file cannot be written.
+    """
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, restval="", extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    try:
+        write_bytes(path, text.getvalue().encode())
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def results(runs: list[Run], names: list[str]) -> tuple[list[Row], list[str]]:
+    """Curves of every run as rows of a tidy table, at most `ROWS_OF_RUN` of a run; and the table's columns."""
+    rows = []
+    for run in runs:
+        stride = math.ceil(len(run.steps) / ROWS_OF_RUN)
+        for i in range(len(run.steps) - 1, -1, -stride)[::-1]:  # the last update is always among them
+            row = _key(run) | {"steps": int(run.steps[i])}
+            rows.append(row | {name: run.column(name)[i] for name in names if not np.isnan(run.column(name)[i])})
+    return rows, ["environment", "condition", "seed", "steps", *names]
+
+
+def every_seed(measured: list[Measured]) -> tuple[list[Row], list[str]]:
+    """A row per run with its measures; and the table's columns."""
+    rows = [
+        _key(run) | {"steps": int(run.steps[-1]), "seconds": run.numbers.get("seconds", math.nan)} | values
+        for run, values in measured
+    ]
+    fixed = ["environment", "condition", "seed", "steps", "seconds"]
+    return rows, list(dict.fromkeys(fixed + [name for run in measured for name in run.values]))
+
+
+def _key(run: Run) -> Row:
+    return {"environment": run.config.env, "condition": run.condition, "seed": run.config.seed}
+
+
+def print_tables(study: StudyConfig, measured: list[Measured], rows: list[Row]) -> None:
+    """A table per measure, with environments down, then every seed's value of the first measure.
+
+    Args:
+        study: its title and conditions.
+        measured: the runs.
+        rows: of summary.csv.
+    """
+    by_measure: dict[str, list[Row]] = {}
+    for row in rows:
+        by_measure.setdefault(row["measure"], []).append(row)
+    if study.title:
+        say(study.title)
+    for name, of_measure in by_measure.items():
+        cell = functools.partial(with_interval, digits=_digits([row["mean"] for row in of_measure]))
+        print_table(of_measure, study, down="environment", title=name, cell=cell)
+    first = next(iter(by_measure), None)
+    if first is not None:
+        _print_every_seed(measured, first)
+    say(
+        f"{seeds_in_words(study).capitalize()}. evaluation/...: the evaluation at the end of the run; time/...: "
+        f"median over the run's updates; other columns of metrics.csv: mean over the last {LAST_PART:.0%} of the "
+        f"run's updates."
+    )
+
+
+def print_table(rows: list[Row], study: StudyConfig, *, down: str, title: str, cell: Callable[[Row], str]) -> None:
+    """One table with the conditions across.
+
+    Args:
+        rows: of summary.csv.
+        study: its conditions.
+        down: the column of `rows` that names the table's rows.
+        title: over the table.
+        cell: what a cell says of its row of summary.csv.
+    """
+    by_cell = {(row[down], row["condition"]): cell(row) for row in rows}
+    counts = Counter(row["condition"] for row in rows)  # the fullest condition has the order of all
+    names = dict.fromkeys(row[down] for row in sorted(rows, key=lambda row: -counts[row["condition"]]))
+    table = _table(title)
+    table.add_column("", overflow="fold")
+    for condition in study.conditions:
+        table.add_column(Text(condition), justify="right", overflow="fold")
+    for name in names:
+        table.add_row(Text(name), *(Text(by_cell.get((name, condition), "–")) for condition in study.conditions))
+    say(table)
+
+
+def _print_every_seed(measured: list[Measured], name: str) -> None:
+    digits = _digits([values[name] for _, values in measured if name in values])
+    lines: dict[tuple[str, str], list[str]] = {}
+    for run, values in measured:
+        text = f"{values[name]:.{digits}f}" if name in values else "–"
+        lines.setdefault((run.config.env, run.condition), []).append(text)
+    table = _table(f"{name}, every seed")
+    for column in ("environment", "condition", "seeds in the order of the file"):
+        table.add_column(column, overflow="fold")
+    for (environment, condition), texts in lines.items():
+        table.add_row(Text(environment), Text(condition), Text(" ".join(texts)))
+    say(table)
+
+
+def say(what: Table | str) -> None:
+    """Prints on the terminal in its width; elsewhere in a fixed one, so that logs do not depend on the machine."""
+    width = None if sys.stdout.isatty() else 120
+    Console(width=width).print(Text(what) if isinstance(what, str) else what)
+
+
+def with_interval(row: Row, digits: int) -> str:
+    """`mean ± half of the interval`, or the mean alone where there is no interval."""
+    half = row["ci95_high"] - row["mean"]
+    mean = f"{row['mean']:.{digits}f}"
+    return mean if np.isnan(half) else f"{mean} ± {half:.{digits}f}"
+
+
+def seeds_in_words(study: StudyConfig) -> str:
+    """What a mean of the tables is over."""
+    many = len(study.seeds)
+    return f"mean of {many} seeds ± half of its 95% interval" if many > 1 else "one seed"
+
+
+def _digits(values: list[float]) -> int:
+    """Decimals that show about four figures of the largest value."""
+    largest = max((abs(value) for value in values if math.isfinite(value)), default=0.0)
+    return 0 if largest >= 1000 else 1 if largest >= 100 else 2 if largest >= 10 else 3
+
+
+def _table(title: str) -> Table:
+    return Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
