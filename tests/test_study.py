@@ -14,21 +14,31 @@ import psutil
 import pytest
 
 from dualhead.cli import main
-from dualhead.config import RunConfig, StudyConfig
-from dualhead.running import processes, study_figures
+from dualhead.config import RunConfig, StudyConfig, tuned_settings
 from dualhead.running.checkpoint import RunError, checkpoints
-from dualhead.running.processes import OUTPUT, run_in_processes
-from dualhead.running.study import print_summary, read_study, study_names, write_results
-from dualhead.running.study_measures import (
-    Run,
+from dualhead.running.trainer import resume, train
+from dualhead.studies import commons_figures, figures, processes, tables
+from dualhead.studies.commons_measures import (
     closed_form,
     closed_form_turn,
-    interval,
     measures,
+    print_summary,
+    results,
     spans,
+)
+from dualhead.studies.measures import (
+    Measured,
+    Run,
+    chosen_measures,
+    curves_among,
+    interval,
+    measure,
+    measure_all,
+    read_run,
     summarise,
 )
-from dualhead.running.trainer import resume, train
+from dualhead.studies.processes import OUTPUT, run_in_processes
+from dualhead.studies.study import plan, read_study, safe_name, study_names
 
 PUNISHED_THEN_NOT = ({"mode": "fixed", "level": 9, "num_turns": 40}, {"mode": "off"})
 
@@ -53,9 +63,14 @@ def made_run(study, taken_a, condition="one", seed=0, **columns):
     """A run whose agents took A and B 1 time per turn together, A as given."""
     taken_a = np.array(taken_a, dtype=float)
     known = {"commons/taken/A": taken_a, "commons/taken/B": 1.0 - taken_a, "rollout/task_reward": 10 * taken_a}
-    turns = 10 * np.arange(1, len(taken_a) + 1)
+    config = study.run(condition, seed, "nowhere")
+    steps = 10 * np.arange(1, len(taken_a) + 1) * config.num_streams
     columns = {name.replace("__", "/"): np.array(column, dtype=float) for name, column in columns.items()}
-    return Run(condition, seed, study.run(condition, seed, "nowhere"), turns, known | columns)
+    return Run(condition, config, steps, known | columns, {"seconds": 2.0})
+
+
+def summarised(study, runs):
+    return summarise([Measured(run, measures(study, run)) for run in runs])
 
 
 NAN = math.nan
@@ -203,7 +218,7 @@ def test_the_summary_has_a_row_per_condition_and_measure(capsys):
     runs = [made_run(study, [0.1] * 6 + late[seed], "one", seed) for seed in study.seeds]
     strengths = {"norms__strength__A": [0, 0, 0, 3, 3, 3, 3, 3]}
     runs += [made_run(study, [0.01 * (seed + 1)] * 8, "two", seed, **strengths) for seed in study.seeds]
-    rows = summarise(study, runs)
+    rows = summarised(study, runs)
     by_name = {(row["condition"], row["measure"]): row for row in rows}
     assert len(by_name) == len(rows) == 5 + 7
     share = by_name["two", "A share, punishment"]
@@ -226,18 +241,15 @@ def test_a_measure_that_some_seeds_lack_is_averaged_over_the_others():
     study = one_study(seeds=(0, 1))
     nothing = {"commons__taken__B": [0.0] * 8}
     runs = [made_run(study, [0.25] * 8), made_run(study, [0.0] * 8, seed=1, **nothing)]
-    row = next(row for row in summarise(study, runs) if row["measure"] == "A share, no punishment")
+    row = next(row for row in summarised(study, runs) if row["measure"] == "A share, no punishment")
     assert (row["mean"], row["seeds"], math.isnan(row["ci95_low"])) == (0.25, 1, True)
 
 
-def test_results_are_tidy(tmp_path):
+def test_results_of_the_commons_are_tidy(tmp_path):
     """The rollout of turns 41 to 50 begins in one phase and ends in the next: it counts to the one that it ends in."""
     study = one_study(settings(phases=({"mode": "fixed", "num_turns": 45}, {"mode": "off"})))
-    write_results(
-        tmp_path / "results.csv",
-        study,
-        [made_run(study, [0.25] * 8), made_run(study, [0.5] * 8, guilt=[NAN, *[-1] * 7])],
-    )
+    runs = [made_run(study, [0.25] * 8), made_run(study, [0.5] * 8, guilt=[NAN, *[-1] * 7])]
+    tables.write_csv(tmp_path / "results.csv", *results(study, runs))
     with (tmp_path / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 16
@@ -285,7 +297,7 @@ def test_a_condition_changes_what_it_names_and_no_more():
     [
         ("seeds = [0", "TOML|Unclosed"),
         ("[conditions.a]\n[conditions.a]", "twice|Cannot declare"),
-        ("seeds = [1, 1]\n[conditions.a]", "seeds: expected different numbers, got \\(1, 1\\)"),
+        ("seeds = [1, 1]\n[conditions.a]", "seeds: expected different ones, got \\(1, 1\\)"),
         ("seeds = []\n[conditions.a]", "seeds: "),
         ("seeds = [-1]\n[conditions.a]", "seeds.0: "),
         ("seeds = 3\n[conditions.a]", "seeds: "),
@@ -297,7 +309,14 @@ def test_a_condition_changes_what_it_names_and_no_more():
         ("harmful = 'Z'\n[conditions.a]", "harmful='Z' is none of condition 'a'"),
         ("[conditions.a]\n[conditions.b.ppo]\ngama = 1", "condition 'b': ppo: gama: Extra inputs"),
         ("[conditions.b]\ntotal_step = 5", "condition 'b': total_step: Extra inputs"),
-        ("[conditions.b]\nenv = 'CartPole-v1'", "condition 'b': a study's world is 'commons', got 'CartPole-v1'"),
+        ("[conditions.b]\nenv = 'CartPole-v1'", "condition 'b': env: .*`environments` lists several"),
+        ("environments = ['X']\n[base]\nenv = 'Y'\n[conditions.b]", "condition 'b' in 'X': env: "),
+        ("environments = []\n[conditions.b]", "environments: expected one id or several different ones"),
+        ("environments = ['X', 'X']\n[conditions.b]", "environments: .* different"),
+        ("[environments.X]\nseed = 3\n[conditions.b]", "condition 'b' in 'X': seed: .*`seeds` lists them"),
+        ("[environments.X]\npo = 3\n[conditions.b]", "condition 'b' in 'X': po: Extra inputs"),
+        ("measures = ['a', 'a']\n[conditions.b]", "measures: expected different ones"),
+        ("[base]\nenv = 'X'\n[conditions.b]\ntuned = true", "condition 'b': tuned: there are no tuned settings"),
         ("[base]\nseed = 4\n[conditions.b]", "condition 'b': seed: .*`seeds` lists them"),
         ("[conditions.b]\nrun_dir = 'x'", "condition 'b': run_dir: .*--out"),
         ("[base]\ntotal_steps = 10\n[conditions.b]", "condition 'b': total_steps=10 ends before the first update"),
@@ -313,7 +332,7 @@ def test_impossible_studies_name_the_place(tmp_path, text, message):
 
 def test_studies_that_cannot_be_read(tmp_path, capsys):
     with pytest.raises(
-        RunError, match=r"no study 'nowhere.toml': expected a TOML file, or one of hidden_level, level_flip"
+        RunError, match=r"no study 'nowhere.toml': expected a TOML file, or one of hidden_level, learning, level_flip"
     ):
         read_study("nowhere.toml")
     with pytest.raises(RunError, match="cannot read the study"):
@@ -340,8 +359,9 @@ def test_a_study_is_copied_to_be_changed(tmp_path, capsys):
 
 def test_the_studies_that_come_with_the_package():
     """They are possible, and what their comments say of numbers is so."""
-    assert study_names() == ["hidden_level", "level_flip", "norms", "norms_small"]
-    studies = {name: read_study(name) for name in study_names()}
+    of_the_commons = ["hidden_level", "level_flip", "norms", "norms_small"]
+    assert study_names() == sorted([*of_the_commons, "learning", "recall_cue"])
+    studies = {name: read_study(name) for name in of_the_commons}
     turns = {name: study.base["total_steps"] // (10 * study.base["num_envs"]) for name, study in studies.items()}
     assert turns == {"hidden_level": 8000, "level_flip": 4000, "norms": 1600, "norms_small": 1500}
     for name in ("norms", "norms_small"):
@@ -419,7 +439,8 @@ def test_a_study_from_one_command(tmp_path, capsys):
         assert f"{name} done in " in said
     assert "[4/4]" in said
     assert {item.name for item in out.iterdir()} == {
-        "plain", "norms", "study.json", "results.csv", "summary.csv", "overview.png", "details.png"
+        "plain", "norms", "study.json", "versions.json", "results.csv", "runs.csv", "summary.csv",
+        "overview.png", "details.png",
     }  # fmt: skip
     assert (out / "overview.png").read_bytes().startswith(b"\x89PNG")
     with (out / "results.csv").open() as file:
@@ -669,9 +690,9 @@ def test_workers_have_one_thread_and_at_most_jobs_run_at_once(tmp_path):
 
 
 def test_rolling_means_leave_out_what_is_not_there():
-    means = study_figures.rolling_mean(np.array([1.0, 3.0, 5.0, NAN, 2.0, 4.0]), 2)
+    means = figures.rolling_mean(np.array([1.0, 3.0, 5.0, NAN, 2.0, 4.0]), 2)
     np.testing.assert_allclose(means, [NAN, 2.0, 4.0, NAN, NAN, 3.0])
-    np.testing.assert_allclose(study_figures.rolling_mean(np.array([1.0, 2.0]), 3), [NAN, NAN])
+    np.testing.assert_allclose(figures.rolling_mean(np.array([1.0, 2.0]), 3), [NAN, NAN])
 
 
 def drawn_lines(figure, number=0):
@@ -689,8 +710,8 @@ def test_the_overview_shows_means_phases_groups_and_the_closed_form():
     after |= {"norms__strength__A": [8.0] * 8}
     runs = [made_run(study, [0.2 + 0.2 * seed] * 8, "plain", seed) for seed in (0, 1)]
     runs += [made_run(study, [0.5] * 8, "new", seed, **after) for seed in (0, 1)]
-    figure = study_figures._overview(study, runs)
-    blue, red = study_figures.COLOURS[:2]
+    figure = commons_figures._overview(study, runs)
+    blue, red = figures.COLOURS[:2]
     lines = drawn_lines(figure)
     assert lines.keys() == {(blue, "-"), (red, "-"), (red, ":"), (red, "--")}
     np.testing.assert_allclose(lines[blue, "-"], [[turn, 0.3] for turn in range(10, 81, 10)])
@@ -711,10 +732,10 @@ def test_details_leave_out_what_has_nothing_to_show():
     study = one_study()
     votes = {"commons__votes__up": [0.1, 0.2] * 4, "commons__votes__down": [0.3] * 8, "commons__level": [1.0] * 8}
     runs = [made_run(study, [0.1, 0.2] * 4, **votes)]
-    titles = [axes.get_title(loc="left") for axes in study_figures._details(study, runs).axes]
+    titles = [axes.get_title(loc="left") for axes in commons_figures._details(study, runs).axes]
     assert titles == ["share of A among what is taken", "task reward per agent and turn"]
     voted = one_study(settings(phases=({"mode": "voted"},)))
-    figure = study_figures._details(voted, [made_run(voted, [0.1, 0.2] * 4, **votes)])
+    figure = commons_figures._details(voted, [made_run(voted, [0.1, 0.2] * 4, **votes)])
     assert "votes up less votes down, per agent and turn" in [axes.get_title(loc="left") for axes in figure.axes]
     np.testing.assert_allclose(next(iter(drawn_lines(figure, 1).values()))[:2], [[10, -0.2], [20, -0.1]])
 
@@ -722,7 +743,7 @@ def test_details_leave_out_what_has_nothing_to_show():
 def test_a_study_in_which_nothing_happens_is_drawn(tmp_path):
     study = one_study(settings(phases=({"mode": "fixed"},)))
     run = made_run(study, [0.0] * 8, commons__taken__B=[0.0] * 8)
-    for path in study_figures.draw_figures(study, [run], tmp_path):
+    for path in commons_figures.draw_figures(study, [run], tmp_path):
         assert path.read_bytes().startswith(b"\x89PNG")
 
 
@@ -732,7 +753,7 @@ def test_repeated_phases_are_smoothed_over_whole_rounds():
     study = one_study(settings(phases=phases, repeat_phases=True) | {"total_steps": 600}, seeds=(0, 1))
     rewards = np.tile([1.0, 2.0, 6.0], 10)
     runs = [made_run(study, [0.5] * 30, seed=seed, rollout__task_reward=rewards + seed) for seed in (0, 1)]
-    figure = study_figures._overview(study, runs)
+    figure = commons_figures._overview(study, runs)
     points = next(iter(drawn_lines(figure).values()))
     np.testing.assert_allclose(points, [[turn, 3.5] for turn in range(30, 301, 10)])
     assert "rolling means over 30 turns" in figure.legends[0].get_title().get_text()

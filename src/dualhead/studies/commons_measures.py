@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -181,7 +182,10 @@ def print_summary(study: StudyConfig, rows: list[dict[str, Any]]) -> None:
             f" Relapse: turns without punishment until more than half of what is taken is {study.harmful}."
             f" Closed form: turns for which guilt outweighs what {study.harmful} gains; then relapse must be learned."
         )
-    print_table(rows, study, down="measure", title=study.title, cell=_cell)
+    counts = Counter(row["condition"] for row in rows)  # the fullest condition has the order of all
+    names = dict.fromkeys(row["measure"] for row in sorted(rows, key=lambda row: -counts[row["condition"]]))
+    cells = {(row["measure"], row["condition"]): _cell(row) for row in rows}
+    print_table(names, study.conditions, cells, title=study.title)
     say(text)
 
 

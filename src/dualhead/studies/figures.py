@@ -18,6 +18,7 @@ from dualhead.studies.measures import FloatArray, Measured, curves_among, interv
 try:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
+    from matplotlib.ticker import EngFormatter
 except ModuleNotFoundError as error:
     raise RunError(
         f"tables are written; the figures need the package {error.name}: pip install 'dualhead[plot]', then repeat the "
@@ -75,6 +76,7 @@ def _curves(study: StudyConfig, measured: list[Measured], name: str) -> Figure:
             window = max(1, len(runs[0].steps) // (2 * NUM_MEANS))
             band(axes, runs[0].steps, [rolling_mean(run.column(name), window) for run in runs], color=colour)
         axes.set_xlim(left=0)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 500k, 1M
         axes.set_xlabel("environment steps", fontsize=8)
         _say_if_empty(axes, has_content=bool(axes.lines))
     _finish(figure, study, name, "line: mean, band: lowest to highest")

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import csv
-import functools
 import io
 import math
 import sys
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +84,11 @@ def print_tables(study: StudyConfig, measured: list[Measured], rows: list[Row]) 
     if study.title:
         say(study.title)
     for name, of_measure in by_measure.items():
-        cell = functools.partial(with_interval, digits=_digits([row["mean"] for row in of_measure]))
-        print_table(of_measure, study, down="environment", title=name, cell=cell)
+        digits = _digits((row["environment"], row["mean"]) for row in of_measure)
+        cells = {
+            (row["environment"], row["condition"]): with_interval(row, digits[row["environment"]]) for row in of_measure
+        }
+        print_table(list(study.worlds), study.conditions, cells, title=name)
     first = next(iter(by_measure), None)
     if first is not None:
         _print_every_seed(measured, first)
@@ -98,33 +99,32 @@ def print_tables(study: StudyConfig, measured: list[Measured], rows: list[Row]) 
     )
 
 
-def print_table(rows: list[Row], study: StudyConfig, *, down: str, title: str, cell: Callable[[Row], str]) -> None:
-    """One table with the conditions across.
+def print_table(
+    down: Iterable[str], across: Iterable[str], cells: Mapping[tuple[str, str], str], *, title: str
+) -> None:
+    """One table.
 
     Args:
-        rows: of summary.csv.
-        study: its conditions.
-        down: the column of `rows` that names the table's rows.
+        down: names of its rows.
+        across: names of its columns.
+        cells: by row and column; a missing one is a dash.
         title: over the table.
-        cell: what a cell says of its row of summary.csv.
     """
-    by_cell = {(row[down], row["condition"]): cell(row) for row in rows}
-    counts = Counter(row["condition"] for row in rows)  # the fullest condition has the order of all
-    names = dict.fromkeys(row[down] for row in sorted(rows, key=lambda row: -counts[row["condition"]]))
+    across = list(across)
     table = _table(title)
     table.add_column("", overflow="fold")
-    for condition in study.conditions:
-        table.add_column(Text(condition), justify="right", overflow="fold")
-    for name in names:
-        table.add_row(Text(name), *(Text(by_cell.get((name, condition), "–")) for condition in study.conditions))
+    for column in across:
+        table.add_column(Text(column), justify="right", overflow="fold")
+    for row in down:
+        table.add_row(Text(row), *(Text(cells.get((row, column), "–")) for column in across))
     say(table)
 
 
 def _print_every_seed(measured: list[Measured], name: str) -> None:
-    digits = _digits([values[name] for _, values in measured if name in values])
+    digits = _digits((run.config.env, values[name]) for run, values in measured if name in values)
     lines: dict[tuple[str, str], list[str]] = {}
     for run, values in measured:
-        text = f"{values[name]:.{digits}f}" if name in values else "–"
+        text = f"{values[name]:.{digits[run.config.env]}f}" if name in values else "–"
         lines.setdefault((run.config.env, run.condition), []).append(text)
     table = _table(f"{name}, every seed")
     for column in ("environment", "condition", "seeds in the order of the file"):
@@ -153,10 +153,12 @@ def seeds_in_words(study: StudyConfig) -> str:
     return f"mean of {many} seeds ± half of its 95% interval" if many > 1 else "one seed"
 
 
-def _digits(values: list[float]) -> int:
-    """Decimals that show about four figures of the largest value."""
-    largest = max((abs(value) for value in values if math.isfinite(value)), default=0.0)
-    return 0 if largest >= 1000 else 1 if largest >= 100 else 2 if largest >= 10 else 3
+def _digits(values: Iterable[tuple[str, float]]) -> dict[str, int]:
+    """For each environment the decimals that show about four figures of its largest value."""
+    largest: dict[str, float] = {}
+    for env, value in values:
+        largest[env] = max(largest.get(env, 0.0), abs(value) if math.isfinite(value) else 0.0)
+    return {env: 0 if size >= 1000 else 1 if size >= 100 else 2 if size >= 10 else 3 for env, size in largest.items()}
 
 
 def _table(title: str) -> Table:
