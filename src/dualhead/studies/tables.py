@@ -129,8 +129,10 @@ def _print_every_seed(measured: list[Measured], name: str) -> None:
     table = _table(f"{name}, every seed")
     for column in ("environment", "condition", "seeds in the order of the file"):
         table.add_column(column, overflow="fold")
+    before = ""
     for (environment, condition), texts in lines.items():
-        table.add_row(Text(environment), Text(condition), Text(" ".join(texts)))
+        table.add_row(Text(environment if environment != before else ""), Text(condition), Text(" ".join(texts)))
+        before = environment
     say(table)
 
 
