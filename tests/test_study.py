@@ -241,7 +241,7 @@ def test_the_summary_has_a_row_per_environment_condition_and_measure(measured):
 
 def test_tables_show_a_measure_each_and_every_seed(measured, capsys):
     study, runs = measured
-    tables.print_tables(study, runs, summarise(runs))
+    tables.print_tables(study, runs, summarise(runs), study.measures)
     said = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["CartPole-v1", "102.0", "±", "2.5", "22.0", "±", "2.5"] in said
     assert ["dualhead/CartPoleNoVel-v1", "0.500", "±", "0.621", "–"] in said

@@ -214,7 +214,7 @@ def _write_outcome(study: StudyConfig, planned: dict[str, Planned], folder: Path
 
         return commons_figures.draw_figures(study, runs, folder)
     tables.write_csv(folder / "summary.csv", rows, tables.SUMMARY)
-    tables.print_tables(study, measured, rows)
+    tables.print_tables(study, measured, rows, names)
     from dualhead.studies import figures
 
     return figures.draw_figures(study, measured, names, folder)
@@ -244,7 +244,7 @@ def _run_missing(
                 ended = f"done in {seconds:.0f} s" if problem is None else f"failed after {seconds:.0f} s: {problem}"
                 print(f"[{num_done}/{len(planned)}] {label} {ended}", flush=True)
                 if problem is None and not measures_are_checked:
-                    # One that this run lacks may be another's, so it ends nothing yet; a slip of the pen shows early.
+                    # Another run may have what this one lacks, so this is only a warning; it shows a misspelt name early.
                     for line in unknown_measures(study.measures, [read_run(*planned[label])]):
                         warnings.warn(f"measures: {line}", stacklevel=2)
                     measures_are_checked = True

@@ -70,28 +70,26 @@ def _key(run: Run) -> Row:
     return {"environment": run.config.env, "condition": run.condition, "seed": run.config.seed}
 
 
-def print_tables(study: StudyConfig, measured: list[Measured], rows: list[Row]) -> None:
+def print_tables(study: StudyConfig, measured: list[Measured], rows: list[Row], names: Sequence[str]) -> None:
     """A table per measure, with environments down, then every seed's value of the first measure.
 
     Args:
         study: its title and conditions.
         measured: the runs.
         rows: of summary.csv.
+        names: the measures.
     """
-    by_measure: dict[str, list[Row]] = {}
-    for row in rows:
-        by_measure.setdefault(row["measure"], []).append(row)
     if study.title:
         say(study.title)
-    for name, of_measure in by_measure.items():
+    for name in names:
+        of_measure = [row for row in rows if row["measure"] == name]
         digits = _digits((row["environment"], row["mean"]) for row in of_measure)
         cells = {
             (row["environment"], row["condition"]): with_interval(row, digits[row["environment"]]) for row in of_measure
         }
-        print_table(list(study.worlds), study.conditions, cells, title=name)
-    first = next(iter(by_measure), None)
-    if first is not None:
-        _print_every_seed(measured, first)
+        print_table(study.worlds, study.conditions, cells, title=name)
+    if names:
+        _print_every_seed(measured, names[0])
     say(
         f"{seeds_in_words(study).capitalize()}. evaluation/...: the evaluation at the end of the run; time/...: "
         f"median over the run's updates; other columns of metrics.csv: mean over the last {LAST_PART:.0%} of the "
