@@ -244,7 +244,7 @@ def _run_missing(
                 ended = f"done in {seconds:.0f} s" if problem is None else f"failed after {seconds:.0f} s: {problem}"
                 print(f"[{num_done}/{len(planned)}] {label} {ended}", flush=True)
                 if problem is None and not measures_are_checked:
-                    # Another run may have what this one lacks, so this is only a warning; it shows a misspelt name early.
+                    # Another run may have what this one lacks: only a warning, so that a misspelt name shows early.
                     for line in unknown_measures(study.measures, [read_run(*planned[label])]):
                         warnings.warn(f"measures: {line}", stacklevel=2)
                     measures_are_checked = True
