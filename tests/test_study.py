@@ -1,4 +1,4 @@
-"""Studies: what is measured, against numbers by hand; the file; and runs in processes that are stopped and go on."""
+"""Studies: the plan, measures against numbers by hand, tables, figures; the file; runs that are stopped and go on."""
 
 import csv
 import json
@@ -8,177 +8,186 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
+import torch
 
 from dualhead.cli import main
-from dualhead.config import RunConfig, StudyConfig
-from dualhead.running import processes, study_figures
+from dualhead.config import RunConfig, StudyConfig, tuned_settings
 from dualhead.running.checkpoint import RunError, checkpoints
-from dualhead.running.processes import OUTPUT, run_in_processes
-from dualhead.running.study import print_summary, read_study, study_names, write_results
-from dualhead.running.study_measures import (
+from dualhead.running.trainer import resume, train
+from dualhead.studies import figures, processes, tables
+from dualhead.studies.commons_measures import closed_form, spans
+from dualhead.studies.measures import (
+    Measured,
     Run,
-    closed_form,
-    closed_form_turn,
+    chosen_measures,
+    curves_among,
     interval,
-    measures,
-    spans,
+    measure,
+    measure_all,
+    read_run,
     summarise,
 )
-from dualhead.running.trainer import resume, train
+from dualhead.studies.processes import OUTPUT, run_in_processes
+from dualhead.studies.study import plan, read_study, safe_name, study_names
 
-PUNISHED_THEN_NOT = ({"mode": "fixed", "level": 9, "num_turns": 40}, {"mode": "off"})
+NAN = math.nan
+POLES = ("CartPole-v1", "dualhead/CartPoleNoVel-v1")
 
 
-def settings(**commons):
-    """One world of 2 agents, 80 turns in rollouts of 10."""
-    rules = {"form": "bandit", "num_agents": 2, "resources": ("A", "B"), "phases": PUNISHED_THEN_NOT}
-    return {
-        "num_envs": 1,
-        "total_steps": 160,
-        "commons": rules | commons,
-        "network": {"memory": "gru", "hidden_size": 4, "encoder_sizes": (4,)},
-        "ppo": {"rollout_length": 10, "batch_size": 10, "num_epochs": 1},
+def poles(**more):
+    """Two environments, two conditions, two seeds."""
+    conditions = {"lstm": {}, "none": {"network": {"memory": "none"}}}
+    return StudyConfig(**{"environments": POLES, "conditions": conditions, "seeds": (0, 1)} | more)
+
+
+def made_run(study, columns, condition="lstm", seed=0, env=POLES[0], **numbers):
+    """A run of updates of 100 steps."""
+    columns = {name: np.array(values, dtype=float) for name, values in columns.items()}
+    steps = 100 * np.arange(1, 1 + len(next(iter(columns.values()))))
+    return Run(condition, study.run(condition, seed, "nowhere", env=env), steps, columns, numbers)
+
+
+def cells(path):
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+# The plan.
+
+
+def test_a_plan_has_every_environment_condition_and_seed():
+    planned = plan(poles(), Path("out"))
+    assert {label: run.config.run_dir for label, run in planned.items()} == {
+        f"{env} {condition} seed {seed}": f"out/{folder}/{condition}/seed{seed}"
+        for env, folder in zip(POLES, ("CartPole-v1", "dualhead-CartPoleNoVel-v1"))
+        for condition in ("lstm", "none")
+        for seed in (0, 1)
+    }
+    for label, (condition, config) in planned.items():
+        assert label == f"{config.env} {condition} seed {config.seed}"
+        assert config.network.memory == condition
+        assert (config.num_threads, config.eval_episodes) == (1, RunConfig(env="X").eval_episodes)
+
+
+def test_a_study_of_the_commons_is_planned_as_ever():
+    planned = plan(read_study("norms"), Path("out"))
+    assert len(planned) == 4 * 5
+    condition, config = planned["weak-norms seed 3"]
+    assert (condition, config.run_dir) == ("weak-norms", "out/weak-norms/seed3")
+    assert (config.env, config.seed, config.num_threads, config.eval_episodes) == ("commons", 3, 1, 0)
+    assert (config.total_steps, config.norms.intrinsic_scale, config.norms.decay_rate) == (256_000, -0.5, 0.999)
+
+
+def test_settings_of_a_condition_win_over_those_of_its_environment_and_these_over_base():
+    study = poles(
+        base={"total_steps": 5000, "num_envs": 2, "ppo": {"gamma": 0.5, "gae_lambda": 0.5, "clip_coef": 0.5}},
+        environments={POLES[0]: {}, POLES[1]: {"total_steps": 6000, "ppo": {"gamma": 0.6, "gae_lambda": 0.6}}},
+        conditions={"plain": {}, "other": {"ppo": {"gamma": 0.7}}},
+    )
+    found = {
+        (env, condition): study.run(condition, 0, "", env=env) for env in POLES for condition in ("plain", "other")
+    }
+    assert {key: (c.total_steps, c.ppo.gamma, c.ppo.gae_lambda, c.ppo.clip_coef) for key, c in found.items()} == {
+        (POLES[0], "plain"): (5000, 0.5, 0.5, 0.5),
+        (POLES[0], "other"): (5000, 0.7, 0.5, 0.5),
+        (POLES[1], "plain"): (6000, 0.6, 0.6, 0.5),
+        (POLES[1], "other"): (6000, 0.7, 0.6, 0.5),
     }
 
 
-def one_study(base=None, conditions=None, **more):
-    return StudyConfig(base=base or settings(), conditions=conditions or {"one": {}}, **{"seeds": (0,), **more})
+def test_tuned_settings_lie_below_those_of_the_study():
+    env, tuned = POLES[1], tuned_settings(POLES[1])
+    study = poles(base={"env": env, "total_steps": 9000}, environments={env: {}}, conditions={
+        "tuned": {"tuned": True, "ppo": {"num_epochs": 3}}, "plain": {}
+    })  # fmt: skip
+    config, plain = study.run("tuned", 0, ""), study.run("plain", 0, "")
+    assert (config.total_steps, config.ppo.num_epochs) == (9000, 3)
+    assert config.ppo.learning_rate == tuned["ppo"]["learning_rate"] != plain.ppo.learning_rate
+    assert config.network.hidden_size == tuned["network"]["hidden_size"] != plain.network.hidden_size
+    assert plain == RunConfig(env=env, total_steps=9000, num_threads=1, run_dir="")
 
 
-def made_run(study, taken_a, condition="one", seed=0, **columns):
-    """A run whose agents took A and B 1 time per turn together, A as given."""
-    taken_a = np.array(taken_a, dtype=float)
-    known = {"commons/taken/A": taken_a, "commons/taken/B": 1.0 - taken_a, "rollout/task_reward": 10 * taken_a}
-    turns = 10 * np.arange(1, len(taken_a) + 1)
-    columns = {name.replace("__", "/"): np.array(column, dtype=float) for name, column in columns.items()}
-    return Run(condition, seed, study.run(condition, seed, "nowhere"), turns, known | columns)
-
-
-NAN = math.nan
-
-
-# What is measured.
-
-
-def test_phases_become_spans_of_turns():
-    config = one_study().run("one", 0, "")
-    assert [(span.name, span.begin, span.end, span.punishes, span.level) for span in spans(config)] == [
-        ("punishment", 0, 40, True, 9),
-        ("no punishment", 40, 80, False, None),
-    ]
-    # 190 steps of 2 agents end in turn 95; the last phase, planned for 20 turns, stays until then.
-    phases = [{"num_turns": 30}, {"mode": "off", "num_turns": 30}, {"level": 3, "num_turns": 20}]
-    config = one_study(settings(phases=phases) | {"total_steps": 190}).run("one", 0, "")
-    assert [(span.name, span.begin, span.end) for span in spans(config)] == [
-        ("votes (1)", 0, 30),
-        ("no punishment", 30, 60),
-        ("votes (2)", 60, 95),
-    ]
-    # A phase that the run does not reach is none of it; a rollout that is begun is finished, so 81 steps are 41 turns.
-    config = one_study(settings() | {"total_steps": 80}).run("one", 0, "")
-    assert [(span.name, span.end) for span in spans(config)] == [("punishment", 40)]
-    config = one_study(settings() | {"total_steps": 81}).run("one", 0, "")
-    assert spans(config)[-1].end == 41
-    repeated = [{"mode": "off", "num_turns": 5}, {"num_turns": 5}]
-    config = one_study(settings(phases=repeated, repeat_phases=True)).run("one", 0, "")
-    assert [(span.name, span.begin, span.end) for span in spans(config)] == [("all phases", 0, 80)]
-
-
-def test_shares_and_rewards_are_those_of_second_halves():
-    """Punishment ends with turn 40, so its second half are the rollouts that end in turns 30 and 40."""
-    study = one_study()
-    found = measures(study, made_run(study, [0.5, 0.4, 0.2, 0.1, 0.1, 0.3, 0.6, 0.8]))
-    assert found == pytest.approx(
-        {
-            "A share, punishment": 0.15,
-            "reward, punishment": 1.5,
-            "A share, no punishment": 0.7,
-            "reward, no punishment": 7.0,
-            "turns to relapse": 30.0,  # the rollout that ends in turn 70 is the first above one half
-        }
-    )
-    single = one_study(settings(phases=({"mode": "fixed", "level": 0},)))
-    assert measures(single, made_run(single, [0.0] * 4 + [0.25] * 4)) == {"A share": 0.25, "reward": 2.5}
-
-
-def test_where_nothing_is_taken_there_is_no_share():
-    study = one_study()
-    run = made_run(study, [0.0] * 8, commons__taken__B=[1, 1, 0, 0, 0, 0, 0, 1])
-    found = measures(study, run)
-    assert "A share, punishment" not in found
-    assert found["A share, no punishment"] == 0.0  # of one rollout; the other says nothing
-    assert found["turns to relapse"] == math.inf
-
-
-def test_relapse_needs_a_rollout_without_any_punishment():
-    """The phase ends in turn 45: the rollout of turns 41 to 50 is still half punished."""
-    study = one_study(settings(phases=({"mode": "fixed", "num_turns": 45}, {"mode": "off"})))
-    assert measures(study, made_run(study, [0, 0, 0, 0, 0.9, 0.1, 0.5, 0.6]))["turns to relapse"] == 80 - 45
-    assert measures(study, made_run(study, [0, 0, 0, 0, 0.9, 0.1, 0.5, 0.5]))["turns to relapse"] == math.inf
-    never_off = one_study(settings(phases=({"mode": "off", "num_turns": 40}, {"mode": "fixed"})))
-    assert "turns to relapse" not in measures(never_off, made_run(never_off, [0.9] * 8))
-
-
-def test_the_closed_form_stands_beside_the_relapse():
-    """Gain 10, scale -10, threshold 5: guilt outweighs above 6. From 8 at decay 0.99, ln(8/6)/-ln(0.99) = 28.62."""
-    norms = {"intrinsic_scale": -10.0, "decay_rate": 0.99}
-    study = one_study(settings() | {"enforce_norms": True, "norms": norms})
-    run = made_run(study, [0.0] * 8, norms__strength__A=[2, 6, 9, 8, 7, 6, 5, 4])
-    found = measures(study, run)
-    assert found["norm strength at the end of punishment"] == 8.0
-    assert found["turns by the closed form"] == pytest.approx(28.62, abs=0.01)
-    assert closed_form_turn(study, run) == pytest.approx(68.62, abs=0.01)
-    assert "turns by the closed form" not in measures(study, made_run(study, [0.0] * 8))
+def test_the_studies_of_tuned_tasks_train_as_the_command_line_does():
+    """`learning` and `recall_cue` differ from `dualhead train` in what their conditions say, and in threads."""
+    for name in ("learning", "recall_cue"):
+        for _, config in plan(read_study(name), Path("out")).values():
+            changed = {"memory": config.network.memory, "sequence_length": config.ppo.sequence_length}
+            tuned = tuned_settings(config.env)
+            network = tuned["network"] | {"memory": changed["memory"]}
+            ppo = tuned["ppo"] | {"sequence_length": changed["sequence_length"]}
+            given = {"env": config.env, "seed": config.seed, "run_dir": config.run_dir, "num_threads": 1}
+            assert config == RunConfig(**tuned | given | {"network": network, "ppo": ppo})
+    recall = {label.partition(" ")[0]: run.config for label, run in plan(read_study("recall_cue"), Path("x")).items()}
+    assert {name: (config.network.memory, config.ppo.sequence_length) for name, config in recall.items()} == {
+        "lstm-segments-of-32": ("lstm", 32),
+        "gru-segments-of-32": ("gru", 32),
+        "lstm-one-step-slices": ("lstm", 1),
+        "no-memory": ("none", 32),
+    }
 
 
 @pytest.mark.parametrize(
-    ("norms", "resources", "turns"),
+    ("env", "folder"),
     [
-        ({"intrinsic_scale": -0.5}, ("A", "B"), 0.0),  # at most 2.5 of guilt against a gain of 10
-        ({"intrinsic_scale": 0.0}, ("A", "B"), 0.0),  # guilt weighs nothing
-        ({"intrinsic_scale": -10.0, "decay_rate": 1.0}, ("A", "B"), math.inf),  # norms that never fade
-        ({"intrinsic_scale": -10.0, "decay_rate": 0.99}, ("B", "C", "A"), 28.62),
-        ({"intrinsic_scale": -10.0, "decay_rate": 0.99}, ("A",), 13.28),  # 20 against nothing: above 7
+        ("dualhead/CartPoleNoVel-v1", "dualhead-CartPoleNoVel-v1"),
+        ("my_worlds.grid:Maze-v0", "my_worlds.grid-Maze-v0"),
+        ("../../etc", "-..-etc"),
+        ("..", "-"),
+        ("C:\\é", "C---"),
     ],
 )
-def test_closed_form_at_the_edges(norms, resources, turns):
-    study = one_study(settings(resources=resources, menu_size=1) | {"enforce_norms": True, "norms": norms})
-    assert closed_form(study, study.run("one", 0, ""), 8.0) == pytest.approx(turns, abs=0.01)
+def test_folders_of_environments_are_safe(env, folder):
+    assert safe_name(env) == folder
 
 
-def test_a_harmful_resource_without_gain_tempts_nobody_while_the_norm_is_felt():
-    study = one_study(harmful="B")
-    config = study.run("one", 0, "").model_copy(update={"enforce_norms": True})
-    # No gain: any guilt outweighs it, so until the threshold of 5; ln(8/5)/-ln(0.995) = 93.77.
-    assert closed_form(study, config, 8.0) == pytest.approx(93.77, abs=0.01)
+def test_environments_do_not_share_a_folder():
+    with pytest.raises(RunError, match="environments: two of a/b, a:b would have the same folder"):
+        plan(poles(environments=("a/b", "a:b")), Path("out"))
 
 
-def test_newcomers_and_incumbents_are_measured_apart():
-    study = one_study(settings() | {"turnover": {"first_turn": 40}})
-    groups = {
-        "newcomers__taken__A": [NAN] * 4 + [0.5, 0.6, 0.9, 0.9],
-        "newcomers__taken__B": [NAN] * 4 + [0.5, 0.4, 0.1, 0.1],
-        "incumbents__taken__A": [0.1] * 4 + [0.1, 0.1, 0.1, 0.3],
-        "incumbents__taken__B": [0.9] * 4 + [0.9, 0.9, 0.9, 0.7],
+# Measures.
+
+
+def test_a_column_becomes_the_mean_of_the_last_tenth_and_a_time_the_median():
+    """Of 25 updates the last three count; what is missing among them does not."""
+    columns = {
+        "loss": [0.0] * 22 + [1.0, NAN, 4.0],
+        "time/steps_per_s": [NAN] + [10.0] * 13 + [90.0] * 11,
+        "empty": [NAN] * 25,
+        "evaluation/mean_return": [8.0] * 25,
     }
-    found = measures(study, made_run(study, [0.1] * 4 + [0.3, 0.35, 0.5, 0.6], **groups))
-    assert found["A share of newcomers, no punishment"] == pytest.approx(0.9)
-    assert found["A share of incumbents, no punishment"] == pytest.approx(0.2)
-    assert "A share of incumbents, punishment" not in found  # there are no others yet
-    assert found["turns to relapse"] == 40
-    assert found["turns to relapse, newcomers"] == 20
-    assert found["turns to relapse, incumbents"] == math.inf
-    nobody_left = groups | {
-        "incumbents__taken__A": [0.1] * 4 + [NAN] * 4,
-        "incumbents__taken__B": [0.9] * 4 + [NAN] * 4,
-    }
-    found = measures(study, made_run(study, [0.1] * 8, **nobody_left))
-    assert "turns to relapse, incumbents" not in found
-    assert "A share of incumbents, no punishment" not in found
+    run = made_run(poles(), columns, steps_per_s=7.0)
+    names = ["loss", "time/steps_per_s", "steps_per_s", "empty", "evaluation/mean_return", "nothing"]
+    assert measure_all(run, names).values == {"loss": 2.5, "time/steps_per_s": 10.0, "steps_per_s": 7.0}
+    evaluated = run._replace(numbers={"evaluation/mean_return": 3.0})
+    assert measure(evaluated, "evaluation/mean_return") == 3.0  # the final one, not one on the way
+
+
+def test_a_run_has_columns_and_the_numbers_of_its_summary(tmp_path):
+    (tmp_path / "metrics.csv").write_text("steps,loss,late\n80,1.5,\n160,0.5,2\n")
+    summary = {"env": "X", "seed": 3, "stopped_early": False, "steps": 160, "seconds": 2.5}
+    (tmp_path / "summary.json").write_text(json.dumps(summary | {"evaluation": {"mean_return": 9.0}}))
+    run = read_run("lstm", poles().run("lstm", 3, str(tmp_path), env=POLES[0]))
+    assert run.numbers == {"steps": 160, "seconds": 2.5, "evaluation/mean_return": 9.0}
+    np.testing.assert_array_equal(run.column("late"), [NAN, 2.0])
+    assert run.steps.tolist() == [80, 160]
+    assert run.turns.tolist() == [10, 20]  # of eight environments
+
+
+def test_a_measure_that_no_run_has_is_refused_with_the_nearest_ones():
+    study = poles(measures=("episode/mean_retrun", "loss"))
+    runs = [made_run(study, {"episode/mean_return": [1.0]}), made_run(study, {"loss": [1.0]}, condition="none")]
+    with pytest.raises(RunError, match=r"mean_retrun.* is no measure .* nearest: episode/mean_return") as raised:
+        chosen_measures(study, runs)
+    assert "'loss'" not in str(raised.value)
+    assert chosen_measures(poles(), runs) == ("episode/mean_return",)  # without evaluations there is that
+    assert curves_among(["steps_per_s", "loss"], runs) == ["loss"]
+    assert curves_among(["steps_per_s"], runs) == ["episode/mean_return"]
 
 
 @pytest.mark.parametrize(
@@ -197,64 +206,70 @@ def test_intervals_are_students(values, low, high):
     assert interval(np.array(values, dtype=float)) == pytest.approx((low, high), abs=1e-5, nan_ok=True)
 
 
-def test_the_summary_has_a_row_per_condition_and_measure(capsys):
-    study = one_study(conditions={"one": {}, "two": {"enforce_norms": True}}, seeds=(0, 1, 2), title="Who relapses")
-    late = {0: [0.9, 0.9], 1: [0.9, 0.9], 2: [0.1, 0.1]}
-    runs = [made_run(study, [0.1] * 6 + late[seed], "one", seed) for seed in study.seeds]
-    strengths = {"norms__strength__A": [0, 0, 0, 3, 3, 3, 3, 3]}
-    runs += [made_run(study, [0.01 * (seed + 1)] * 8, "two", seed, **strengths) for seed in study.seeds]
-    rows = summarise(study, runs)
-    by_name = {(row["condition"], row["measure"]): row for row in rows}
-    assert len(by_name) == len(rows) == 5 + 7
-    share = by_name["two", "A share, punishment"]
-    # 0.02 ± 4.302653 · 0.01 / √3
-    assert [share[name] for name in ("mean", "min", "max", "seeds")] == pytest.approx([0.02, 0.01, 0.03, 3])
-    assert [share["ci95_low"], share["ci95_high"]] == pytest.approx([0.02 - 0.0248414, 0.02 + 0.0248414], abs=1e-6)
-    relapse = by_name["one", "turns to relapse"]
-    assert (relapse["min"], relapse["max"], relapse["seeds"]) == (30.0, math.inf, 3)
-    print_summary(study, rows)
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].strip() == "Who relapses"
-    assert max(map(len, lines)) <= 120
-    assert next(line.split() for line in lines if "turns to relapse" in line)[3:] == ["30", "to", "never", "never"]
-    assert "".join(next(line.split() for line in lines if "A share, punishment" in line)[3:]) == "0.10±0.000.02±0.02"
-    assert next(line.split() for line in lines if "norm strength" in line)[-4:] == ["–", "3.00", "±", "0.00"]
-    assert "mean of 3 seeds ± half of its 95% interval" in " ".join(" ".join(lines).split())
+@pytest.fixture
+def measured():
+    """Two environments, two conditions, three seeds; `none` has no return in the second environment."""
+    study = poles(seeds=(0, 1, 2), title="Who balances", measures=("evaluation/mean_return", "loss"))
+    returns = {(0, "lstm"): [101.0, 102.0, 103.0], (0, "none"): [21.0, 22.0, 23.0], (1, "lstm"): [0.25, 0.5, 0.75]}
+    runs = [
+        made_run(study, {"loss": range(500)}, condition, seed, POLES[number], seconds=2.0)
+        for number in (0, 1)
+        for condition in ("lstm", "none")
+        for seed in (0, 1, 2)
+    ]
+    for i, run in enumerate(runs):
+        of_group = returns.get((POLES.index(run.config.env), run.condition))
+        if of_group is not None:
+            runs[i] = run._replace(numbers=run.numbers | {"evaluation/mean_return": of_group[run.config.seed]})
+    return study, [measure_all(run, study.measures) for run in runs]
 
 
-def test_a_measure_that_some_seeds_lack_is_averaged_over_the_others():
-    study = one_study(seeds=(0, 1))
-    nothing = {"commons__taken__B": [0.0] * 8}
-    runs = [made_run(study, [0.25] * 8), made_run(study, [0.0] * 8, seed=1, **nothing)]
-    row = next(row for row in summarise(study, runs) if row["measure"] == "A share, no punishment")
-    assert (row["mean"], row["seeds"], math.isnan(row["ci95_low"])) == (0.25, 1, True)
+def test_the_summary_has_a_row_per_environment_condition_and_measure(measured):
+    rows = summarise(measured[1])
+    names = [(row["environment"], row["condition"], row["measure"]) for row in rows]
+    assert names == [
+        (env, condition, name)
+        for env in POLES
+        for condition in ("lstm", "none")
+        for name in ("evaluation/mean_return", "loss")
+        if (env, condition, name) != (POLES[1], "none", "evaluation/mean_return")
+    ]
+    # 0.5 ± 4.302653 · 0.25 / √3
+    row = rows[names.index((POLES[1], "lstm", "evaluation/mean_return"))]
+    assert list(row.values())[3:] == pytest.approx([0.5, 0.5 - 0.6210345, 0.5 + 0.6210345, 0.25, 0.75, 3], abs=1e-6)
 
 
-def test_results_are_tidy(tmp_path):
-    """The rollout of turns 41 to 50 begins in one phase and ends in the next: it counts to the one that it ends in."""
-    study = one_study(settings(phases=({"mode": "fixed", "num_turns": 45}, {"mode": "off"})))
-    write_results(
-        tmp_path / "results.csv",
-        study,
-        [made_run(study, [0.25] * 8), made_run(study, [0.5] * 8, guilt=[NAN, *[-1] * 7])],
-    )
-    with (tmp_path / "results.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == 16
-    assert rows[0] == {
-        "condition": "one",
-        "seed": "0",
-        "steps": "20",
-        "turn": "10",
-        "phase": "punishment",
-        "commons/share/A": "0.25",
-        "commons/taken/A": "0.25",
-        "commons/taken/B": "0.75",
-        "rollout/task_reward": "2.5",
-        "guilt": "",
+def test_tables_show_a_measure_each_and_every_seed(measured, capsys):
+    study, runs = measured
+    tables.print_tables(study, runs, summarise(runs), study.measures)
+    said = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["CartPole-v1", "102.0", "±", "2.5", "22.0", "±", "2.5"] in said
+    assert ["dualhead/CartPoleNoVel-v1", "0.500", "±", "0.621", "–"] in said
+    assert ["CartPole-v1", "lstm", "101.0", "102.0", "103.0"] in said
+    assert ["none", "21.0", "22.0", "23.0"] in said
+    assert ["dualhead/CartPoleNoVel-v1", "lstm", "0.250", "0.500", "0.750"] in said
+    assert ["none", "–", "–", "–"] in said
+
+
+def test_files_have_every_seed_and_curves_that_are_thinned(tmp_path, measured):
+    _, runs = measured
+    tables.write_csv(tmp_path / "runs.csv", *tables.every_seed(runs))
+    rows = cells(tmp_path / "runs.csv")
+    assert len(rows) == 12
+    assert rows[1] == {
+        "environment": "CartPole-v1",
+        "condition": "lstm",
+        "seed": "1",
+        "steps": "50000",
+        "seconds": "2.0",
+        "evaluation/mean_return": "102.0",
+        "loss": "474.5",  # of updates 450 to 499
     }
-    assert [row["phase"] for row in rows[:8]] == ["punishment"] * 4 + ["no punishment"] * 4
-    assert [row["guilt"] for row in rows[8:]] == [""] + ["-1.0"] * 7
+    tables.write_csv(tmp_path / "results.csv", *tables.results([run for run, _ in runs], ["loss"]))
+    rows = cells(tmp_path / "results.csv")
+    assert len(rows) == 12 * 167  # every third of 500, and the last one among them
+    assert rows[0] == {"environment": "CartPole-v1", "condition": "lstm", "seed": "0", "steps": "200", "loss": "1.0"}
+    assert [row["steps"] for row in rows[1:167]] == [str(steps) for steps in range(500, 50_001, 300)]
 
 
 # The file.
@@ -285,7 +300,7 @@ def test_a_condition_changes_what_it_names_and_no_more():
     [
         ("seeds = [0", "TOML|Unclosed"),
         ("[conditions.a]\n[conditions.a]", "twice|Cannot declare"),
-        ("seeds = [1, 1]\n[conditions.a]", "seeds: expected different numbers, got \\(1, 1\\)"),
+        ("seeds = [1, 1]\n[conditions.a]", "seeds: expected different ones, got \\(1, 1\\)"),
         ("seeds = []\n[conditions.a]", "seeds: "),
         ("seeds = [-1]\n[conditions.a]", "seeds.0: "),
         ("seeds = 3\n[conditions.a]", "seeds: "),
@@ -297,7 +312,14 @@ def test_a_condition_changes_what_it_names_and_no_more():
         ("harmful = 'Z'\n[conditions.a]", "harmful='Z' is none of condition 'a'"),
         ("[conditions.a]\n[conditions.b.ppo]\ngama = 1", "condition 'b': ppo: gama: Extra inputs"),
         ("[conditions.b]\ntotal_step = 5", "condition 'b': total_step: Extra inputs"),
-        ("[conditions.b]\nenv = 'CartPole-v1'", "condition 'b': a study's world is 'commons', got 'CartPole-v1'"),
+        ("[conditions.b]\nenv = 'CartPole-v1'", "condition 'b': env: .*`environments` lists several"),
+        ("environments = ['X']\n[base]\nenv = 'Y'\n[conditions.b]", "condition 'b' in 'X': env: "),
+        ("environments = []\n[conditions.b]", "environments: expected one id or several different ones"),
+        ("environments = ['X', 'X']\n[conditions.b]", "environments: .* different"),
+        ("[environments.X]\nseed = 3\n[conditions.b]", "condition 'b' in 'X': seed: .*`seeds` lists them"),
+        ("[environments.X]\npo = 3\n[conditions.b]", "condition 'b' in 'X': po: Extra inputs"),
+        ("measures = ['a', 'a']\n[conditions.b]", "measures: expected different ones"),
+        ("[base]\nenv = 'X'\n[conditions.b]\ntuned = true", "condition 'b': tuned: there are no tuned settings"),
         ("[base]\nseed = 4\n[conditions.b]", "condition 'b': seed: .*`seeds` lists them"),
         ("[conditions.b]\nrun_dir = 'x'", "condition 'b': run_dir: .*--out"),
         ("[base]\ntotal_steps = 10\n[conditions.b]", "condition 'b': total_steps=10 ends before the first update"),
@@ -313,7 +335,7 @@ def test_impossible_studies_name_the_place(tmp_path, text, message):
 
 def test_studies_that_cannot_be_read(tmp_path, capsys):
     with pytest.raises(
-        RunError, match=r"no study 'nowhere.toml': expected a TOML file, or one of hidden_level, level_flip"
+        RunError, match=r"no study 'nowhere.toml': expected a TOML file, or one of hidden_level, learning, level_flip"
     ):
         read_study("nowhere.toml")
     with pytest.raises(RunError, match="cannot read the study"):
@@ -340,8 +362,9 @@ def test_a_study_is_copied_to_be_changed(tmp_path, capsys):
 
 def test_the_studies_that_come_with_the_package():
     """They are possible, and what their comments say of numbers is so."""
-    assert study_names() == ["hidden_level", "level_flip", "norms", "norms_small"]
-    studies = {name: read_study(name) for name in study_names()}
+    of_the_commons = ["hidden_level", "level_flip", "norms", "norms_small"]
+    assert study_names() == sorted([*of_the_commons, "learning", "recall_cue"])
+    studies = {name: read_study(name) for name in of_the_commons}
     turns = {name: study.base["total_steps"] // (10 * study.base["num_envs"]) for name, study in studies.items()}
     assert turns == {"hidden_level": 8000, "level_flip": 4000, "norms": 1600, "norms_small": 1500}
     for name in ("norms", "norms_small"):
@@ -419,7 +442,8 @@ def test_a_study_from_one_command(tmp_path, capsys):
         assert f"{name} done in " in said
     assert "[4/4]" in said
     assert {item.name for item in out.iterdir()} == {
-        "plain", "norms", "study.json", "results.csv", "summary.csv", "overview.png", "details.png"
+        "plain", "norms", "study.json", "versions.json", "results.csv", "runs.csv", "summary.csv",
+        "overview.png", "details.png",
     }  # fmt: skip
     assert (out / "overview.png").read_bytes().startswith(b"\x89PNG")
     with (out / "results.csv").open() as file:
@@ -519,6 +543,89 @@ def test_a_failed_run_is_named_and_the_others_finish(tmp_path, capsys):
     captured = capsys.readouterr()
     assert "3 of 4 runs are finished already" in captured.out
     assert captured.out.count(" done in ") == 1
+
+
+POLES_FILE = """
+title = "Two poles"
+seeds = [0, 1]
+environments = ["CartPole-v1", "dualhead/CartPoleNoVel-v1"]
+measures = ["evaluation/mean_return", "episode/mean_return"]
+
+[base]
+total_steps = 200
+num_envs = 2
+eval_episodes = 2
+network = { hidden_size = 4, encoder_sizes = [4] }
+ppo = { rollout_length = 10, batch_size = 20, num_epochs = 1 }
+
+[conditions.lstm]
+
+[conditions.none]
+network = { memory = "none" }
+"""
+
+
+def test_a_study_of_two_environments_from_one_command(tmp_path, capsys):
+    """Eight runs; then one is lost and alone repeated; then measures are changed and no run is."""
+    path, out = tmp_path / "poles.toml", tmp_path / "out"
+    path.write_text(POLES_FILE)
+    command = ["study", str(path), "--out", str(out), "--jobs", "2"]
+    assert main(command) == 0
+    assert "dualhead/CartPoleNoVel-v1 none seed 1 done in" in capsys.readouterr().out
+    assert {item.name for item in out.iterdir()} == {
+        "CartPole-v1", "dualhead-CartPoleNoVel-v1", "study.json", "versions.json", "results.csv", "runs.csv",
+        "summary.csv", "curves.png", "final.png",
+    }  # fmt: skip
+    runs = cells(out / "runs.csv")
+    assert len(runs) == 8
+    for row in runs:
+        folder = out / safe_name(row["environment"]) / row["condition"] / f"seed{row['seed']}"
+        summary = json.loads((folder / "summary.json").read_text())
+        assert float(row["evaluation/mean_return"]) == summary["evaluation"]["mean_return"]
+        last = cells(folder / "metrics.csv")[-1]  # of ten updates
+        assert float(row["episode/mean_return"]) == float(last["episode/mean_return"])
+        assert row["steps"] == last["steps"] == "200"
+    for name in ("curves", "final"):
+        assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    (made_with,) = json.loads((out / "versions.json").read_text())["runs_were_made_with"]
+    assert made_with["torch"] == torch.__version__
+    assert made_with["command"] == f"dualhead study {path}"
+
+    first = {name: (out / name).read_bytes() for name in ("summary.csv", "results.csv")}
+    (out / "CartPole-v1" / "none" / "seed1" / "summary.json").unlink()  # as where a kill came before the end
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert "7 of 8 runs are finished already" in said
+    assert said.count(" done in ") == 1
+    assert {name: (out / name).read_bytes() for name in first} == first
+    assert len(json.loads((out / "versions.json").read_text())["runs_were_made_with"]) == 1
+
+    path.write_text(POLES_FILE.replace('"episode/mean_return"', '"episode/mean_lenght"'))
+    assert main(command) == 1
+    captured = capsys.readouterr()
+    assert "8 of 8 runs are finished already" in captured.out
+    assert "'episode/mean_lenght' is no measure of these runs; the nearest: episode/mean_length" in captured.err
+    assert "Traceback" not in captured.err
+    path.write_text(POLES_FILE.replace("num_epochs = 1", "num_epochs = 2"))
+    assert main(command) == 1
+    assert "holds a run of other settings (ppo)" in capsys.readouterr().err
+
+
+def test_a_misspelt_measure_is_seen_after_the_first_run(tmp_path, capsys):
+    path = tmp_path / "poles.toml"
+    path.write_text(POLES_FILE.replace("[0, 1]", "[0]").replace("episode/mean_return", "episode/mean_retrun"))
+    assert main(["study", str(path), "--out", str(tmp_path / "out"), "--jobs", "1"]) == 1
+    errors = capsys.readouterr().err
+    assert errors.count("warning: measures: 'episode/mean_retrun' is no measure") == 1
+    assert "error: measures: 'episode/mean_retrun' is no measure" in errors
+    assert not (tmp_path / "out" / "summary.csv").exists()
+
+
+def test_the_help_lists_the_studies(capsys):
+    with pytest.raises(SystemExit):
+        main(["study", "--help"])
+    said = capsys.readouterr().out
+    assert all(name in said for name in study_names())
 
 
 def endless(tmp_path):
@@ -669,77 +776,48 @@ def test_workers_have_one_thread_and_at_most_jobs_run_at_once(tmp_path):
 
 
 def test_rolling_means_leave_out_what_is_not_there():
-    means = study_figures.rolling_mean(np.array([1.0, 3.0, 5.0, NAN, 2.0, 4.0]), 2)
+    means = figures.rolling_mean(np.array([1.0, 3.0, 5.0, NAN, 2.0, 4.0]), 2)
     np.testing.assert_allclose(means, [NAN, 2.0, 4.0, NAN, NAN, 3.0])
-    np.testing.assert_allclose(study_figures.rolling_mean(np.array([1.0, 2.0]), 3), [NAN, NAN])
+    np.testing.assert_allclose(figures.rolling_mean(np.array([1.0, 2.0]), 3), [NAN, NAN])
 
 
-def drawn_lines(figure, number=0):
-    """Curves of one pair of axes: (colour, style) -> points; marks and guide lines have few."""
-    lines = [line for line in figure.axes[number].lines if len(line.get_xdata()) > 2]
-    return {(line.get_color(), line.get_linestyle()): np.stack(line.get_data(), 1) for line in lines}
+def test_curves_and_final_values_have_axes_for_each_environment(measured):
+    study, runs = measured
+    blue, red = figures.COLOURS[:2]
+    curves = figures._curves(study, runs, "loss")
+    assert [axes.get_title(loc="left") for axes in curves.axes] == list(POLES)
+    for axes in curves.axes:
+        assert [line.get_color() for line in axes.lines] == [blue, red]
+        # Means over two of 500 updates: the first is of losses 0 and 1, at 200 steps.
+        assert np.stack(axes.lines[0].get_data(), 1)[[0, -1]].tolist() == [[200, 0.5], [50_000, 498.5]]
+    final = figures._final(study, runs, "evaluation/mean_return")
+    assert [len(axes.collections) for axes in final.axes] == [2, 1]  # `none` has no return in the second
+    assert sorted(final.axes[1].collections[0].get_offsets()[:, 1]) == [0.25, 0.5, 0.75]
+    low, high = final.axes[1].lines[0].get_ydata()
+    assert (low, high) == pytest.approx((0.5 - 0.6210345, 0.5 + 0.6210345), abs=1e-6)
+    assert [text.get_text() for text in final.legends[0].texts] == ["lstm", "none"]
+    assert final._suptitle.get_text() == "Who balances: evaluation/mean_return"
 
 
-def test_the_overview_shows_means_phases_groups_and_the_closed_form():
-    norms = {"enforce_norms": True, "norms": {"intrinsic_scale": -10.0, "decay_rate": 0.99}}
-    conditions = {"plain": {}, "new": norms | {"turnover": {"first_turn": 40}}}
-    study = one_study(conditions=conditions, seeds=(0, 1), title="Who relapses")
-    after = {"newcomers__taken__A": [NAN] * 4 + [0.8] * 4, "newcomers__taken__B": [NAN] * 4 + [0.2] * 4}
-    after |= {"incumbents__taken__A": [0.1] * 8, "incumbents__taken__B": [0.9] * 8}
-    after |= {"norms__strength__A": [8.0] * 8}
-    runs = [made_run(study, [0.2 + 0.2 * seed] * 8, "plain", seed) for seed in (0, 1)]
-    runs += [made_run(study, [0.5] * 8, "new", seed, **after) for seed in (0, 1)]
-    figure = study_figures._overview(study, runs)
-    blue, red = study_figures.COLOURS[:2]
-    lines = drawn_lines(figure)
-    assert lines.keys() == {(blue, "-"), (red, "-"), (red, ":"), (red, "--")}
-    np.testing.assert_allclose(lines[blue, "-"], [[turn, 0.3] for turn in range(10, 81, 10)])
-    np.testing.assert_allclose(lines[red, ":"], [[turn, 0.8] for turn in (50, 60, 70, 80)])
-    np.testing.assert_allclose(lines[red, "--"], [[turn, 0.1] for turn in (50, 60, 70, 80)])
-    marks = [line.get_xdata()[0] for line in figure.axes[0].lines if line.get_marker() == "v"]
-    assert marks == pytest.approx([68.62], abs=0.01)  # as by hand above
-    assert [text.get_text() for text in figure.axes[0].texts] == ["punishment at level 9", "no punishment"]
-    shaded = figure.axes[0].patches
-    assert [(patch.get_x(), patch.get_width()) for patch in shaded] == [(0, 40)]
-    assert [text.get_text() for text in figure.legends[0].texts][:2] == ["plain", "new"]
-    assert "closed form" in figure.legends[0].texts[-1].get_text()
-    assert figure._suptitle.get_text() == "Who relapses: how often A is taken"
+def test_bands_are_from_the_lowest_to_the_highest_seed_on_a_conditions_own_steps():
+    """Conditions may have other rollouts, and seeds whose first episode ends later."""
+    study = poles(environments=POLES[:1])
+    runs = [made_run(study, {"r": [NAN, 2.0, 4.0]}), made_run(study, {"r": [1.0, 4.0, 8.0]}, seed=1)]
+    runs += [made_run(study, {"r": [5.0] * 9}, "none", seed) for seed in (0, 1)]
+    (axes,) = figures._curves(study, [Measured(run, {}) for run in runs], "r").axes
+    assert np.stack(axes.lines[0].get_data(), 1).tolist() == [[200, 3.0], [300, 6.0]]
+    assert len(axes.lines[1].get_xdata()) == 9
+    edges = {tuple(point) for point in axes.collections[0].get_paths()[0].vertices.tolist()}
+    assert edges == {(200, 2.0), (200, 4.0), (300, 4.0), (300, 8.0)}
 
 
-def test_details_leave_out_what_has_nothing_to_show():
-    """A fixed level, and votes that do nothing; no guilt without norms."""
-    study = one_study()
-    votes = {"commons__votes__up": [0.1, 0.2] * 4, "commons__votes__down": [0.3] * 8, "commons__level": [1.0] * 8}
-    runs = [made_run(study, [0.1, 0.2] * 4, **votes)]
-    titles = [axes.get_title(loc="left") for axes in study_figures._details(study, runs).axes]
-    assert titles == ["share of A among what is taken", "task reward per agent and turn"]
-    voted = one_study(settings(phases=({"mode": "voted"},)))
-    figure = study_figures._details(voted, [made_run(voted, [0.1, 0.2] * 4, **votes)])
-    assert "votes up less votes down, per agent and turn" in [axes.get_title(loc="left") for axes in figure.axes]
-    np.testing.assert_allclose(next(iter(drawn_lines(figure, 1).values()))[:2], [[10, -0.2], [20, -0.1]])
-
-
-def test_a_study_in_which_nothing_happens_is_drawn(tmp_path):
-    study = one_study(settings(phases=({"mode": "fixed"},)))
-    run = made_run(study, [0.0] * 8, commons__taken__B=[0.0] * 8)
-    for path in study_figures.draw_figures(study, [run], tmp_path):
-        assert path.read_bytes().startswith(b"\x89PNG")
-
-
-def test_repeated_phases_are_smoothed_over_whole_rounds():
-    """Rounds of 15 turns in rollouts of 10 come out even after 30 turns: means over three updates are constant."""
-    phases = [{"mode": "fixed", "level": 0, "num_turns": 5}, {"mode": "fixed", "level": 9, "num_turns": 10}]
-    study = one_study(settings(phases=phases, repeat_phases=True) | {"total_steps": 600}, seeds=(0, 1))
-    rewards = np.tile([1.0, 2.0, 6.0], 10)
-    runs = [made_run(study, [0.5] * 30, seed=seed, rollout__task_reward=rewards + seed) for seed in (0, 1)]
-    figure = study_figures._overview(study, runs)
-    points = next(iter(drawn_lines(figure).values()))
-    np.testing.assert_allclose(points, [[turn, 3.5] for turn in range(30, 301, 10)])
-    assert "rolling means over 30 turns" in figure.legends[0].get_title().get_text()
-    assert figure._suptitle.get_text() == "what is earned"
-    seeds = figure.axes[1].collections[0].get_offsets()
-    np.testing.assert_allclose(np.sort(seeds[:, 1]), [3.0, 4.0])
-    assert not figure.axes[0].patches
+def test_an_environment_without_values_says_so(measured, tmp_path):
+    study, runs = measured
+    (tmp_path / "figures").mkdir()
+    paths = figures.draw_figures(study, runs, ["nothing"], tmp_path / "figures")
+    assert [path.name for path in paths] == ["curves.png", "final.png"]
+    figure = figures._final(study, runs, "nothing")
+    assert [[text.get_text() for text in axes.texts] for axes in figure.axes] == [["no values"]] * 2
 
 
 def test_the_window_of_a_terminal_shows_how_far_runs_are(tmp_path):

@@ -22,10 +22,10 @@ from dualhead.running.checkpoint import RunError
 from dualhead.running.evaluation import EVALUATION_SEED, evaluate_run
 from dualhead.running.export import export_policy
 from dualhead.running.report import write_report
-from dualhead.running.study import copy_study, run_study
 from dualhead.running.trainer import resume, train
 from dualhead.running.video import record_video
 from dualhead.storage import CheckpointError
+from dualhead.studies.study import copy_study, run_study, study_names
 from dualhead.worlds.streams import UnavailableEnvironment, environment_ids
 
 
@@ -69,10 +69,14 @@ class Export:
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """Run a study: conditions x seeds, a table with intervals, figures. Finished runs are not repeated."""
+    """Run a study: conditions x environments x seeds, tables with intervals, figures.
 
-    study: tyro.conf.Positional[str]
-    """A TOML file, or one that comes with dualhead: norms, norms_small, level_flip, hidden_level."""
+    Finished runs are not repeated."""
+
+    study: Annotated[
+        tyro.conf.Positional[str],
+        tyro.conf.arg(help=f"A TOML file, or one that comes with dualhead: {', '.join(study_names())}."),
+    ]
     out: str | None = None
     """Its directory; default runs/study-NAME."""
     jobs: int | None = None

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from tyro.conf import Positional, arg
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -426,47 +426,92 @@ class RunConfig(Config):
 
 
 class StudyConfig(Config):
-    """A study: runs of several conditions, each with the same seeds. Read from a TOML file; see `running/study.py`."""
+    """A study: conditions x environments x seeds, read from a TOML file. docs/studies.md says how to write one."""
 
-    title: str = Field("", description="A sentence over the table and the figures.")
+    title: str = Field("", description="A sentence over the tables and the figures.")
     seeds: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] = Field(
-        (0, 1, 2), description="Every condition is run with each of them."
+        (0, 1, 2), description="Every condition is run with each of them in every environment."
     )
-    harmful: str = Field("A", description="The resource whose share among those taken is the study's subject.")
+    environments: dict[str, dict[str, Any]] = Field(
+        default_factory=dict,
+        description="Ids of several environments: a list, or a table of those with settings of their own. Without it "
+        "the study has one, `env` in `base`.",
+    )
+    measures: tuple[str, ...] = Field(
+        (),
+        description="Columns of metrics.csv and numbers of summary.json (`evaluation/...`: the final evaluation) to "
+        "compare. Without it: returns and speed, and in the commons what only the commons has.",
+    )
+    harmful: str = Field("A", description="Commons: the resource whose share among those taken is the study's subject.")
     base: dict[str, Any] = Field(default_factory=dict, description="Settings of every run, nested as RunConfig is.")
     conditions: Annotated[dict[str, dict[str, Any]], Field(min_length=1)] = Field(
-        description="Name of each condition and the settings that make it, over those of `base`."
+        description="Name of each condition and the settings that make it, over those of the environment and of `base`."
     )
 
-    def run(self, condition: str, seed: int, run_dir: str) -> RunConfig:
-        """Settings of one run.
+    @property
+    def worlds(self) -> dict[str, dict[str, Any]]:
+        """The environments by id, with their own settings."""
+        return self.environments or {self.base.get("env", COMMONS): {}}
+
+    @property
+    def is_of_the_commons(self) -> bool:
+        """Whether the subject is what only the commons has: the harmful resource, phases, relapse."""
+        return list(self.worlds) == [COMMONS] and not self.measures
+
+    def run(self, condition: str, seed: int, run_dir: str, *, env: str | None = None) -> RunConfig:
+        """Settings of one run: our defaults < tuned (where `tuned = true`) < base < environment < condition.
+
+        Args:
+            condition, seed, run_dir: which run, and where it goes.
+            env: one of the study's environments; None: its only one.
 
         Raises:
-            ValueError: they are not possible; the message names the condition.
+            ValueError: they are not possible; the message names condition and environment.
         """
+        worlds = self.worlds
+        if env is None:
+            (env,) = worlds
         try:
-            # Runs of a study stand side by side: more threads each would fight for the cores.
-            defaults = {"env": COMMONS, "eval_episodes": 0, "num_threads": 1}
-            settings = _merged(_merged(defaults, self.base), self.conditions[condition])
+            settings = _merged(_merged(self.base, worlds[env]), self.conditions[condition])
             for name, instead in (("seed", "`seeds` lists them"), ("run_dir", "--out says where the study goes")):
                 if name in settings:
-                    raise ValueError(f"{name}: not to be set for a condition or in base; {instead}")
-            return RunConfig(**settings | {"seed": seed, "run_dir": run_dir})
+                    raise ValueError(f"{name}: not to be set in a study's settings; {instead}")
+            if settings.pop("env", env) != env:
+                raise ValueError("env: expected in [base] alone; `environments` lists several")
+            # Runs of a study stand side by side: more threads each would fight for the cores.
+            defaults: dict[str, Any] = {"num_threads": 1} | ({"eval_episodes": 0} if self.is_of_the_commons else {})
+            if settings.pop("tuned", False):
+                if not tuned_settings(env):
+                    raise ValueError("tuned: there are no tuned settings for this environment; leave `tuned` out")
+                defaults |= tuned_settings(env)
+            return RunConfig(**_merged(defaults, settings) | {"env": env, "seed": seed, "run_dir": run_dir})
         except ValueError as error:
-            raise ValueError(f"condition {condition!r}: {error}") from None
+            place = f" in {env!r}" if self.environments else ""
+            raise ValueError(f"condition {condition!r}{place}: {error}") from None
+
+    @field_validator("environments", mode="before")
+    @classmethod
+    def _environments_by_name(cls, given: Any) -> Any:
+        """A list of ids stands for a table of them without settings."""
+        if not isinstance(given, list | tuple) or not all(isinstance(name, str) for name in given):
+            return given
+        if not given or len(set(given)) < len(given):
+            raise ValueError("expected one id or several different ones")
+        return {name: {} for name in given}
 
     @model_validator(mode="after")
     def _runs_are_possible(self) -> StudyConfig:
-        if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds: expected different numbers, got {self.seeds}")
+        for name, values in (("seeds", self.seeds), ("measures", self.measures)):
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name}: expected different ones, got {values}")
         for name in self.conditions:
             if not name or not set(name) <= set(_NAME_CHARACTERS):
                 raise ValueError(f"conditions: expected names of letters, digits, '-' and '_', got {name!r}")
-            config = self.run(name, 0, "")
-            if config.env != COMMONS:
-                raise ValueError(f"condition {name!r}: a study's world is {COMMONS!r}, got {config.env!r}")
-            if self.harmful not in config.commons.resources:
-                raise ValueError(f"harmful={self.harmful!r} is none of condition {name!r}'s {config.commons.resources}")
+            configs = [self.run(name, 0, "", env=env) for env in self.worlds]
+            if self.is_of_the_commons and self.harmful not in configs[0].commons.resources:
+                raise ValueError(
+                    f"harmful={self.harmful!r} is none of condition {name!r}'s {configs[0].commons.resources}"
+                )
         return self
 
 

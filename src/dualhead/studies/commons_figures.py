@@ -1,4 +1,4 @@
-"""Figures of a study, drawn with matplotlib."""
+"""The figures of a study of the commons."""
 
 from __future__ import annotations
 
@@ -10,36 +10,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dualhead.config import StudyConfig
-from dualhead.running.checkpoint import RunError
-from dualhead.running.study_measures import (
+from dualhead.studies.commons_measures import (
     GROUPS,
     RELAPSE_SHARE,
-    Run,
     Span,
     closed_form_turn,
-    interval,
-    mean_of_known,
     phases_repeat,
     second_half,
+    share,
     spans,
 )
+from dualhead.studies.figures import NUM_MEANS, Figure, Line2D, band, colours, dots, legend, rolling_mean, save
+from dualhead.studies.measures import FloatArray, Run, mean_of_known
 
-try:
-    from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
-except ModuleNotFoundError as error:
-    raise RunError(
-        f"tables are written; the figures need the package {error.name}: pip install 'dualhead[plot]', then repeat the "
-        f"command (finished runs are not repeated)"
-    ) from error
-
-FloatArray = NDArray[np.float64]
-
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#999999")
-"""Okabe and Ito's palette, which colour-blind people can tell apart."""
 STYLES: dict[str, Any] = {"newcomers": ":", "incumbents": "--"}
-NUM_MEANS = 100
-"""A line of more than twice as many updates is drawn through means over stretches of it."""
 
 
 class _Panel(NamedTuple):
@@ -58,15 +42,7 @@ class _Panel(NamedTuple):
 
 def draw_figures(study: StudyConfig, runs: list[Run], folder: Path) -> list[Path]:
     """Draws `overview.png`, the study's question, and `details.png`, what lies behind it; their paths."""
-    paths = []
-    for name, draw in (("overview", _overview), ("details", _details)):
-        path = folder / f"{name}.png"
-        try:
-            draw(study, runs).savefig(path, dpi=150)
-        except OSError as error:
-            raise RunError(f"cannot write {path}: {error.strerror or error}") from error
-        paths.append(path)
-    return paths
+    return save({"overview": _overview(study, runs), "details": _details(study, runs)}, folder)
 
 
 def _overview(study: StudyConfig, runs: list[Run]) -> Figure:
@@ -75,8 +51,8 @@ def _overview(study: StudyConfig, runs: list[Run]) -> Figure:
     Where there is one phase, or where they repeat, the late means of single seeds say more than curves and stand
     beside them.
     """
-    share, reward = _panels(study)[0], _panels(study)[-1]
-    panel = reward if phases_repeat(runs) else share
+    taken, reward = _panels(study)[0], _panels(study)[-1]
+    panel = reward if phases_repeat(runs) else taken
     beside = phases_repeat(runs) or len(spans(runs[0].config)) == 1
     figure = Figure(figsize=(10, 4.8) if beside else (9, 5), layout="constrained")
     grid = figure.subplots(1, 2 if beside else 1, squeeze=False, sharey=True, width_ratios=[3, 2] if beside else None)
@@ -84,13 +60,13 @@ def _overview(study: StudyConfig, runs: list[Run]) -> Figure:
     _draw(axes, study, runs, panel)
     _name_phases(axes, runs)
     entries = _entries(study, runs)
-    if panel is share:
+    if panel is taken:
         axes.axhline(RELAPSE_SHARE, color="#888888", linewidth=0.6, zorder=0)
         entries += _mark_closed_form(axes, study, runs)
     axes.set(xlabel="turn", ylabel=panel.title)
     if beside:
         _dots(grid[0, 1], study, runs, panel)
-    subject = f"how often {study.harmful} is taken" if panel is share else "what is earned"
+    subject = f"how often {study.harmful} is taken" if panel is taken else "what is earned"
     figure.suptitle(f"{study.title}: {subject}".removeprefix(": "), fontsize=13)
     _finish(figure, study, runs, entries, smoothed=_window(runs) > 1)
     return figure
@@ -126,8 +102,8 @@ def _panels(study: StudyConfig) -> list[_Panel]:
     return [
         _Panel(
             f"share of {harmful} among what is taken",
-            lambda run: run.share(harmful),
-            lambda run, group: run.share(harmful, group),
+            lambda run: share(run, harmful),
+            lambda run, group: share(run, harmful, group),
             (-0.03, 1.03),
         ),
         _Panel("punishment level p", lambda run: run.column("commons/level"), None, (-0.03, 1.03)),
@@ -155,7 +131,7 @@ def _draw(axes: Any, study: StudyConfig, runs: list[Run], panel: _Panel) -> None
     for span in _common_spans(runs):
         if span.punishes:
             axes.axvspan(span.begin, span.end, color="#888888", alpha=0.13, linewidth=0)
-    for colour, of_condition in zip(_colours(study), _by_condition(study, runs)):
+    for colour, of_condition in zip(colours(study), _by_condition(study, runs)):
         _line(axes, of_condition, [panel.values(run) for run in of_condition], color=colour)
         if panel.groups is not None and _has_newcomers(of_condition):
             for group in GROUPS:
@@ -167,25 +143,7 @@ def _draw(axes: Any, study: StudyConfig, runs: list[Run], panel: _Panel) -> None
 
 
 def _line(axes: Any, runs: list[Run], lines: list[FloatArray], **style: Any) -> None:
-    length = min(map(len, lines))
-    values = np.stack([rolling_mean(line[:length], _window(runs)) for line in lines])
-    turns = runs[0].turns[:length]
-    known = np.flatnonzero(~np.isnan(values).any(axis=0))
-    if not len(known):
-        return
-    turns, values = turns[known], values[:, known]
-    axes.plot(turns, values.mean(0), **style)
-    axes.fill_between(turns, values.min(0), values.max(0), color=style["color"], alpha=0.15, linewidth=0)
-
-
-def rolling_mean(values: FloatArray, window: int) -> FloatArray:
-    """[U] mean of each value and the `window - 1` before it; NaN where there are not that many or one is missing."""
-    if window <= 1:
-        return values
-    means = np.full(len(values), np.nan)
-    if len(values) >= window:
-        means[window - 1 :] = np.lib.stride_tricks.sliding_window_view(values, window).mean(1)
-    return means
+    band(axes, runs[0].turns, [rolling_mean(line, _window(runs)) for line in lines], **style)
 
 
 def _window(runs: list[Run]) -> int:
@@ -201,13 +159,9 @@ def _window(runs: list[Run]) -> int:
 
 def _dots(axes: Any, study: StudyConfig, runs: list[Run], panel: _Panel) -> None:
     """A dot per seed, of the second half of the run, beside the mean and its 95% interval."""
-    for number, (colour, of_condition) in enumerate(zip(_colours(study), _by_condition(study, runs))):
+    for number, (colour, of_condition) in enumerate(zip(colours(study), _by_condition(study, runs))):
         values = np.array([mean_of_known(panel.values(run)[second_half(run)]) for run in of_condition])
-        axes.scatter(np.full(len(values), number - 0.12), values, s=18, color=colour, alpha=0.5, linewidths=0)
-        low, high = interval(values)
-        if not np.isnan(low):
-            axes.plot([number + 0.12] * 2, [low, high], color=colour, linewidth=2)
-        axes.plot(number + 0.12, values.mean(), "o", color=colour, markersize=7)
+        dots(axes, number, values, color=colour)
     names = list(study.conditions)
     axes.set_xticks(range(len(names)), names, rotation=30 if sum(map(len, names)) > 40 else 0)
     axes.set_xlim(-0.6, len(names) - 0.4)
@@ -237,7 +191,7 @@ def _name_phases(axes: Any, runs: list[Run]) -> None:
 def _mark_closed_form(axes: Any, study: StudyConfig, runs: list[Run]) -> list[Any]:
     """A mark for each condition where guilt ceases to outweigh the gain, by the closed form; its legend entry."""
     found = False
-    for colour, of_condition in zip(_colours(study), _by_condition(study, runs)):
+    for colour, of_condition in zip(colours(study), _by_condition(study, runs)):
         turns = [turn for turn in (closed_form_turn(study, run) for run in of_condition) if turn is not None]
         if len(turns) == len(of_condition) and max(turns) <= axes.get_xlim()[1]:
             turn = float(np.mean(turns))
@@ -250,7 +204,7 @@ def _mark_closed_form(axes: Any, study: StudyConfig, runs: list[Run]) -> list[An
 
 def _entries(study: StudyConfig, runs: list[Run]) -> list[Any]:
     """Legend: a colour per condition, a style per group."""
-    entries = [Line2D([], [], color=colour, label=name) for colour, name in zip(_colours(study), study.conditions)]
+    entries = [Line2D([], [], color=colour, label=name) for colour, name in zip(colours(study), study.conditions)]
     if _has_newcomers(runs):
         entries += [Line2D([], [], color="#444444", linestyle=STYLES[group], label=f"{group} only") for group in GROUPS]
     return entries
@@ -264,17 +218,7 @@ def _finish(figure: Figure, study: StudyConfig, runs: list[Run], entries: list[A
         note += f", rolling means over {_window(runs) * config.ppo.rollout_length} turns"
     if len(_common_spans(runs)) > 1 and any(span.punishes for span in _common_spans(runs)):
         note += "; grey: with punishment"
-    figure.legend(
-        handles=entries,
-        title=note,
-        title_fontsize=9,
-        loc="outside lower center",
-        ncols=len(entries) if len(entries) <= 5 and sum(len(entry.get_label()) for entry in entries) < 90 else 3,
-        frameon=False,
-        fontsize=9,
-    )
-    for axes in figure.axes:
-        axes.spines[["top", "right"]].set_visible(False)
+    legend(figure, entries, title=note)
 
 
 def _common_spans(runs: list[Run]) -> list[Span]:
@@ -292,10 +236,6 @@ def _newcomers_are_there(run: Run) -> NDArray[np.bool_]:
     """[U]"""
     kind = run.config.commons.resources[0]
     return ~np.isnan(run.column(f"newcomers/taken/{kind}"))
-
-
-def _colours(study: StudyConfig) -> list[str]:
-    return [COLOURS[i % len(COLOURS)] for i in range(len(study.conditions))]
 
 
 def _by_condition(study: StudyConfig, runs: list[Run]) -> list[list[Run]]:

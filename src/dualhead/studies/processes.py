@@ -114,7 +114,7 @@ def _outcome(worker: _Worker, config: RunConfig) -> str | None:
     except EOFError:
         code = worker.process.exitcode
         how = f"killed by signal {-code}" if code < 0 else f"exit status {code}"
-        return f"its process ended without a word ({how}); what it said before is in {config.run_dir}/{OUTPUT}"
+        return f"its process died without reporting an error ({how}); its output is in {config.run_dir}/{OUTPUT}"
     finally:
         worker.answer.close()
 

@@ -1,24 +1,22 @@
-"""The numbers of a study: shares, rewards and relapses of single runs, and their means and intervals over seeds."""
+"""What only a study of the commons measures: shares, rewards and relapses by phase."""
 
 from __future__ import annotations
 
-import csv
 import itertools
 import math
-from pathlib import Path
+from collections import Counter
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
 from dualhead.config import RunConfig, StudyConfig
 from dualhead.norms import guilt_outweighs_until, steps_until
-from dualhead.running.checkpoint import RunError
+from dualhead.studies.measures import FloatArray, Run, mean_of_known
+from dualhead.studies.tables import print_table, say, seeds_in_words, with_interval
 
 RELAPSE_SHARE = 0.5
 """A relapse is the first time that more than this share of what is taken is the harmful resource."""
-
 
 GROUPS = ("newcomers", "incumbents")
 
@@ -33,49 +31,12 @@ class Span(NamedTuple):
     punishes: bool
 
 
-class Run(NamedTuple):
-    """One finished run.
-
-    Fields:
-        turns: [U], at the end of each update's rollout.
-        columns: metric name -> [U]; NaN where a row lacks it.
-    """
-
-    condition: str
-    seed: int
-    config: RunConfig
-    turns: NDArray[np.int64]
-    columns: dict[str, NDArray[np.float64]]
-
-    def share(self, harmful: str, prefix: str = "commons") -> NDArray[np.float64]:
-        """[U] share of the harmful resource among all that were taken; NaN where nothing was (or nobody was there)."""
-        taken = np.stack([self.column(f"{prefix}/taken/{kind}") for kind in self.config.commons.resources])
-        ours = self.column(f"{prefix}/taken/{harmful}")
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return ours / taken.sum(0)
-
-    def column(self, name: str) -> NDArray[np.float64]:
-        """[U] of one metric; NaN where it was not logged."""
-        return self.columns.get(name, np.full(len(self.turns), np.nan))
-
-
-def read_run(condition: str, seed: int, config: RunConfig) -> Run:
-    """What a finished run logged.
-
-    Raises:
-        RunError: its `metrics.csv` cannot be read.
-    """
-    assert config.run_dir is not None
-    path = Path(config.run_dir) / "metrics.csv"
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-        steps = np.array([int(row["steps"]) for row in rows])
-        names = [name for name in rows[0] if name != "steps"]
-        columns = {name: np.array([float(row[name] or "nan") for row in rows]) for name in names}
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise RunError(f"cannot read {path}: {error}; remove its run, and the same command repeats it") from error
-    return Run(condition, seed, config, steps // config.num_streams, columns)
+def share(run: Run, harmful: str, prefix: str = "commons") -> FloatArray:
+    """[U] share of the harmful resource among all that were taken; NaN where nothing was (or nobody was there)."""
+    taken = np.stack([run.column(f"{prefix}/taken/{kind}") for kind in run.config.commons.resources])
+    ours = run.column(f"{prefix}/taken/{harmful}")
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return ours / taken.sum(0)
 
 
 def spans(config: RunConfig) -> list[Span]:
@@ -108,8 +69,8 @@ def measures(study: StudyConfig, run: Run) -> dict[str, float]:
     for span in phases:
         late = second_half(run, span)
         in_phase = f", {span.name}" if len(phases) > 1 else ""
-        of_groups = {group: run.share(study.harmful, group)[late] for group in GROUPS}
-        found[f"{study.harmful} share{in_phase}"] = mean_of_known(run.share(study.harmful)[late])
+        of_groups = {group: share(run, study.harmful, group)[late] for group in GROUPS}
+        found[f"{study.harmful} share{in_phase}"] = mean_of_known(share(run, study.harmful)[late])
         if not np.isnan(of_groups["newcomers"]).all():
             found |= {
                 f"{study.harmful} share of {group}{in_phase}": mean_of_known(of_groups[group]) for group in GROUPS
@@ -141,13 +102,13 @@ def _relapse(study: StudyConfig, run: Run) -> dict[str, float]:
     if stop is None or not after.any():
         return {}
     found = {}
-    groups = {"": run.share(study.harmful)} | {f", {group}": run.share(study.harmful, group) for group in GROUPS}
+    groups = {"": share(run, study.harmful)} | {f", {group}": share(run, study.harmful, group) for group in GROUPS}
     if np.isnan(groups[", newcomers"][after]).all():
         groups = {"": groups[""]}
-    for group, share in groups.items():
-        if np.isnan(share[after]).all():
+    for group, shares in groups.items():
+        if np.isnan(shares[after]).all():
             continue
-        relapsed = run.turns[after & (share > RELAPSE_SHARE)]
+        relapsed = run.turns[after & (shares > RELAPSE_SHARE)]
         found[f"turns to relapse{group}"] = float(relapsed[0] - stop) if len(relapsed) else np.inf
     strength = strength_at(study, run, stop)
     if strength is not None:
@@ -190,34 +151,46 @@ def closed_form(study: StudyConfig, config: RunConfig, strength: float) -> float
     return 0.0 if math.isinf(outweighs) else steps_until(strength, outweighs, decay_rate=config.norms.decay_rate)
 
 
-def summarise(study: StudyConfig, runs: list[Run]) -> list[dict[str, Any]]:
-    """A row per condition and measure: mean and 95% t-interval over the seeds that have it, smallest and largest."""
-    rows = []
-    for condition in study.conditions:
-        of_condition = [measures(study, run) for run in runs if run.condition == condition]
-        for name in dict.fromkeys(name for found in of_condition for name in found):
-            values = np.array([found[name] for found in of_condition if name in found])
-            low, high = interval(values)
-            row = {
-                "condition": condition,
-                "measure": name,
-                "mean": mean_of_known(values),
-                "ci95_low": low,
-                "ci95_high": high,
-            }
-            rows.append(row | {"min": float(values.min()), "max": float(values.max()), "seeds": len(values)})
-    return rows
+def results(study: StudyConfig, runs: list[Run]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Every update of every run, as rows of a tidy table; and the table's columns."""
+    rows: list[dict[str, Any]] = []
+    names: dict[str, None] = {}
+    for run in runs:
+        shares = {
+            f"{prefix}/share/{study.harmful}": share(run, study.harmful, prefix) for prefix in ("commons", *GROUPS)
+        }
+        columns = {name: column for name, column in (shares | run.columns).items() if not np.isnan(column).all()}
+        names |= dict.fromkeys(columns)
+        phases = spans(run.config)
+        for i, turn in enumerate(run.turns.tolist()):
+            # Of a rollout in which the phase changes: the one that it ends in.
+            phase = next((span.name for span in phases if span.begin < turn <= span.end), "")
+            row: dict[str, Any] = {"condition": run.condition, "seed": run.config.seed}
+            row |= {"steps": turn * run.config.num_streams, "turn": turn, "phase": phase}
+            rows.append(row | {name: column[i] for name, column in columns.items() if not np.isnan(column[i])})
+    return rows, ["condition", "seed", "steps", "turn", "phase", *names]
 
 
-def interval(values: NDArray[np.float64]) -> tuple[float, float]:
-    """95% interval of a mean by Student's t; NaN for one value, or where one is not finite."""
-    if len(values) < 2 or not np.isfinite(values).all():
-        return np.nan, np.nan
-    mean = float(values.mean())
-    half = float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values)))
-    return mean - half, mean + half
+def print_summary(study: StudyConfig, rows: list[dict[str, Any]]) -> None:
+    """The summary as a table: measures down, conditions across."""
+    text = (
+        f"Shares (of all that is taken) and rewards (per agent and turn): second half of a phase; "
+        f"{seeds_in_words(study)}."
+    )
+    if any(row["measure"].startswith("turns to relapse") for row in rows):
+        text += (
+            f" Relapse: turns without punishment until more than half of what is taken is {study.harmful}."
+            f" Closed form: turns for which guilt outweighs what {study.harmful} gains; then relapse must be learned."
+        )
+    counts = Counter(row["condition"] for row in rows)  # the fullest condition has the order of all
+    names = dict.fromkeys(row["measure"] for row in sorted(rows, key=lambda row: -counts[row["condition"]]))
+    cells = {(row["measure"], row["condition"]): _cell(row) for row in rows}
+    print_table(names, study.conditions, cells, title=study.title)
+    say(text)
 
 
-def mean_of_known(values: NDArray[np.float64]) -> float:
-    """Mean of what is there; NaN where nothing is."""
-    return float(np.nanmean(values)) if not np.isnan(values).all() else float("nan")
+def _cell(row: dict[str, Any]) -> str:
+    """A mean and half of its interval; turns are whole, and what no seed saw is `never`."""
+    if np.isinf(row["max"]):
+        return "never" if np.isinf(row["min"]) else f"{row['min']:.0f} to never"
+    return with_interval(row, digits=0 if row["measure"].startswith("turns") else 2)

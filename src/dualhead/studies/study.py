@@ -1,0 +1,281 @@
+"""Studies: conditions x environments x seeds from one file, trained side by side; tables with intervals, figures.
+
+STUDY/                           --out, default runs/study-NAME
+  study.json                     what was asked for
+  versions.json                  the versions that runs were made with, and the command
+  [ENVIRONMENT/]CONDITION/seedN/ a run like any other; ENVIRONMENT where the study lists `environments`
+  runs.csv                       a row per run: every seed's measures
+  summary.csv                    a row per environment, condition and measure: mean, 95% interval, range, seeds
+  results.csv                    the curves of every run
+  curves.png, final.png          commons: overview.png, details.png
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import platform
+import shlex
+import sys
+import warnings
+from contextlib import closing, suppress
+from importlib import resources
+from pathlib import Path
+from typing import NamedTuple
+
+from dualhead.config import RunConfig, StudyConfig
+from dualhead.running.checkpoint import RunError, read_config, read_json, write_json
+from dualhead.running.machine import num_cores
+from dualhead.studies import commons_measures, tables
+from dualhead.studies.measures import (
+    Measured,
+    chosen_measures,
+    curves_among,
+    measure_all,
+    read_run,
+    summarise,
+    unknown_measures,
+)
+from dualhead.studies.processes import run_in_processes
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+PACKAGES = ("dualhead", "torch", "numpy", "gymnasium", "popgym", "minigrid")
+"""Whose versions a study writes down, where they are installed."""
+
+
+class Planned(NamedTuple):
+    """A run of a study: its condition and its settings."""
+
+    condition: str
+    config: RunConfig
+
+
+def study_names() -> list[str]:
+    """Studies that come with the package."""
+    folder = resources.files("dualhead.studies")
+    return sorted(file.name.removesuffix(".toml") for file in folder.iterdir() if file.name.endswith(".toml"))
+
+
+def study_text(name: str) -> str:
+    """The file of a study: a path, or the name of one that comes with the package.
+
+    Raises:
+        RunError: there is none.
+    """
+    try:
+        if name in study_names():
+            return (resources.files("dualhead.studies") / f"{name}.toml").read_text(encoding="utf-8")
+        return Path(name).read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise RunError(
+            f"no study {name!r}: expected a TOML file, or one of {', '.join(study_names())}; "
+            f"`dualhead study norms --copy my.toml` writes one to change"
+        ) from error
+    except OSError as error:
+        raise RunError(f"cannot read the study {name}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise RunError(f"{name} is no TOML file: {error}") from error
+
+
+def copy_study(name: str, path: str) -> None:
+    """Writes a study's file to a new place.
+
+    Raises:
+        RunError: no such study, or something is there already, or it cannot be written.
+    """
+    text = study_text(name)
+    try:
+        with open(path, "x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError as error:
+        raise RunError(f"{path} is there already: choose another name") from error
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def read_study(name: str) -> StudyConfig:
+    """A study by path or name.
+
+    Raises:
+        RunError: it cannot be read, or asks for what is not possible.
+    """
+    text = study_text(name)
+    try:
+        return StudyConfig(**tomllib.loads(text))
+    except (tomllib.TOMLDecodeError, ValueError, TypeError) as error:
+        raise RunError(f"{name}: {error}") from error
+
+
+def run_study(name: str, *, out: str | None = None, jobs: int | None = None) -> Path:
+    """Runs what is not finished yet, then writes tables and figures and prints the summary.
+
+    Args:
+        name: path or name of the study.
+        out: its directory; None: runs/study-NAME.
+        jobs: runs side by side; None: as many as there are cores for.
+
+    Returns:
+        The directory.
+
+    Raises:
+        RunError: the study is not possible, its directory holds other runs, or some runs failed (the others finish).
+        KeyboardInterrupt: Ctrl-C; the runs at hand have saved checkpoints, and the same command goes on with them.
+    """
+    study = read_study(name)
+    if jobs is not None and jobs < 1:
+        raise RunError(f"jobs: expected at least 1, got {jobs}")
+    folder = Path(out) if out is not None else Path("runs") / f"study-{Path(name).stem}"
+    planned = plan(study, folder)
+    missing = {label: config for label, (_, config) in planned.items() if not _is_finished(config)}
+    if importlib.util.find_spec("matplotlib") is None:
+        warnings.warn("there will be tables only: figures need pip install 'dualhead[plot]'", stacklevel=2)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"cannot write the study's directory {folder}: {error.strerror or error}") from error
+    write_json(folder / "study.json", study.model_dump())
+    if missing:
+        _write_versions(folder / "versions.json", shlex.join(["dualhead", "study", name]))
+    _run_missing(study, planned, missing, jobs)
+    for path in _write_outcome(study, planned, folder):
+        print(f"figure: {path}")
+    return folder
+
+
+def plan(study: StudyConfig, folder: Path) -> dict[str, Planned]:
+    """All runs of a study, by what each is called on the terminal.
+
+    Args:
+        study: whose runs.
+        folder: of the study. Where it lists `environments`, each of them has a folder there.
+
+    Raises:
+        RunError: two environments would share a folder.
+    """
+    planned: dict[str, Planned] = {}
+    places = {env: folder / safe_name(env) if study.environments else folder for env in study.worlds}
+    if study.environments and len(set(places.values())) < len(places):
+        raise RunError(f"environments: two of {', '.join(places)} would have the same folder; rename one")
+    for env, place in places.items():
+        for condition in study.conditions:
+            for seed in study.seeds:
+                label = f"{condition} seed {seed}"
+                config = study.run(condition, seed, str(place / condition / f"seed{seed}"), env=env)
+                planned[f"{env} {label}" if study.environments else label] = Planned(condition, config)
+    return planned
+
+
+def safe_name(env: str) -> str:
+    """An environment id as the name of a folder: letters, digits, `-`, `_` and inner dots."""
+    kept = "".join(letter if letter.isascii() and (letter.isalnum() or letter in "-_.") else "-" for letter in env)
+    return kept.strip(".") or "-"
+
+
+def _write_versions(path: Path, command: str) -> None:
+    """Adds the versions at hand, unless the last call had the same ones.
+
+    Raises:
+        RunError: they cannot be written.
+    """
+    found = {"command": command, "python": platform.python_version()}
+    for package in PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    before = (read_json(path) or {}).get("runs_were_made_with", [])
+    if found not in before[-1:]:
+        write_json(path, {"runs_were_made_with": [*before, found]})
+
+
+def _write_outcome(study: StudyConfig, planned: dict[str, Planned], folder: Path) -> list[Path]:
+    """Writes and prints the tables, and draws the figures; the paths of these.
+
+    Raises:
+        RunError: a run cannot be read, no run has one of the measures, or something cannot be written.
+    """
+    runs = [read_run(condition, config) for condition, config in planned.values()]
+    if study.is_of_the_commons:
+        measured = [Measured(run, commons_measures.measures(study, run)) for run in runs]
+        tables.write_csv(folder / "results.csv", *commons_measures.results(study, runs))
+    else:
+        names = chosen_measures(study, runs)
+        measured = [measure_all(run, names) for run in runs]
+        tables.write_csv(folder / "results.csv", *tables.results(runs, curves_among(names, runs)))
+    rows = summarise(measured)
+    tables.write_csv(folder / "runs.csv", *tables.every_seed(measured))
+    # A figure needs matplotlib, which is an extra: all tables come first.
+    if study.is_of_the_commons:
+        tables.write_csv(folder / "summary.csv", rows, tables.SUMMARY[1:])
+        commons_measures.print_summary(study, rows)
+        from dualhead.studies import commons_figures
+
+        return commons_figures.draw_figures(study, runs, folder)
+    tables.write_csv(folder / "summary.csv", rows, tables.SUMMARY)
+    tables.print_tables(study, measured, rows, names)
+    from dualhead.studies import figures
+
+    return figures.draw_figures(study, measured, names, folder)
+
+
+def _run_missing(
+    study: StudyConfig, planned: dict[str, Planned], missing: dict[str, RunConfig], jobs: int | None
+) -> None:
+    """Runs what is missing, with a line as each run ends.
+
+    Raises:
+        RunError: some failed; the message names them.
+    """
+    num_done = len(planned) - len(missing)
+    if num_done:
+        print(f"{num_done} of {len(planned)} runs are finished already", flush=True)
+    failed: list[str] = []
+    threads = max(config.num_threads or 1 for _, config in planned.values())
+    measures_are_checked = False
+    try:
+        jobs = jobs or max(1, num_cores() // threads)
+        with closing(run_in_processes(missing, jobs=jobs)) as outcomes:
+            for label, problem, seconds in outcomes:
+                num_done += 1
+                if problem is not None:
+                    failed.append(f"{label}: {problem}")
+                ended = f"done in {seconds:.0f} s" if problem is None else f"failed after {seconds:.0f} s: {problem}"
+                print(f"[{num_done}/{len(planned)}] {label} {ended}", flush=True)
+                if problem is None and not measures_are_checked:
+                    # Another run may have what this one lacks: only a warning, so that a misspelt name shows early.
+                    for line in unknown_measures(study.measures, [read_run(*planned[label])]):
+                        warnings.warn(f"measures: {line}", stacklevel=2)
+                    measures_are_checked = True
+    except KeyboardInterrupt:
+        whole = sum(_is_finished(config) for _, config in planned.values())
+        print(f"{whole} of {len(planned)} runs are finished; the same command goes on", file=sys.stderr)
+        raise
+    if failed:
+        lines = "\n  ".join(failed)
+        raise RunError(
+            f"{len(failed)} of {len(planned)} runs are missing; the same command goes on with them\n  {lines}"
+        )
+
+
+def _is_finished(config: RunConfig) -> bool:
+    """Whether a run is there and complete.
+
+    Raises:
+        RunError: one of other settings is there.
+    """
+    assert config.run_dir is not None
+    folder = Path(config.run_dir)
+    if not (folder / "config.json").exists():
+        return False
+    there = read_config(folder).model_dump(exclude={"run_dir"})  # a study may be moved
+    settings = config.model_dump(exclude={"run_dir"})
+    if there != settings:
+        names = ", ".join(name for name in settings if there[name] != settings[name])
+        raise RunError(
+            f"{folder} holds a run of other settings ({names}): the study was changed since; choose another --out, or "
+            f"remove it"
+        )
+    summary = read_json(folder / "summary.json")
+    return summary is not None and summary.get("stopped_early") is False
