@@ -181,18 +181,21 @@ def test_a_layout_places_every_step(lengths, block_cost):
         assert len(layout.blocks) == 1
 
 
-@given(st.lists(st.integers(1, 12), min_size=1, max_size=9), st.sampled_from([0.5, 3.0, 9.0]))
-def test_no_other_layout_is_cheaper(lengths, block_cost):
+@given(
+    st.lists(st.integers(1, 12), min_size=1, max_size=9), st.sampled_from([0.5, 3.0, 9.0]), st.sampled_from([0.0, 1.5])
+)
+def test_no_other_layout_is_cheaper(lengths, block_cost, step_cost):
     lengths = sorted(lengths, reverse=True)
-    _, _, layout = lay_out(np.array(lengths), block_cost=block_cost)
+    _, _, layout = lay_out(np.array(lengths), block_cost=block_cost, step_cost=step_cost)
 
     def price(cuts):
         edges = [0, *cuts, len(lengths)]
-        return sum(block_cost + lengths[i] * (j - i) for i, j in itertools.pairwise(edges))
+        return sum(block_cost + lengths[i] * (step_cost + j - i) for i, j in itertools.pairwise(edges))
 
     inner = range(1, len(lengths))
     cheapest = min(price(cuts) for n in range(len(lengths)) for cuts in itertools.combinations(inner, n))
-    assert sum(block_cost + num_segments * num_steps for num_segments, num_steps in layout.blocks) == cheapest
+    ours = sum(block_cost + num_steps * (step_cost + num_segments) for num_segments, num_steps in layout.blocks)
+    assert ours == cheapest
 
 
 def test_a_layout_drawn_by_hand():

@@ -313,7 +313,7 @@ class CountingMemory(torch.nn.Module):
     """
 
     num_features = 4
-    block_cost = 0.0
+    block_cost = step_cost = 0.0
 
     def __init__(self):
         super().__init__()

@@ -138,7 +138,7 @@ class Rollout:
         return on_device(torch.from_numpy((step + self.max_tail) * self.num_streams + stream), self.device)
 
     def stretch(
-        self, segments: Segments, start: IntArray, length: IntArray, *, block_cost: float
+        self, segments: Segments, start: IntArray, length: IntArray, *, block_cost: float, step_cost: float = 0.0
     ) -> tuple[IntArray, Tensor, Layout]:
         """Packs the steps start .. start + length - 1 of each segment's stream.
 
@@ -146,7 +146,7 @@ class Rollout:
             the order of the segments in the layout (long ones first), flat rows [N] of its steps, and the layout.
         """
         order = np.argsort(-length, kind="stable")
-        segment, step, layout = lay_out(length[order], block_cost=block_cost, device=self.device)
+        segment, step, layout = lay_out(length[order], block_cost=block_cost, step_cost=step_cost, device=self.device)
         which = order[segment]
         return order, self.flat_rows(segments.stream[which], start[which] + step), layout
 

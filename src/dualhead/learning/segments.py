@@ -91,7 +91,7 @@ def minibatches(lengths: IntArray, batch_size: int, *, generator: torch.Generato
 
 
 def lay_out(
-    lengths: IntArray, *, block_cost: float, device: torch.device | str = "cpu"
+    lengths: IntArray, *, block_cost: float, step_cost: float = 0.0, device: torch.device | str = "cpu"
 ) -> tuple[IntArray, IntArray, Layout]:
     """Dense blocks for segments of given lengths, sorted from long to short.
 
@@ -99,13 +99,15 @@ def lay_out(
         lengths: [S], not increasing.
         block_cost: what one more recurrent call costs, in steps: padding is bought up to that price. 0 buys none and
             gives one block per distinct length.
+        step_cost: what one more time step of a block costs beside its segments' steps, in steps: with it few long
+            blocks are cheaper than several short ones.
 
     Returns:
         segment [N] and step-in-segment [N] of each packed step, and the layout that places the N steps in blocks.
     """
     assert (lengths[1:] <= lengths[:-1]).all(), "segments must come from long to short"
     total = int(lengths.sum())
-    blocks = _cheapest_blocks(lengths, block_cost)
+    blocks = _cheapest_blocks(lengths, block_cost, step_cost)
 
     segment_parts, step_parts, real_parts = [], [], []
     row = segment = 0
@@ -133,19 +135,19 @@ def lay_out(
     )
 
 
-def _cheapest_blocks(lengths: IntArray, block_cost: float) -> list[tuple[int, int]]:
+def _cheapest_blocks(lengths: IntArray, block_cost: float, step_cost: float) -> list[tuple[int, int]]:
     """Blocks (segments, steps) over lengths from long to short that cost the fewest steps, calls and padding counted.
 
     The cheapest way to lay out the first j groups of equal length ends with one block over groups i + 1 .. j:
 
-        cost(j) = min_i cost(i) + block_cost + longest(i + 1) · segments(i + 1 .. j)
+        cost(j) = min_i cost(i) + block_cost + longest(i + 1) · (step_cost + segments(i + 1 .. j))
     """
     first = np.flatnonzero(np.diff(lengths, prepend=lengths[0] + 1))
     longest, ends = lengths[first], np.append(first, len(lengths))
     cost = np.zeros(len(ends))
     chosen = np.zeros(len(ends), dtype=np.int64)
     for j in range(1, len(ends)):
-        candidates = cost[:j] + block_cost + longest[:j] * (ends[j] - ends[:j])
+        candidates = cost[:j] + block_cost + longest[:j] * (step_cost + ends[j] - ends[:j])
         chosen[j] = candidates.argmin()
         cost[j] = candidates[chosen[j]]
     blocks = []

@@ -193,7 +193,9 @@ def gather(
     policy: RecurrentPolicy, rollout: Rollout, segments: Segments, *, advantages: Tensor, returns: Tensor
 ) -> SegmentBatch:
     """A minibatch of segments, packed, each with the state it begins from."""
-    order, rows, layout = rollout.stretch(segments, segments.start, segments.length, block_cost=policy.block_cost)
+    order, rows, layout = rollout.stretch(
+        segments, segments.start, segments.length, block_cost=policy.block_cost, step_cost=policy.step_cost
+    )
     steps = rows - rollout.max_tail * rollout.num_streams
 
     def pick(buffer: Tensor) -> Tensor:
@@ -259,7 +261,9 @@ def refresh(
     (measured,) = np.nonzero(inside)
     measured = measured[np.linspace(0, len(measured) - 1, min(DRIFT_SEGMENTS, len(measured))).astype(np.int64)]
     sample = segments.take(measured)
-    order, packed, layout = rollout.stretch(sample, sample.start, sample.length, block_cost=policy.block_cost)
+    order, packed, layout = rollout.stretch(
+        sample, sample.start, sample.length, block_cost=policy.block_cost, step_cost=policy.step_cost
+    )
     seen = rollout.observations_at(packed)
     sample = sample.take(order)
     begins = rollout.flat_rows(sample.stream, sample.start)

@@ -22,6 +22,9 @@ weights (a quarter of the time for one stream)."""
 CALL_COST_STEPS, CALL_COST_PRODUCTS = 60.0, 10e6
 """What a recurrent call costs beyond its steps, forward and backward: handling the weights takes as long as some steps
 do, whatever their size; the rest is constant time, said as products of weights (measured: docs/performance.md)."""
+GRU_STEP_COST = 12.0
+"""What a time step of `nn.GRU` costs beside its rows: torch steps through a GRU itself, and through an LSTM by oneDNN in
+one call (measured: docs/performance.md)."""
 
 
 class Memory(Protocol):
@@ -30,6 +33,8 @@ class Memory(Protocol):
     num_features: int
     block_cost: float
     """Price of one more recurrent call, in steps; see `learning.segments.lay_out`."""
+    step_cost: float
+    """Price of one more time step of a recurrent call, in steps."""
 
     def initial_state(self, batch: int, *, device: torch.device, dtype: torch.dtype) -> RecurrentState:
         """Zeros for `batch` streams: what every episode begins from."""
@@ -74,6 +79,7 @@ class RecurrentMemory(nn.Module):
             self.gru = nn.GRU(input_size, hidden_size, num_layers, batch_first=True)
         num_weights = sum(parameter.numel() for parameter in self.cell.parameters())
         self.block_cost = CALL_COST_STEPS + CALL_COST_PRODUCTS / num_weights
+        self.step_cost = GRU_STEP_COST if kind == "gru" else 0.0
         self._init_weights(forget_bias, orthogonal_per_gate)
 
     @property
@@ -165,7 +171,7 @@ class NoMemory(nn.Module):
     def __init__(self, input_size: int, *, hidden_size: int) -> None:
         super().__init__()
         self.num_features = hidden_size
-        self.block_cost = 0.0  # nothing recurrent is called
+        self.block_cost = self.step_cost = 0.0  # nothing recurrent is called
         self.linear = Linear(input_size, hidden_size)
 
     def initial_state(self, batch: int, *, device: torch.device, dtype: torch.dtype) -> RecurrentState:

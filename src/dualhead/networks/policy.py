@@ -113,6 +113,11 @@ class RecurrentPolicy(nn.Module):
         """Price of one more recurrent call, in steps; see `learning.segments.lay_out`."""
         return max(memory.block_cost for memory in (self.memory, self.critic_memory) if memory is not None)
 
+    @property
+    def step_cost(self) -> float:
+        """Price of one more time step of a recurrent call, in steps; see `learning.segments.lay_out`."""
+        return max(memory.step_cost for memory in (self.memory, self.critic_memory) if memory is not None)
+
     def initial_state(self, batch: int) -> RecurrentState:
         """Zero state [L, batch, H]: the beginning of an episode."""
         actor = self.memory.initial_state(batch, device=self.device, dtype=self.dtype)
