@@ -12,7 +12,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from dualhead.config import RunConfig, tuned_settings
+from dualhead.config import RunConfig
 from dualhead.running.trainer import train
 
 ENV = "dualhead/CartPoleNoVel-v1"
@@ -22,15 +22,14 @@ parser.add_argument("--total-steps", type=int, default=50_000)
 parser.add_argument("--out", type=Path, default=Path("runs/demo"))
 args = parser.parse_args()
 
-tuned = tuned_settings(ENV)
 number = 1 + sum(1 for _ in args.out.glob("try-*"))
 out = args.out / f"try-{number}"
 figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
 scores = {}
 for memory in ("lstm", "none"):
     print(f"\n{ENV}, memory {memory}: {args.total_steps:,} steps")
-    settings = {**tuned, "total_steps": args.total_steps, "network": {**tuned["network"], "memory": memory}}
-    summary = train(RunConfig(env=ENV, run_dir=str(out / memory), **settings))
+    settings = {"total_steps": args.total_steps, "network": {"memory": memory}, "run_dir": str(out / memory)}
+    summary = train(RunConfig(env=ENV, preset="tuned", **settings))
     if summary["stopped_early"]:
         raise SystemExit(f"stopped; checkpoint: {summary['checkpoint']}")
     scores[memory] = summary["evaluation"]

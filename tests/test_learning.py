@@ -2,22 +2,17 @@
 
 import pytest
 
-from dualhead.config import RunConfig, tuned_settings
+from dualhead.config import RunConfig
 from dualhead.running.trainer import train
 
 pytestmark = pytest.mark.slow
 
 
 def score(tmp_path, env, *, memory="lstm", seed=0, total_steps=None, **ppo):
-    settings = tuned_settings(env)
-    settings = {
-        **settings,
-        "network": {**settings["network"], "memory": memory},
-        "ppo": {**settings["ppo"], **ppo},
-        "total_steps": total_steps or settings["total_steps"],
-    }
+    settings = {"network": {"memory": memory}, "ppo": ppo} | ({"total_steps": total_steps} if total_steps else {})
     run_dir = tmp_path / f"{memory}-{seed}-{len(list(tmp_path.iterdir()))}"
-    return train(RunConfig(env=env, seed=seed, run_dir=str(run_dir), **settings))["evaluation"]["mean_return"]
+    config = RunConfig(env=env, preset="tuned", seed=seed, run_dir=str(run_dir), **settings)
+    return train(config)["evaluation"]["mean_return"]
 
 
 @pytest.mark.parametrize("memory", ["lstm", "gru"])

@@ -26,7 +26,7 @@ from dualhead import DualHeadRecurrentPPO
 from dualhead.cli import main
 from dualhead.config import NetworkConfig, PPOConfig, RunConfig
 from dualhead.running import machine
-from dualhead.running.checkpoint import RunError, checkpoints, locked, new_run_dir, read_newest
+from dualhead.running.checkpoint import RunError, checkpoints, locked, new_run_dir, read_config, read_newest
 from dualhead.running.metrics import CSVWriter, EpisodeTracker, ProgressDisplay
 from dualhead.running.trainer import train
 from dualhead.storage import read_tensors
@@ -253,11 +253,38 @@ def test_tuned_settings_are_said_and_overridable(tmp_path, capsys):
     options = ["--total-steps", "256", "--num-envs", "2", "--eval-episodes", "0", "--run-dir", str(tmp_path / "run")]
     assert main(["train", "dualhead/CartPoleNoVel-v1", "--batch-size", "64", *options]) == 0
     said = capsys.readouterr().out.splitlines()[0]
-    assert said.startswith("tuned for dualhead/CartPoleNoVel-v1:")
-    assert "hidden_size=64" in said
-    assert "batch_size" not in said
+    tuned, given = said.split("; given: ")
+    assert tuned.startswith("settings: tuned for dualhead/CartPoleNoVel-v1:")
+    assert "hidden_size=64" in tuned
+    assert "batch_size" not in tuned
+    assert "batch_size=64" in given
+    assert "hidden_size" not in given
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert (config["network"]["hidden_size"], config["ppo"]["batch_size"]) == (64, 64)
+
+
+@pytest.mark.parametrize("form", [["--preset", "spec"], ["--preset=spec"]], ids=["two words", "one word"])
+def test_the_specification_s_settings_are_a_preset(tmp_path, capsys, form):
+    """Also where settings were tuned; what is given lies over the preset, in Python as on the command line."""
+    options = ["--total-steps", "200", "--num-envs", "2", "--eval-episodes", "0", "--run-dir", str(tmp_path / "run")]
+    assert main(["train", *form, "dualhead/CartPoleNoVel-v1", "--hidden-size", "8", *options]) == 0
+    assert capsys.readouterr().out.startswith("settings: the specification's class (docs/spec.md)")
+    config = read_config(tmp_path / "run")
+    assert config.ppo == PPOConfig.spec()
+    assert config.network == NetworkConfig.spec(hidden_size=8)
+    given = {"total_steps": 200, "num_envs": 2, "eval_episodes": 0, "run_dir": str(tmp_path / "run")}
+    network = {"hidden_size": 8}
+    assert config == RunConfig(env="dualhead/CartPoleNoVel-v1", preset="spec", network=network, **given)
+
+
+def test_a_preset_for_an_environment_that_has_none_is_refused(capsys):
+    with pytest.raises(ValueError, match=r"nothing was tuned for 'CartPole-v1', only for dualhead/CartPoleNoVel-v1"):
+        RunConfig(env="CartPole-v1", preset="tuned")
+    assert main(["train", "CartPole-v1", "--preset", "tuned"]) == 1
+    assert "nothing was tuned for 'CartPole-v1'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["train", "--preset", "spec"])
+    assert "env" in capsys.readouterr().err.lower()
 
 
 def test_independent_policies_fit_the_tuned_settings(tmp_path):

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from dualhead.cli import main
-from dualhead.config import RunConfig, StudyConfig, tuned_settings
+from dualhead.config import RunConfig, StudyConfig, preset_settings, tuned_settings
 from dualhead.running.checkpoint import RunError, checkpoints
 from dualhead.running.trainer import resume, train
 from dualhead.studies import figures, processes, tables
@@ -103,7 +103,7 @@ def test_settings_of_a_condition_win_over_those_of_its_environment_and_these_ove
 def test_tuned_settings_lie_below_those_of_the_study():
     env, tuned = POLES[1], tuned_settings(POLES[1])
     study = poles(base={"env": env, "total_steps": 9000}, environments={env: {}}, conditions={
-        "tuned": {"tuned": True, "ppo": {"num_epochs": 3}}, "plain": {}
+        "tuned": {"preset": "tuned", "ppo": {"num_epochs": 3}}, "plain": {}
     })  # fmt: skip
     config, plain = study.run("tuned", 0, ""), study.run("plain", 0, "")
     assert (config.total_steps, config.ppo.num_epochs) == (9000, 3)
@@ -117,10 +117,11 @@ def test_the_studies_of_tuned_tasks_train_as_the_command_line_does():
     for name in ("learning", "recall_cue"):
         for _, config in plan(read_study(name), Path("out")).values():
             changed = {"memory": config.network.memory, "sequence_length": config.ppo.sequence_length}
-            tuned = tuned_settings(config.env)
+            tuned = preset_settings("tuned", config.env)
             network = tuned["network"] | {"memory": changed["memory"]}
             ppo = tuned["ppo"] | {"sequence_length": changed["sequence_length"]}
             given = {"env": config.env, "seed": config.seed, "run_dir": config.run_dir, "num_threads": 1}
+            given["preset"] = "tuned"
             assert config == RunConfig(**tuned | given | {"network": network, "ppo": ppo})
     recall = {label.partition(" ")[0]: run.config for label, run in plan(read_study("recall_cue"), Path("x")).items()}
     assert {name: (config.network.memory, config.ppo.sequence_length) for name, config in recall.items()} == {
@@ -319,7 +320,10 @@ def test_a_condition_changes_what_it_names_and_no_more():
         ("[environments.X]\nseed = 3\n[conditions.b]", "condition 'b' in 'X': seed: .*`seeds` lists them"),
         ("[environments.X]\npo = 3\n[conditions.b]", "condition 'b' in 'X': po: Extra inputs"),
         ("measures = ['a', 'a']\n[conditions.b]", "measures: expected different ones"),
-        ("[base]\nenv = 'X'\n[conditions.b]\ntuned = true", "condition 'b': tuned: there are no tuned settings"),
+        (
+            "[base]\nenv = 'X'\n[conditions.b]\npreset = 'tuned'",
+            "condition 'b': preset='tuned': nothing was tuned for 'X'",
+        ),
         ("[base]\nseed = 4\n[conditions.b]", "condition 'b': seed: .*`seeds` lists them"),
         ("[conditions.b]\nrun_dir = 'x'", "condition 'b': run_dir: .*--out"),
         ("[base]\ntotal_steps = 10\n[conditions.b]", "condition 'b': total_steps=10 ends before the first update"),

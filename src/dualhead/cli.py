@@ -17,7 +17,15 @@ from typing import Annotated, Any, TextIO
 
 import tyro
 
-from dualhead.config import RunConfig, settings_error, tuned_settings
+from dualhead.config import (
+    PPOConfig,
+    RunConfig,
+    flat,
+    merged,
+    preset_settings,
+    settings_error,
+    tuned_settings,
+)
 from dualhead.running.checkpoint import RunError
 from dualhead.running.evaluation import EVALUATION_SEED, evaluate_run
 from dualhead.running.export import export_policy
@@ -164,9 +172,9 @@ def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
 
 
 def _parse(arguments: list[str]) -> Command:
-    tuned = _tuned_defaults(arguments)
+    preset = _preset_defaults(arguments)
     command = (
-        Annotated[RunConfig, tyro.conf.subcommand("train", default=tuned)]
+        Annotated[RunConfig, tyro.conf.subcommand("train", default=preset)]
         | Annotated[Resume, tyro.conf.subcommand("resume")]
         | Annotated[Study, tyro.conf.subcommand("study")]
         | Annotated[Eval, tyro.conf.subcommand("eval")]
@@ -187,28 +195,51 @@ def _parse(arguments: list[str]) -> Command:
         settings_error.reset(before)
 
 
-def _tuned_defaults(arguments: list[str]) -> Any:
-    """RunConfig with the tuned settings of the environment that the arguments name, or no default."""
+def _preset_defaults(arguments: list[str]) -> Any:
+    """RunConfig with the settings of the preset that the arguments ask for, or no default."""
     if not arguments or arguments[0] != "train":
         return tyro.MISSING
     words = [word for before, word in itertools.pairwise(arguments) if word[:1] != "-" and before != "--run-dir"]
-    env = next((word for word in words if tuned_settings(word)), None)
-    if env is None:
-        return tyro.MISSING
-    tuned = tuned_settings(env)
+    env = next((word for word in words if tuned_settings(word)), "")
+    asked = [word for before, word in itertools.pairwise(arguments) if before == "--preset"]
+    asked += [word.partition("=")[2] for word in arguments if word.startswith("--preset=")]
+    preset = asked[-1] if asked else "tuned" if env else "default"
+    settings = preset_settings(preset, env)
+    if not settings:
+        return tyro.MISSING  # the parser says what is wrong with the preset, if anything is
     if any(word.endswith("independent") for word in arguments):
         # The tuned minibatch is of all agents together, more than a rollout of one.
-        tuned = tuned | {"ppo": {name: value for name, value in tuned["ppo"].items() if name != "batch_size"}}
-    return RunConfig(env=env, **tuned)
+        settings = merged(settings, {"ppo": {"batch_size": PPOConfig().batch_size}})
+    config = RunConfig(env=env, **settings | {"preset": preset})
+    return config if env else RunConfig.model_construct(**dict(config) | {"env": tyro.MISSING})
 
 
 def _train(config: RunConfig) -> int:
-    tuned = _flat(tuned_settings(config.env))
-    chosen = _flat(config.model_dump())
-    used = {name: value for name, value in tuned.items() if chosen[name] == value}
-    if used:
-        print(f"tuned for {config.env}: " + " ".join(f"{name}={value}" for name, value in used.items()))
+    print(_say_settings(config))
     return _tell(train(config))
+
+
+def _say_settings(config: RunConfig) -> str:
+    """Which settings come from where."""
+    chosen, default = (flat(dict(of.model_dump())) for of in (config, RunConfig(env="")))
+    preset = flat(preset_settings(config.preset, config.env))
+    where = {
+        "default": "defaults for any environment (docs/settings.md)",
+        "tuned": f"tuned for {config.env}",
+        "spec": "the specification's class (docs/spec.md)",
+    }
+    used = [name for name, value in preset.items() if chosen[name] == value and default[name] != value]
+    given = [
+        name
+        for name, value in chosen.items()
+        if value != preset.get(name, default[name]) and name not in ("env", "preset", "run_dir")
+    ]
+
+    def listed(names: list[str]) -> str:
+        return " ".join(f"{name.rpartition('.')[2]}={chosen[name]}" for name in names)
+
+    said = f"settings: {where[config.preset]}" + (f": {listed(used)}" if used else "")
+    return said + (f"; given: {listed(given)}" if given else "")
 
 
 def _resume(command: Resume) -> int:
@@ -287,13 +318,6 @@ def _describe(result: dict[str, float]) -> str:
         f"return {result['mean_return']:.2f} ± {result['std_return']:.2f} over {result['episodes']} episodes "
         f"({interval}mean length {result['mean_length']:.0f})"
     )
-
-
-def _flat(settings: dict[str, Any]) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        flat |= _flat(value) if isinstance(value, dict) else {name: value}
-    return flat
 
 
 _RUN: dict[type, Callable[[Any], int]] = {

@@ -27,6 +27,48 @@ MAX_RESOURCES = 8
 """Kinds that a commons can have: as many as its pictures have colours for."""
 
 
+SPEC: dict[str, dict[str, Any]] = {
+    "network": {
+        "memory": "lstm",
+        "hidden_size": 256,
+        "num_layers": 1,
+        "encoder_sizes": (256,),
+        "activation": "relu",
+        "previous_action": False,
+        "previous_reward": False,
+        "critic_memory": "shared",
+        "head_sizes": (),
+        "head_gain": 2**0.5,
+        "forget_bias": 0.0,
+        "orthogonal_per_gate": False,
+    },
+    "ppo": {
+        "learning_rate": 3e-4,
+        "learning_rate_schedule": "constant",
+        "adam_eps": 1e-5,
+        "gamma": 0.99,
+        "gae_lambda": 0.95,
+        "clip_coef": 0.2,
+        "value_clip": None,
+        "num_epochs": 4,
+        "batch_size": 64,
+        "entropy_coef": 0.01,
+        "max_grad_norm": 0.5,
+        "value_coef": 0.5,
+        "ratio": "per_head",
+        "target_kl": None,
+        "normalize_advantages": "rollout",
+        "normalize_observations": False,
+        "normalize_rewards": False,
+        "rollout_length": 100,
+        "sequence_length": 1,
+        "burn_in": 0,
+        "state_refresh": "never",
+        "bootstrap_last": False,
+    },
+}
+"""The specification's class, for `NetworkConfig.spec()`, `PPOConfig.spec()` and `--preset spec`. docs/spec.md."""
+
 settings_error: ContextVar[type[Exception]] = ContextVar("settings_error", default=ValueError)
 """What refused settings raise. The command line sets another: its parser would wrap a ValueError in its own words."""
 
@@ -86,6 +128,11 @@ class NetworkConfig(Config):
     orthogonal_per_gate: bool = Field(
         False, description="Orthogonal initialisation of each gate's matrix instead of the stacked one."
     )
+
+    @classmethod
+    def spec(cls, **changes: Any) -> NetworkConfig:
+        """The specification's network: convolutions 3x3, one layer of 256, an LSTM of 256; `changes` over it."""
+        return cls(**SPEC["network"] | changes)
 
 
 class PPOConfig(Config):
@@ -153,6 +200,11 @@ class PPOConfig(Config):
         True,
         description="Value of the observation after the rollout; off: zero, as the specification's class.",
     )
+
+    @classmethod
+    def spec(cls, **changes: Any) -> PPOConfig:
+        """The specification's PPO, one-step slices included; `changes` over it."""
+        return cls(**SPEC["ppo"] | changes)
 
     @property
     def max_segment(self) -> int:
@@ -342,6 +394,11 @@ class RunConfig(Config):
     """A training run: which environment, for how long, where."""
 
     env: Positional[str] = Field(description="`commons`, or a Gymnasium id: `dualhead envs` lists them.")
+    preset: Literal["default", "tuned", "spec"] = Field(
+        "default",
+        description="Where settings come from that are not given: our defaults for any environment, the settings that "
+        "were tuned for this one (`dualhead train` takes them where there are any), or the specification's class.",
+    )
     total_steps: PositiveInt = Field(100_000, description="Environment steps over all streams.")
     num_envs: PositiveInt = Field(8, description="Environments (worlds of the commons) stepped side by side.")
     vectorization: Literal["sync", "async"] = Field(
@@ -371,6 +428,18 @@ class RunConfig(Config):
     commons: CommonsConfig = Field(default_factory=CommonsConfig)
     norms: NormConfig = Field(default_factory=NormConfig)
     turnover: TurnoverConfig = Field(default_factory=TurnoverConfig)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _begin_with_the_preset(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or given.get("preset", "default") not in ("tuned", "spec"):
+            return given
+        preset, env = given["preset"], str(given.get("env"))
+        if preset == "tuned" and not tuned_settings(env):
+            raise ValueError(
+                f"preset='tuned': nothing was tuned for {env!r}, only for {', '.join(TUNED)}; expected 'default'"
+            )
+        return merged(preset_settings(preset, env), given)
 
     @property
     def num_streams(self) -> int:
@@ -459,7 +528,7 @@ class StudyConfig(Config):
         return list(self.worlds) == [COMMONS] and not self.measures
 
     def run(self, condition: str, seed: int, run_dir: str, *, env: str | None = None) -> RunConfig:
-        """Settings of one run: our defaults < tuned (where `tuned = true`) < base < environment < condition.
+        """Settings of one run: the preset < base < environment < condition.
 
         Args:
             condition, seed, run_dir: which run, and where it goes.
@@ -472,7 +541,7 @@ class StudyConfig(Config):
         if env is None:
             (env,) = worlds
         try:
-            settings = _merged(_merged(self.base, worlds[env]), self.conditions[condition])
+            settings = merged(merged(self.base, worlds[env]), self.conditions[condition])
             for name, instead in (("seed", "`seeds` lists them"), ("run_dir", "--out says where the study goes")):
                 if name in settings:
                     raise ValueError(f"{name}: not to be set in a study's settings; {instead}")
@@ -480,11 +549,7 @@ class StudyConfig(Config):
                 raise ValueError("env: expected in [base] alone; `environments` lists several")
             # Runs of a study stand side by side: more threads each would fight for the cores.
             defaults: dict[str, Any] = {"num_threads": 1} | ({"eval_episodes": 0} if self.is_of_the_commons else {})
-            if settings.pop("tuned", False):
-                if not tuned_settings(env):
-                    raise ValueError("tuned: there are no tuned settings for this environment; leave `tuned` out")
-                defaults |= tuned_settings(env)
-            return RunConfig(**_merged(defaults, settings) | {"env": env, "seed": seed, "run_dir": run_dir})
+            return RunConfig(**defaults | settings | {"env": env, "seed": seed, "run_dir": run_dir})
         except ValueError as error:
             place = f" in {env!r}" if self.environments else ""
             raise ValueError(f"condition {condition!r}{place}: {error}") from None
@@ -515,17 +580,18 @@ class StudyConfig(Config):
         return self
 
 
-def _merged(settings: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+def merged(settings: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """Nested settings with those of `over` in their place; lists and schedules of resources are replaced whole."""
-    merged = dict(settings)
+    result = dict(settings)
     for name, value in over.items():
-        nested = name in ("network", "ppo", "commons", "norms", "turnover") and isinstance(merged.get(name), dict)
-        merged[name] = _merged(merged[name], value) if nested and isinstance(value, dict) else value
-    return merged
+        nested = name in ("network", "ppo", "commons", "norms", "turnover") and isinstance(result.get(name), dict)
+        result[name] = merged(result[name], value) if nested and isinstance(value, dict) else value
+    return result
 
 
-# Settings found by experiment (docs/log.md says how). First matching pattern wins; a field lies in RunConfig, or under
-# `network` / `ppo`.
+# Settings found by experiment for single environments (docs/log.md says how), over those of the specification's class
+# on segments of 16. First matching pattern wins; a field lies in RunConfig, or under `network` / `ppo`.
+_SEGMENTS = {"ppo": {"sequence_length": 16, "state_refresh": "epoch", "bootstrap_last": True}}
 TUNED: dict[str, dict[str, Any]] = {
     "dualhead/CartPoleNoVel-v1": {
         "total_steps": 50_000,
@@ -588,11 +654,19 @@ TUNED: dict[str, dict[str, Any]] = {
 
 
 def tuned_settings(env: str) -> dict[str, Any]:
-    """Settings of `TUNED` for an environment id, nested as RunConfig is; empty where nothing was tuned."""
+    """What `TUNED` has for an environment id, nested as RunConfig is; empty where nothing was tuned."""
     for pattern, settings in TUNED.items():
         if fnmatch.fnmatchcase(env, pattern):
             return settings
     return {}
+
+
+def preset_settings(preset: str, env: str) -> dict[str, Any]:
+    """Every setting that a preset has for an environment id, nested as RunConfig is; none where that is our default."""
+    if preset == "spec":
+        return SPEC
+    tuned = tuned_settings(env) if preset == "tuned" else {}
+    return merged(merged(SPEC, _SEGMENTS), tuned) if tuned else {}
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

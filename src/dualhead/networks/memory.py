@@ -23,7 +23,7 @@ CALL_COST_STEPS, CALL_COST_PRODUCTS = 60.0, 10e6
 """What a recurrent call costs beyond its steps, forward and backward: handling the weights takes as long as some steps
 do, whatever their size; the rest is constant time, said as products of weights (measured: docs/performance.md)."""
 GRU_STEP_COST = 12.0
-"""What a time step of `nn.GRU` costs beside its rows: torch steps through a GRU itself, and through an LSTM by oneDNN in
+"""What a time step of `nn.GRU` costs beside its rows: torch steps through a GRU itself, through an LSTM by oneDNN in
 one call (measured: docs/performance.md)."""
 
 

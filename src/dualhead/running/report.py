@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, get_args
 
 import numpy as np
 
-from dualhead.config import Config, RunConfig, flat, tuned_settings
+from dualhead.config import Config, RunConfig, flat, preset_settings
 from dualhead.running.checkpoint import RunError, read_config
 from dualhead.running.evaluation import EVALUATION_SEED
 from dualhead.running.report_figures import DASHES, NUM_COLORS, NUM_MEANS, Curve, Figure, draw, number
@@ -323,7 +323,7 @@ def _settings_rows(groups: Mapping[str, Sequence[Run]]) -> list[dict[str, Any]]:
     """Settings that are not the default in some group, or that differ between groups."""
     first = [members[0] for members in groups.values()]
     default = flat(RunConfig(env=first[0].config.env).model_dump())
-    tuned = [flat(tuned_settings(run.config.env)) for run in first]
+    tuned = [flat(preset_settings(run.config.preset, run.config.env)) for run in first]
     differing = differing_settings([run.settings for run in first])
     descriptions = _descriptions(RunConfig)
     rows = []
