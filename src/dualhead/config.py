@@ -91,10 +91,10 @@ class NetworkConfig(Config):
     memory: Literal["lstm", "gru", "none"] = Field(
         "lstm", description="Recurrent core; `none` is the memoryless control."
     )
-    hidden_size: PositiveInt = Field(256, description="Units of the memory, H.")
+    hidden_size: PositiveInt = Field(128, description="Units of the memory, H.")
     num_layers: PositiveInt = Field(1, description="Stacked recurrent layers, L.")
     encoder_sizes: tuple[PositiveInt, ...] = Field(
-        (256,), description="Widths of the layers between the flattened observation and the memory."
+        (64,), description="Widths of the layers between the flattened observation and the memory."
     )
     image_encoder: Literal["auto", "small", "nature"] = Field(
         "auto",
@@ -121,7 +121,7 @@ class NetworkConfig(Config):
     head_sizes: tuple[PositiveInt, ...] = Field(
         (), description="Widths of the layers between memory and action heads, and between memory and critic."
     )
-    head_gain: PositiveFloat = Field(2**0.5, description="Gain of the action heads' orthogonal initialisation.")
+    head_gain: PositiveFloat = Field(0.01, description="Gain of the action heads' orthogonal initialisation.")
     forget_bias: float = Field(
         0.0, description="Initial bias of the gate that keeps the past: LSTM's forget gate, GRU's update gate."
     )
@@ -138,7 +138,7 @@ class NetworkConfig(Config):
 class PPOConfig(Config):
     """Everything the update needs to know."""
 
-    learning_rate: PositiveFloat = Field(3e-4, description="Adam step size.")
+    learning_rate: PositiveFloat = Field(1e-3, description="Adam step size.")
     learning_rate_schedule: Literal["constant", "linear"] = Field(
         "constant", description="`linear` falls to zero over `learning_rate_decay_steps`."
     )
@@ -152,8 +152,8 @@ class PPOConfig(Config):
     value_clip: PositiveFloat | None = Field(
         None, description="Clip range of the value change in the value loss; None: no clipping."
     )
-    num_epochs: PositiveInt = Field(4, description="Passes over each rollout.")
-    batch_size: PositiveInt = Field(64, description="Time steps per minibatch (whole segments, so about).")
+    num_epochs: PositiveInt = Field(10, description="Passes over each rollout.")
+    batch_size: PositiveInt = Field(256, description="Time steps per minibatch (whole segments, so about).")
     entropy_coef: NonNegativeFloat | tuple[NonNegativeFloat, ...] = Field(
         0.01, description="Weight of the entropy bonus: one number, or one per head."
     )
@@ -175,15 +175,15 @@ class PPOConfig(Config):
         None, description="Stop an update when approx_kl of a minibatch exceeds this."
     )
     normalize_advantages: Literal["rollout", "minibatch", "none"] = Field(
-        "rollout", description="Over which steps advantages are brought to mean 0 and deviation 1."
+        "minibatch", description="Over which steps advantages are brought to mean 0 and deviation 1."
     )
-    normalize_observations: bool = Field(False, description="Scale vector observations by running mean and deviation.")
+    normalize_observations: bool = Field(True, description="Scale vector observations by running mean and deviation.")
     normalize_rewards: bool = Field(
-        False, description="Divide rewards by the running deviation of the discounted return."
+        True, description="Divide rewards by the running deviation of the discounted return."
     )
-    rollout_length: PositiveInt = Field(100, description="Steps per stream between updates, T.")
+    rollout_length: PositiveInt = Field(128, description="Steps per stream between updates, T.")
     sequence_length: PositiveInt | Literal["rollout"] = Field(
-        16,
+        "rollout",
         description="Longest run of steps that gradients flow through: a number, or `rollout` for whole episodes, as "
         "far as the rollout holds them; 1 is the specification's slicing.",
     )
@@ -400,7 +400,7 @@ class RunConfig(Config):
         "were tuned for this one (`dualhead train` takes them where there are any), or the specification's class.",
     )
     total_steps: PositiveInt = Field(100_000, description="Environment steps over all streams.")
-    num_envs: PositiveInt = Field(8, description="Environments (worlds of the commons) stepped side by side.")
+    num_envs: PositiveInt = Field(16, description="Environments (worlds of the commons) stepped side by side.")
     vectorization: Literal["sync", "async"] = Field(
         "sync", description="Environments in this process, or one process each (slow environments)."
     )
