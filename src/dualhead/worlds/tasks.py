@@ -4,7 +4,9 @@ Importing this module registers them:
 
     dualhead/CartPoleNoVel-v1   balance a pole without seeing velocities; at most 500 steps
     dualhead/PendulumNoVel-v1   swing a pendulum up without seeing its velocity; 200 steps
-    dualhead/RecallCue-v0       name a cue after `delay` steps of noise, and go to the side it was shown on
+    dualhead/RecallCue-v0       name a cue after 20 steps of noise, and go to the side it was shown on
+    dualhead/RecallCue5-v0      the same after 5 steps of noise
+    dualhead/RecallCue100-v0    the same after 100 steps of noise
 
 `gymnasium.make("dualhead.worlds.tasks:dualhead/RecallCue-v0")` imports and makes in one call, in any process.
 """
@@ -235,10 +237,12 @@ def register() -> None:
     """Register the environments of this module with Gymnasium; an id that is there already is left alone."""
     # gymnasium's passive checker is off: it is a wrapper on every step, and the tests run the full check_env.
     # RecallCue says itself when it needs a reset, so it goes without the order wrapper too.
-    for name, entry_point, max_episode_steps, order_enforce, reward_threshold in (
-        ("dualhead/CartPoleNoVel-v1", "CartPoleNoVel", 500, True, 475.0),
-        ("dualhead/PendulumNoVel-v1", "PendulumNoVel", 200, True, None),
-        ("dualhead/RecallCue-v0", "RecallCue", None, False, 0.95),
+    for name, entry_point, max_episode_steps, order_enforce, reward_threshold, kwargs in (
+        ("dualhead/CartPoleNoVel-v1", "CartPoleNoVel", 500, True, 475.0, {}),
+        ("dualhead/PendulumNoVel-v1", "PendulumNoVel", 200, True, None, {}),
+        ("dualhead/RecallCue-v0", "RecallCue", None, False, 0.95, {}),
+        ("dualhead/RecallCue5-v0", "RecallCue", None, False, 0.95, {"delay": 5}),
+        ("dualhead/RecallCue100-v0", "RecallCue", None, False, 0.95, {"delay": 100}),
     ):
         if name not in gym.registry:
             gym.register(
@@ -248,6 +252,7 @@ def register() -> None:
                 max_episode_steps=max_episode_steps,
                 order_enforce=order_enforce,
                 disable_env_checker=True,
+                kwargs=kwargs,
             )
 
 
