@@ -28,7 +28,7 @@ import numpy as np
 from scipy import stats
 
 RESULTS = Path(__file__).parent / "results"
-THEIRS, OURS, SPEEDS = (RESULTS / f"untouched_{name}.csv" for name in ("sb3", "ours", "speed"))
+THEIRS, OURS, SPEEDS = (f"untouched_{name}.csv" for name in ("sb3", "ours", "speed"))
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -44,9 +44,9 @@ def interval(values: list[float]) -> str:
     return f"{np.mean(values):.3f} ± {half:.3f}"
 
 
-def collect(study: Path) -> None:
+def collect(study: Path, results: Path) -> None:
     """Writes every evaluation of the study's runs to one CSV file."""
-    with OURS.open("w", newline="") as file:
+    with (results / OURS).open("w", newline="") as file:
         out = csv.writer(file, lineterminator="\n")
         out.writerow(("env", "condition", "seed", "num_steps", "return_mean"))
         for path in sorted(study.glob("*/*/seed*/evaluations.csv")):
@@ -54,10 +54,10 @@ def collect(study: Path) -> None:
             for row in rows_of(path):
                 seed = path.parent.name.removeprefix("seed")
                 out.writerow((env, path.parent.parent.name, seed, row["steps"], row["mean_return"]))
-    print(f"wrote {OURS}")
+    print(f"wrote {results / OURS}")
 
 
-def measure_speed(envs: list[str], python: str, rounds: int) -> None:
+def measure_speed(envs: list[str], python: str, rounds: int, results: Path) -> None:
     """Steps per second of both, taking turns, one thread each; appends medians to the CSV file."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     for env in envs:
@@ -74,7 +74,7 @@ def measure_speed(envs: list[str], python: str, rounds: int) -> None:
                 subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
                 last = rows_of(Path(out))[-1]
                 theirs.append(int(last["num_steps"]) / float(last["seconds"]))
-        with SPEEDS.open("a", newline="") as file:
+        with (results / SPEEDS).open("a", newline="") as file:
             out_file = csv.writer(file, lineterminator="\n")
             if file.tell() == 0:
                 out_file.writerow(("env", "rounds", "ours_steps_per_s", "sb3_steps_per_s"))
@@ -83,15 +83,15 @@ def measure_speed(envs: list[str], python: str, rounds: int) -> None:
             print(*row)
 
 
-def table() -> None:
+def table(results: Path) -> None:
     theirs: dict[str, list[tuple[int, float]]] = defaultdict(list)
-    for row in rows_of(THEIRS):
+    for row in rows_of(results / THEIRS):
         if row["kind"] == "greedy":
             theirs[row["env"]].append((int(row["num_steps"]), float(row["return_mean"])))
     ours: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for row in rows_of(OURS):
+    for row in rows_of(results / OURS):
         ours[row["env"]][int(row["num_steps"])].append(float(row["return_mean"]))
-    speeds = {row["env"]: row for row in rows_of(SPEEDS)} if SPEEDS.exists() else {}
+    speeds = {row["env"]: row for row in rows_of(results / SPEEDS)} if (results / SPEEDS).exists() else {}
     print("| task | steps | sb3-contrib | ours | s: sb3-contrib | s: ours | ours in sb3-contrib's time |")
     print("|---|---|---|---|---|---|---|")
     for env, runs in theirs.items():
@@ -113,6 +113,7 @@ def table() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV files")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("table")
     of_study = commands.add_parser("collect", help="write the evaluations of our study's runs to the CSV file")
@@ -123,12 +124,12 @@ def main() -> None:
     speed.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     if args.command == "collect":
-        collect(args.study)
+        collect(args.study, args.results)
     elif args.command == "speed":
-        envs = args.envs or list(dict.fromkeys(row["env"] for row in rows_of(THEIRS)))
-        measure_speed(envs, args.python, args.rounds)
+        envs = args.envs or list(dict.fromkeys(row["env"] for row in rows_of(args.results / THEIRS)))
+        measure_speed(envs, args.python, args.rounds, args.results)
     else:
-        table()
+        table(args.results)
 
 
 if __name__ == "__main__":
