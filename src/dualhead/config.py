@@ -121,7 +121,7 @@ class NetworkConfig(Config):
     head_sizes: tuple[PositiveInt, ...] = Field(
         (), description="Widths of the layers between memory and action heads, and between memory and critic."
     )
-    head_gain: PositiveFloat = Field(0.01, description="Gain of the action heads' orthogonal initialisation.")
+    head_gain: PositiveFloat = Field(1.0, description="Gain of the action heads' orthogonal initialisation.")
     forget_bias: float = Field(
         0.0, description="Initial bias of the gate that keeps the past: LSTM's forget gate, GRU's update gate."
     )
@@ -152,7 +152,7 @@ class PPOConfig(Config):
     value_clip: PositiveFloat | None = Field(
         None, description="Clip range of the value change in the value loss; None: no clipping."
     )
-    num_epochs: PositiveInt = Field(10, description="Passes over each rollout.")
+    num_epochs: PositiveInt = Field(6, description="Passes over each rollout.")
     batch_size: PositiveInt = Field(256, description="Time steps per minibatch (whole segments, so about).")
     entropy_coef: NonNegativeFloat | tuple[NonNegativeFloat, ...] = Field(
         0.01, description="Weight of the entropy bonus: one number, or one per head."
