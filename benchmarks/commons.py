@@ -14,7 +14,7 @@ import time
 
 import torch
 
-from dualhead.config import CommonsConfig, RunConfig
+from dualhead.config import CommonsConfig, NetworkConfig, PPOConfig, RunConfig
 from dualhead.running.machine import keep_freed_memory
 from dualhead.running.session import Session
 from dualhead.worlds.commons import Commons
@@ -37,9 +37,17 @@ def world_alone(form: str, num_worlds: int, *, repeats: int) -> float:
 
 
 def share_of_training(form: str, *, num_updates: int) -> tuple[float, float]:
-    """Agent-steps per second of training with the default network, and the world's share of its time."""
-    settings = {"num_envs": 8, "total_steps": 10**9, "ppo": {"rollout_length": 100, "batch_size": 1000}}
-    session = Session(RunConfig(env="commons", commons={"form": form}, device="cpu", **settings))
+    """Agent-steps per second of training with the specification's network, and the world's share of its time."""
+    config = RunConfig(
+        env="commons",
+        commons={"form": form},
+        num_envs=8,
+        total_steps=10**9,
+        device="cpu",
+        network=NetworkConfig.spec(),
+        ppo=PPOConfig.spec(batch_size=1000, sequence_length=16, state_refresh="epoch", bootstrap_last=True),
+    )
+    session = Session(config)
     session.begin()
     in_world, world_step = 0.0, session.streams.step
 

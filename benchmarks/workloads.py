@@ -207,7 +207,8 @@ def run_config(
     sequence_length: int = 16,
     device: str = "cpu",
 ) -> RunConfig:
-    """Settings of a run of a workload that saves no checkpoint before its end."""
+    """Settings of a run of a workload that saves no checkpoint before its end: the specification's, but for segments
+    and a bootstrapped end of rollouts. Figures over time compare only while these stay."""
     return RunConfig(
         env=workload.env,
         num_envs=workload.num_envs,
@@ -215,13 +216,16 @@ def run_config(
         run_dir=run_dir,
         checkpoint_every=total_steps,
         device=device,
-        network=NetworkConfig(memory=memory, hidden_size=workload.hidden_size, encoder_sizes=workload.encoder_sizes),
-        ppo=PPOConfig(
+        network=NetworkConfig.spec(
+            memory=memory, hidden_size=workload.hidden_size, encoder_sizes=workload.encoder_sizes
+        ),
+        ppo=PPOConfig.spec(
             num_epochs=workload.num_epochs,
             rollout_length=workload.rollout_length,
             batch_size=workload.batch_size,
             sequence_length=sequence_length,
             state_refresh=state_refresh,
+            bootstrap_last=True,
             precision=precision,
         ),
     )

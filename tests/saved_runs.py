@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import torch
+from settings import spec_segments
 
-from dualhead.config import NetworkConfig, PPOConfig, RunConfig
+from dualhead.config import NetworkConfig, RunConfig
 from dualhead.running.checkpoint import new_run_dir, save_checkpoint
 from dualhead.running.session import make_learner
 from dualhead.worlds.streams import make_streams
@@ -18,8 +19,8 @@ def save_run(path, env="dualhead/RecallCue-v0", *, memory="lstm", num_layers=1, 
         run_dir=str(path),
         total_steps=50 * num_envs,
         num_envs=num_envs,
-        network=NetworkConfig(memory=memory, hidden_size=16, num_layers=num_layers, encoder_sizes=(12,)),
-        ppo=PPOConfig(rollout_length=50, batch_size=50, normalize_observations=True),
+        network=NetworkConfig.spec(memory=memory, hidden_size=16, num_layers=num_layers, encoder_sizes=(12,)),
+        ppo=spec_segments(rollout_length=50, batch_size=50, normalize_observations=True),
     )
     run_dir = new_run_dir(config)
     streams = make_streams(env, num_envs)

@@ -6,8 +6,9 @@ import torch
 from gymnasium import spaces
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from settings import spec_segments
 
-from dualhead import DualHeadRecurrentPPO, NetworkConfig, PPOConfig
+from dualhead import DualHeadRecurrentPPO, NetworkConfig
 from dualhead.learning.advantages import RewardScale, generalized_advantages
 from dualhead.learning.losses import normalize
 
@@ -173,7 +174,7 @@ def learned_value(*, record_as_terminated):
         spaces.Box(-1, 1, (1,)),
         spaces.Discrete(2),
         num_streams=num_streams,
-        config=PPOConfig(
+        config=spec_segments(
             gamma=0.9,
             gae_lambda=0.9,
             rollout_length=10,
@@ -185,7 +186,7 @@ def learned_value(*, record_as_terminated):
             learning_rate_decay_steps=num_updates * 10 * num_streams,
             max_grad_norm=None,
         ),
-        network=NetworkConfig(memory="gru", hidden_size=8, encoder_sizes=(8,)),
+        network=NetworkConfig.spec(memory="gru", hidden_size=8, encoder_sizes=(8,)),
     )
     sight = np.ones((num_streams, 1), dtype=np.float32)
     nobody = np.zeros(num_streams, dtype=bool)

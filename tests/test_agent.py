@@ -8,6 +8,7 @@ import pytest
 import torch
 from gymnasium import spaces
 from safetensors.torch import save_file
+from settings import spec_segments
 
 from dualhead import (
     CheckpointError,
@@ -16,7 +17,6 @@ from dualhead import (
     NetworkConfig,
     NormConfig,
     NormEvents,
-    PPOConfig,
 )
 from dualhead.storage import read_tensors, write_tensors
 
@@ -33,8 +33,10 @@ def make_agent(memory="gru", *, num_streams=B, norms=None, num_layers=1, hidden_
         kwargs.pop("observation_space", SPACE),
         kwargs.pop("action_space", HEADS),
         num_streams=num_streams,
-        config=PPOConfig(**{"rollout_length": 4, "sequence_length": 2, "batch_size": 4, "num_epochs": 2, **settings}),
-        network=NetworkConfig(memory=memory, num_layers=num_layers, hidden_size=hidden_size, encoder_sizes=(8,)),
+        config=spec_segments(
+            **{"rollout_length": 4, "sequence_length": 2, "batch_size": 4, "num_epochs": 2, **settings}
+        ),
+        network=NetworkConfig.spec(memory=memory, num_layers=num_layers, hidden_size=hidden_size, encoder_sizes=(8,)),
         norms=norms,
         seed=seed,
         **kwargs,

@@ -23,9 +23,10 @@ from commons_worlds import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from settings import spec_segments
 
 from dualhead.agent import DualHeadRecurrentPPO
-from dualhead.config import CommonsConfig, NetworkConfig, NormConfig, Phase, PPOConfig
+from dualhead.config import CommonsConfig, NetworkConfig, NormConfig, Phase
 from dualhead.worlds.commons import Commons, parallel_env
 from dualhead.worlds.commons_actions import (
     NO_VOTE,
@@ -174,8 +175,8 @@ def test_an_agent_learns_from_it_with_norms(form, coding):
         worlds.observation_space,
         worlds.action_space,
         num_streams=worlds.num_streams,
-        config=PPOConfig(rollout_length=8, sequence_length=4, batch_size=24),
-        network=NetworkConfig(hidden_size=16, encoder_sizes=(16,)),
+        config=spec_segments(rollout_length=8, sequence_length=4, batch_size=24),
+        network=NetworkConfig.spec(hidden_size=16, encoder_sizes=(16,)),
         norms=NormConfig(resources=config.resources, internalization_threshold=0.0),
     )
     observations = worlds.reset(seed=0)

@@ -5,9 +5,10 @@ import pytest
 import torch
 from gymnasium import spaces
 from pretended_device import DEVICE, DeviceTensor, pretended_device
+from settings import spec_segments
 
 from dualhead.agent import DualHeadRecurrentPPO
-from dualhead.config import CommonsConfig, NetworkConfig, NormConfig, PPOConfig, RunConfig, TurnoverConfig
+from dualhead.config import CommonsConfig, NetworkConfig, NormConfig, RunConfig, TurnoverConfig
 from dualhead.networks.encoders import ObservationSpec
 from dualhead.norms import NormEvents
 from dualhead.running.metrics import EpisodeTracker
@@ -74,8 +75,8 @@ def make_agent(device="cpu", *, memory="lstm", num_streams=B, action_space=HEADS
         action_space,
         num_streams=num_streams,
         device=device,
-        config=PPOConfig(**SETTINGS | settings),
-        network=NetworkConfig(memory=memory, hidden_size=8, num_layers=2, encoder_sizes=(8,)),
+        config=spec_segments(**SETTINGS | settings),
+        network=NetworkConfig.spec(memory=memory, hidden_size=8, num_layers=2, encoder_sizes=(8,)),
         norms=NormConfig(resources=("A", "B"), internalization_threshold=0.5) if norms else None,
     )
 
@@ -130,9 +131,13 @@ def test_many_streams_and_gaussian_actions(device):
     results = []
     for where in ("cpu", DEVICE):
         agent = DualHeadRecurrentPPO(
-            space, box, num_streams=40, device=where, config=PPOConfig(rollout_length=4, batch_size=80, num_epochs=2),
-            network=NetworkConfig(hidden_size=8, num_layers=2, encoder_sizes=(8,)),
-        )  # fmt: skip
+            space,
+            box,
+            num_streams=40,
+            device=where,
+            config=spec_segments(rollout_length=4, batch_size=80, num_epochs=2),
+            network=NetworkConfig.spec(hidden_size=8, num_layers=2, encoder_sizes=(8,)),
+        )
         rng = np.random.default_rng(0)
         actions = []
         for _ in range(4):
@@ -258,8 +263,8 @@ def commons_run(policies, **settings):
         policies=policies,
         enforce_norms=True,
         commons=settings,
-        network=NetworkConfig(hidden_size=8, encoder_sizes=(8,)),
-        ppo=PPOConfig(rollout_length=6, sequence_length=3, batch_size=9, num_epochs=2),
+        network=NetworkConfig.spec(hidden_size=8, encoder_sizes=(8,)),
+        ppo=spec_segments(rollout_length=6, sequence_length=3, batch_size=9, num_epochs=2),
         turnover=TurnoverConfig(first_turn=6, every_turns=6, num_agents=1),
     )
 

@@ -51,7 +51,7 @@ OBSERVATIONS = {
 
 
 def make_policy(observation_space, action_space, memory, num_layers=2, **shape):
-    config = NetworkConfig(memory=memory, hidden_size=24, num_layers=num_layers, encoder_sizes=(16,), **shape)
+    config = NetworkConfig.spec(memory=memory, hidden_size=24, num_layers=num_layers, encoder_sizes=(16,), **shape)
     spec, actions = ObservationSpec(observation_space), ActionSpec(action_space)
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from settings import spec_segments
 
 import dualhead.learning.update
-from dualhead import DualHeadRecurrentPPO, NetworkConfig, PPOConfig
+from dualhead import DualHeadRecurrentPPO, NetworkConfig
 from dualhead.learning.losses import clipped_surrogate, explained_variance, value_loss
 
 # Three steps, two heads, ε = 0.2. Heads clipped on their own:
@@ -97,8 +98,8 @@ def make_agent(memory="lstm", **changes):
         spaces.Box(-9, 9, (4,)),
         spaces.Dict(move=spaces.Discrete(3), vote=spaces.Discrete(2)),
         num_streams=3,
-        config=PPOConfig(**settings),
-        network=NetworkConfig(memory=memory, hidden_size=8, encoder_sizes=(8,)),
+        config=spec_segments(**settings),
+        network=NetworkConfig.spec(memory=memory, hidden_size=8, encoder_sizes=(8,)),
         dtype=torch.float64,
     )
 
@@ -224,8 +225,10 @@ def test_a_rollout_of_one_step_trains_without_nan(memory, over):
     agent = DualHeadRecurrentPPO(
         spaces.Box(-1, 1, (2,)),
         spaces.Discrete(2),
-        config=PPOConfig(rollout_length=1, batch_size=1, normalize_advantages=over, normalize_rewards=True, burn_in=2),
-        network=NetworkConfig(memory=memory, hidden_size=8, encoder_sizes=(8,)),
+        config=spec_segments(
+            rollout_length=1, batch_size=1, normalize_advantages=over, normalize_rewards=True, burn_in=2
+        ),
+        network=NetworkConfig.spec(memory=memory, hidden_size=8, encoder_sizes=(8,)),
     )
     for reward in (1.0, -2.0, 0.0):
         agent.act(np.ones(2))

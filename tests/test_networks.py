@@ -232,7 +232,7 @@ def test_running_normaliser_against_numpy(dtype):
     rng = np.random.default_rng(0)
     spec = ObservationSpec(spaces.Box(-np.inf, np.inf, (3,), np.float64))
     policy = RecurrentPolicy(
-        spec, ActionSpec(spaces.Discrete(2)), config=NetworkConfig(hidden_size=4), normalize_observations=True
+        spec, ActionSpec(spaces.Discrete(2)), config=NetworkConfig.spec(hidden_size=4), normalize_observations=True
     ).to(dtype)
     # Far from zero and narrow: what cancels catastrophically in float32, or in E[x²] − E[x]².
     batches = [rng.normal([1000, 0, -5], [0.1, 1, 30], size=(n, 3)) for n in (1, 50, 7, 200)]
@@ -374,7 +374,7 @@ def make_policy(kind="lstm", observation_space=BOX, action_space=None, **setting
     return RecurrentPolicy(
         ObservationSpec(observation_space),
         ActionSpec(action_space or spaces.MultiDiscrete([3, 2])),
-        config=NetworkConfig(memory=kind, hidden_size=6, encoder_sizes=(5,), **settings),
+        config=NetworkConfig.spec(memory=kind, hidden_size=6, encoder_sizes=(5,), **settings),
     )
 
 

@@ -54,7 +54,7 @@ ACTION_SPACES = {
 
 def make_player(action_space, *, memory="lstm", seed=0, observation_space=None):
     observation_space = observation_space or spaces.Box(-1, 1, (3,), np.float32)
-    config = NetworkConfig(memory=memory, hidden_size=8, encoder_sizes=(8,))
+    config = NetworkConfig.spec(memory=memory, hidden_size=8, encoder_sizes=(8,))
     with torch.random.fork_rng():
         torch.manual_seed(0)
         policy = RecurrentPolicy(ObservationSpec(observation_space), ActionSpec(action_space), config=config)

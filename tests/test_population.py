@@ -5,6 +5,7 @@ import csv
 import numpy as np
 import pytest
 import torch
+from settings import spec_segments
 
 from dualhead import (
     CheckpointError,
@@ -13,7 +14,6 @@ from dualhead import (
     NetworkConfig,
     NormConfig,
     NormEvents,
-    PPOConfig,
 )
 from dualhead.config import RunConfig, TurnoverConfig
 from dualhead.population import IndependentLearners, IndependentPolicies, Turnover, strengths_by_agent
@@ -23,8 +23,8 @@ from dualhead.running.trainer import train
 from dualhead.worlds.commons import Commons
 
 RULES = CommonsConfig(form="bandit", num_agents=3, resources=("A", "B"), epoch_turns=7)
-NETWORK = NetworkConfig(memory="gru", hidden_size=8, encoder_sizes=(8,))
-PPO = PPOConfig(rollout_length=10, batch_size=20, num_epochs=2, burn_in=2)
+NETWORK = NetworkConfig.spec(memory="gru", hidden_size=8, encoder_sizes=(8,))
+PPO = spec_segments(rollout_length=10, batch_size=20, num_epochs=2, burn_in=2)
 NORMS = NormConfig(resources=("A", "B"))
 NUM_WORLDS = 4
 
@@ -105,7 +105,7 @@ def test_policies_played_together_are_the_policies_alone(memory):
     world = Commons(RULES, num_worlds=2)
     network = NETWORK.model_copy(update={"memory": memory})
     policies = [
-        DualHeadRecurrentPPO(world.observation_space, world.action_space, network=network, seed=seed).policy
+        DualHeadRecurrentPPO(world.observation_space, world.action_space, config=PPO, network=network, seed=seed).policy
         for seed in range(3)
     ]
     together = IndependentPolicies(policies)
@@ -371,7 +371,7 @@ def test_the_closed_forms_hold_in_the_training_loop(tmp_path, decay_rate, outlas
         norms=NormConfig(decay_rate=decay_rate),
         num_envs=1,
         total_steps=2 * (punished + free),
-        ppo=PPOConfig(rollout_length=1, batch_size=1, num_epochs=1),
+        ppo=spec_segments(rollout_length=1, batch_size=1, num_epochs=1),
         commons=CommonsConfig(
             form="bandit",
             num_agents=2,
@@ -418,14 +418,20 @@ def test_a_run_with_newcomers_logs_who_is_there(tmp_path):
         ({"env": "commons", "turnover": {"every_turns": 5}}, "need first_turn"),
         ({"env": "commons", "turnover": {"first_turn": 5, "num_times": 2}}, "num_times=2 needs every_turns"),
         ({"env": "commons", "turnover": {"first_turn": 5, "num_agents": 11}}, "at most the 10 agents"),
-        ({"env": "commons", "total_steps": 80_000, "turnover": {"first_turn": 1001}}, "are 1000 turns of 80 agents"),
+        (
+            {"env": "commons", "num_envs": 8, "total_steps": 80_000, "turnover": {"first_turn": 1001}},
+            "are 1000 turns of 80 agents",
+        ),
         (
             {"env": "commons", "enforce_norms": True, "norms": {"mode": "action", "harmful_action": 0}},
             "expected norms.mode='resource'",
         ),
         ({"env": "commons", "enforce_norms": True, "norms": {"resources": ("X",)}}, "norms.resources: the commons has"),
-        ({"env": "commons", "policies": "independent", "num_envs": 1, "ppo": {"batch_size": 200}}, "of 1 streams"),
-        ({"env": "commons", "num_envs": 1, "total_steps": 500}, "one rollout is 10 streams"),
+        (
+            {"env": "commons", "preset": "spec", "policies": "independent", "num_envs": 1, "ppo": {"batch_size": 200}},
+            "of 1 streams",
+        ),
+        ({"env": "commons", "preset": "spec", "num_envs": 1, "total_steps": 500}, "one rollout is 10 streams"),
     ],
 )
 def test_impossible_settings_of_the_commons_are_refused(settings, message):

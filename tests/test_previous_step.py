@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from settings import spec_segments
 from slow_policy import SlowPolicy, log_softmax
 
 import dualhead.agent
@@ -45,8 +46,8 @@ def make_agent(shape, action_space=HEADS, *, seed=0, **settings):
         spaces.Box(-9, 9, (3,), np.float64),
         action_space,
         num_streams=B,
-        config=PPOConfig(learning_rate=0.01, **settings),
-        network=NetworkConfig(**{"hidden_size": 8, "encoder_sizes": (8,), "head_gain": 1.0} | shape),
+        config=spec_segments(learning_rate=0.01, **settings),
+        network=NetworkConfig.spec(**{"hidden_size": 8, "encoder_sizes": (8,), "head_gain": 1.0} | shape),
         seed=seed,
         dtype=torch.float64,
     )

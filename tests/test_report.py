@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from settings import spec_segments
 
 from dualhead.cli import main
 from dualhead.config import NetworkConfig, PPOConfig, RunConfig
@@ -206,9 +207,9 @@ def test_runs_that_differ_in_the_seed_are_one_group(tmp_path):
 
 
 def test_names_of_groups_with_many_differences_tell_them_apart(tmp_path):
-    ppo = PPOConfig(gamma=0.9, gae_lambda=0.8, clip_coef=0.1)
+    ppo = spec_segments(gamma=0.9, gae_lambda=0.8, clip_coef=0.1)
     paths = [
-        make_run(tmp_path / "a", {"a": [1.0]}),
+        make_run(tmp_path / "a", {"a": [1.0]}, num_envs=8, ppo=spec_segments()),
         make_run(tmp_path / "b", {"a": [1.0]}, num_envs=4, ppo=ppo),
         make_run(tmp_path / "c", {"a": [1.0]}, num_envs=4, ppo=ppo.model_copy(update={"gamma": 0.5})),
     ]
@@ -241,7 +242,7 @@ def test_report_of_a_trained_run(tmp_path, capsys):
     assert f"{summary['evaluation']['mean_return']:.3g}".replace("-", "−") in page.text
     assert "lstm on dualhead/RecallCue-v0" in page.text
     assert "finished" in page.text
-    assert re.search(r"ppo\.gamma\s+Discount per step\.\s+0\.99\s+0\.875\s", page.text)
+    assert re.search(rf"ppo\.gamma\s+Discount per step\.\s+{PPOConfig().gamma}\s+0\.875\s", page.text)
     assert re.search(r"network\.forget_bias\s+[^.]+\.\s+0\.0\s+2\.0\s+tuned", page.text)
     assert "gae_lambda" in page.text  # tuned, not given
     assert "clip_coef" not in page.text  # the default

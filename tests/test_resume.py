@@ -17,10 +17,11 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from settings import spec_segments
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dualhead.cli import main
-from dualhead.config import CommonsConfig, NetworkConfig, PPOConfig, RunConfig, TurnoverConfig
+from dualhead.config import CommonsConfig, NetworkConfig, RunConfig, TurnoverConfig
 from dualhead.running import checkpoint, metrics, trainer
 from dualhead.running.checkpoint import RunError, checkpoints, locked
 from dualhead.running.session import Session
@@ -52,13 +53,14 @@ def config_of(env="dualhead/CartPoleNoVel-v1", *, memory="lstm", **changes):
         "keep_checkpoints": 3,
         "eval_every": 120,
         "eval_episodes": 2,
-        "network": NetworkConfig(memory=memory, hidden_size=6, encoder_sizes=(5,)),
-        "ppo": PPOConfig(
+        "network": NetworkConfig.spec(memory=memory, hidden_size=6, encoder_sizes=(5,)),
+        "ppo": spec_segments(
             rollout_length=32,
             sequence_length=8,
             batch_size=16,
             num_epochs=2,
             burn_in=3,
+            learning_rate=3e-4,
             learning_rate_schedule="linear",
             entropy_coef=0.02,
             entropy_coef_end=0.0,

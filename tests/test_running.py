@@ -21,6 +21,7 @@ import psutil
 import pytest
 import torch
 from gymnasium import spaces
+from settings import spec_segments
 
 from dualhead import DualHeadRecurrentPPO
 from dualhead.cli import main
@@ -32,7 +33,7 @@ from dualhead.running.trainer import train
 from dualhead.storage import read_tensors
 from dualhead.worlds.streams import StreamStep, make_streams
 
-SMALL = NetworkConfig(hidden_size=8, encoder_sizes=(8,))
+SMALL = NetworkConfig.spec(hidden_size=8, encoder_sizes=(8,))
 TINY_OPTIONS = ["--total-steps", "64", "--num-envs", "2", "--rollout-length", "8", "--sequence-length", "4"]
 TINY_OPTIONS += ["--batch-size", "8", "--num-epochs", "1", "--hidden-size", "8", "--encoder-sizes", "8"]
 TINY_OPTIONS += ["--eval-episodes", "2", "--num-threads", "1"]
@@ -71,7 +72,7 @@ def tiny_config(run_dir, **changes):
         "run_dir": str(run_dir),
         "eval_episodes": 2,
         "network": SMALL,
-        "ppo": PPOConfig(
+        "ppo": spec_segments(
             rollout_length=50, batch_size=25, burn_in=3, normalize_observations=True, normalize_rewards=True
         ),
     }

@@ -16,8 +16,7 @@ from dualhead.types import RecurrentState
 SHAPE = (5, 11, 11)
 IMAGES = spaces.Box(-np.inf, np.inf, SHAPE, np.float32)
 ACTIONS = {(4, 3): spaces.MultiDiscrete([4, 3]), (5,): spaces.Discrete(5)}
-# All that separates the defaults from the specification's own behaviour.
-AS_SPECIFIED = PPOConfig(sequence_length=1, burn_in=0, state_refresh="never", bootstrap_last=False, ratio="per_head")
+AS_SPECIFIED = PPOConfig.spec()
 # Steps that end an episode: 7 is an episode of one step. Rollouts of 100 steps are cut inside an episode; of rollouts
 # of 30 steps the first is, the second ends with its episode, and an episode of one step begins the third.
 ENDS = {6, 7, 38, 59, 60, 83}
@@ -25,7 +24,12 @@ ENDS = {6, 7, 38, 59, 60, 83}
 
 def make_agent(memory="lstm", heads=(4, 3), *, config=AS_SPECIFIED, dtype=torch.float64, seed=3, **network):
     return DualHeadRecurrentPPO(
-        IMAGES, ACTIONS[heads], config=config, network=NetworkConfig(memory=memory, **network), dtype=dtype, seed=seed
+        IMAGES,
+        ACTIONS[heads],
+        config=config,
+        network=NetworkConfig.spec(memory=memory, **network),
+        dtype=dtype,
+        seed=seed,
     )
 
 
@@ -299,7 +303,7 @@ def test_the_cell_state_matters_to_the_next_step():
 
 
 @pytest.mark.parametrize(("memory", "kind"), [("lstm", torch.nn.LSTM), ("gru", torch.nn.GRU)])
-def test_default_network_has_the_specified_layers(memory, kind):
+def test_the_specification_s_network_has_the_specified_layers(memory, kind):
     policy = make_agent(memory).policy
     cell = getattr(policy.memory, memory)
     assert type(cell) is kind
@@ -355,7 +359,7 @@ def test_forget_bias_fills_the_forget_gate_alone_and_once():
         assert total.sum() == 1.5 * 256
 
 
-def test_defaults_are_those_of_the_existing_class():
+def test_the_specification_s_settings_are_those_of_the_existing_class():
     expected = {
         "learning_rate": 3e-4,
         "learning_rate_schedule": "constant",
@@ -374,16 +378,16 @@ def test_defaults_are_those_of_the_existing_class():
         "normalize_observations": False,
         "normalize_rewards": False,
         "rollout_length": 100,
-        # Ours, where the specification leaves it open.
-        "sequence_length": 16,
+        # One-step slices with the states as stored, and nothing after the rollout.
+        "sequence_length": 1,
         "burn_in": 0,
-        "state_refresh": "epoch",
-        "bootstrap_last": True,
+        "state_refresh": "never",
+        "bootstrap_last": False,
     }
-    defaults = PPOConfig().model_dump()
-    assert {name: defaults[name] for name in expected} == expected
-    assert PPOConfig().entropy_coef_end in (None, 0.01)
-    network = NetworkConfig().model_dump()
+    ppo = PPOConfig.spec().model_dump()
+    assert {name: ppo[name] for name in expected} == expected
+    assert PPOConfig.spec().entropy_coef_end in (None, 0.01)
+    network = NetworkConfig.spec().model_dump()
     expected = {"memory": "lstm", "hidden_size": 256, "num_layers": 1, "encoder_sizes": (256,)}
     expected |= {"head_gain": 2**0.5, "forget_bias": 0.0, "orthogonal_per_gate": False}
     assert {name: network[name] for name in expected} == expected
@@ -393,11 +397,11 @@ def test_an_agent_without_settings_uses_the_defaults():
     agent = DualHeadRecurrentPPO(IMAGES, gym.spaces.Discrete(2))
     assert agent.config == PPOConfig()
     assert agent.network == NetworkConfig()
-    assert agent.rollout_memory.rollout_length == 100
+    assert agent.rollout_memory.rollout_length == PPOConfig().rollout_length
     settings = agent.optimizer.defaults
     assert (settings["lr"], settings["eps"], settings["betas"], settings["weight_decay"]) == (
-        3e-4,
-        1e-5,
+        PPOConfig().learning_rate,
+        PPOConfig().adam_eps,
         (0.9, 0.999),
         0,
     )

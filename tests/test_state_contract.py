@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from settings import spec_segments
 
 import dualhead.agent
 import dualhead.learning.update
-from dualhead import DualHeadRecurrentPPO, NetworkConfig, PPOConfig
+from dualhead import DualHeadRecurrentPPO, NetworkConfig
 from dualhead.learning.segments import cut
 from dualhead.types import RecurrentState
 
@@ -34,8 +35,8 @@ def make_agent(memory="lstm", *, num_layers=1, masks=False, dtype=torch.float64,
         MASK_SPACE if masks else PLAIN_SPACE,
         spaces.MultiDiscrete([3, 2]),
         num_streams=3,
-        config=PPOConfig(**settings),
-        network=NetworkConfig(memory=memory, num_layers=num_layers, hidden_size=8, encoder_sizes=(8,)),
+        config=spec_segments(**settings),
+        network=NetworkConfig.spec(memory=memory, num_layers=num_layers, hidden_size=8, encoder_sizes=(8,)),
         dtype=dtype,
     )
 
@@ -359,7 +360,7 @@ def test_a_counting_core_always_knows_how_old_the_episode_is(burn_in, sequence_l
         spaces.Box(-np.inf, np.inf, (1,), np.float64),
         spaces.Discrete(3),
         num_streams=num_streams,
-        config=PPOConfig(
+        config=spec_segments(
             rollout_length=8,
             sequence_length=sequence_length,
             burn_in=burn_in,
@@ -367,7 +368,7 @@ def test_a_counting_core_always_knows_how_old_the_episode_is(burn_in, sequence_l
             num_epochs=3,
             state_refresh=state_refresh,
         ),
-        network=NetworkConfig(memory="gru", hidden_size=4, encoder_sizes=()),
+        network=NetworkConfig.spec(memory="gru", hidden_size=4, encoder_sizes=()),
         dtype=torch.float64,
     )
     counting = agent.policy.memory = CountingMemory()

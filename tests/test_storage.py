@@ -23,8 +23,9 @@ import torch
 from gymnasium import spaces
 from safetensors import safe_open
 from safetensors.torch import load, load_file, save
+from settings import spec_segments
 
-from dualhead import CheckpointError, DualHeadRecurrentPPO, NetworkConfig, NormConfig, NormEvents, PPOConfig, RunConfig
+from dualhead import CheckpointError, DualHeadRecurrentPPO, NetworkConfig, NormConfig, NormEvents, RunConfig
 from dualhead.running.checkpoint import (
     RunError,
     checkpoints,
@@ -35,7 +36,7 @@ from dualhead.running.checkpoint import (
     save_best,
     save_checkpoint,
 )
-from dualhead.storage import read_tensors, write_bytes, write_tensors
+from dualhead.storage import VERSION, read_tensors, write_bytes, write_tensors
 
 TENSORS = {"a": torch.arange(6, dtype=torch.float32).reshape(2, 3), "checksum": torch.tensor([True, False])}
 METADATA = {"num_steps": 7, "text": 'a "quoted" "checksum":"' + "0" * 64 + '" é'}
@@ -367,7 +368,7 @@ def make_agent(memory, *, seed=0):
         SPACE,
         spaces.MultiDiscrete([3, 2]),
         num_streams=B,
-        config=PPOConfig(
+        config=spec_segments(
             rollout_length=4,
             sequence_length=2,
             batch_size=4,
@@ -376,7 +377,7 @@ def make_agent(memory, *, seed=0):
             normalize_observations=True,
             normalize_rewards=True,
         ),
-        network=NetworkConfig(memory=memory, hidden_size=4, encoder_sizes=(4,)),
+        network=NetworkConfig.spec(memory=memory, hidden_size=4, encoder_sizes=(4,)),
         norms=NormConfig(resources=("A", "B")),
         seed=seed,
     )
@@ -510,7 +511,13 @@ def other_metadata(contents):
                 if value != metadata["config"][name]:
                     yield with_json(json.dumps({**metadata, "config": {**metadata["config"], name: value}}))
     yield from map(with_json, ("", "{", "[]", "null", "7", '"text"', "[" * 200_000, "9" * 10_000, said["json"][:-1]))
-    for name, value in (("version", "0"), ("version", "2"), ("version", "one"), ("version", ""), ("format", "pt")):
+    for name, value in (
+        ("version", str(VERSION - 1)),
+        ("version", str(VERSION + 1)),
+        ("version", "one"),
+        ("version", ""),
+        ("format", "pt"),
+    ):
         yield sealed({**header, "__metadata__": {**said, name: value}}, data)
     for name in said:
         short = {**header, "__metadata__": {key: value for key, value in said.items() if key != name}}

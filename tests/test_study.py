@@ -85,7 +85,12 @@ def test_a_study_of_the_commons_is_planned_as_ever():
 
 def test_settings_of_a_condition_win_over_those_of_its_environment_and_these_over_base():
     study = poles(
-        base={"total_steps": 5000, "num_envs": 2, "ppo": {"gamma": 0.5, "gae_lambda": 0.5, "clip_coef": 0.5}},
+        base={
+            "preset": "spec",
+            "total_steps": 5000,
+            "num_envs": 2,
+            "ppo": {"gamma": 0.5, "gae_lambda": 0.5, "clip_coef": 0.5},
+        },
         environments={POLES[0]: {}, POLES[1]: {"total_steps": 6000, "ppo": {"gamma": 0.6, "gae_lambda": 0.6}}},
         conditions={"plain": {}, "other": {"ppo": {"gamma": 0.7}}},
     )
@@ -103,13 +108,14 @@ def test_settings_of_a_condition_win_over_those_of_its_environment_and_these_ove
 def test_tuned_settings_lie_below_those_of_the_study():
     env, tuned = POLES[1], tuned_settings(POLES[1])
     study = poles(base={"env": env, "total_steps": 9000}, environments={env: {}}, conditions={
-        "tuned": {"preset": "tuned", "ppo": {"num_epochs": 3}}, "plain": {}
+        "tuned": {"preset": "tuned", "ppo": {"num_epochs": 3}}, "spec": {"preset": "spec"}, "plain": {}
     })  # fmt: skip
-    config, plain = study.run("tuned", 0, ""), study.run("plain", 0, "")
+    config, spec, plain = (study.run(name, 0, "") for name in ("tuned", "spec", "plain"))
     assert (config.total_steps, config.ppo.num_epochs) == (9000, 3)
-    assert config.ppo.learning_rate == tuned["ppo"]["learning_rate"] != plain.ppo.learning_rate
-    assert config.network.hidden_size == tuned["network"]["hidden_size"] != plain.network.hidden_size
-    assert plain == RunConfig(env=env, total_steps=9000, num_threads=1, run_dir="")
+    assert config.ppo.learning_rate == tuned["ppo"]["learning_rate"] != spec.ppo.learning_rate
+    assert config.network.hidden_size == tuned["network"]["hidden_size"] != spec.network.hidden_size
+    given = {"env": env, "total_steps": 9000, "num_threads": 1, "run_dir": ""}
+    assert (spec, plain) == (RunConfig(preset="spec", **given), RunConfig(**given))
 
 
 def test_the_studies_of_tuned_tasks_train_as_the_command_line_does():
@@ -173,7 +179,7 @@ def test_a_run_has_columns_and_the_numbers_of_its_summary(tmp_path):
     (tmp_path / "metrics.csv").write_text("steps,loss,late\n80,1.5,\n160,0.5,2\n")
     summary = {"env": "X", "seed": 3, "stopped_early": False, "steps": 160, "seconds": 2.5}
     (tmp_path / "summary.json").write_text(json.dumps(summary | {"evaluation": {"mean_return": 9.0}}))
-    run = read_run("lstm", poles().run("lstm", 3, str(tmp_path), env=POLES[0]))
+    run = read_run("lstm", poles(base={"num_envs": 8}).run("lstm", 3, str(tmp_path), env=POLES[0]))
     assert run.numbers == {"steps": 160, "seconds": 2.5, "evaluation/mean_return": 9.0}
     np.testing.assert_array_equal(run.column("late"), [NAN, 2.0])
     assert run.steps.tolist() == [80, 160]
@@ -277,7 +283,13 @@ def test_files_have_every_seed_and_curves_that_are_thinned(tmp_path, measured):
 
 
 def test_a_condition_changes_what_it_names_and_no_more():
-    base = {"total_steps": 9000, "ppo": {"gamma": 0.5, "batch_size": 40}, "commons": {"harms": {"A": 1.0, "B": 2.0}}}
+    base = {
+        "preset": "spec",
+        "total_steps": 9000,
+        "num_envs": 8,
+        "ppo": {"gamma": 0.5, "batch_size": 40},
+        "commons": {"harms": {"A": 1.0, "B": 2.0}},
+    }
     base["commons"] |= {"resources": ["A", "B"], "form": "bandit"}
     study = StudyConfig(
         base=base,
@@ -825,7 +837,7 @@ def test_an_environment_without_values_says_so(measured, tmp_path):
 
 
 def test_the_window_of_a_terminal_shows_how_far_runs_are(tmp_path):
-    config = RunConfig(env="commons", num_envs=1, run_dir=str(tmp_path))
+    config = RunConfig(env="commons", preset="spec", num_envs=1, run_dir=str(tmp_path))
     assert processes._steps_so_far(config) == 0
     (tmp_path / "metrics.csv").write_text("steps,loss\r\n100,1\r\n200,2\r\n")
     assert processes._steps_so_far(config) == 200

@@ -17,7 +17,7 @@ from dualhead import RunConfig
 from dualhead.running.checkpoint import RunError
 from dualhead.running.metrics import CSVWriter, TensorBoardWriter, make_writers, require_packages
 
-CONFIG = RunConfig(env="CartPole-v1", total_steps=800, seed=3)
+CONFIG = RunConfig(env="CartPole-v1", preset="spec", num_envs=8, total_steps=800, seed=3)
 LOGGED = {"time/steps_per_s": 10.0, "episode/mean_return": 1.5, "loss/value": math.nan}
 
 

@@ -18,7 +18,7 @@ from typing import Annotated, Any, TextIO
 import tyro
 
 from dualhead.config import (
-    PPOConfig,
+    SPEC,
     RunConfig,
     flat,
     merged,
@@ -209,7 +209,7 @@ def _preset_defaults(arguments: list[str]) -> Any:
         return tyro.MISSING  # the parser says what is wrong with the preset, if anything is
     if any(word.endswith("independent") for word in arguments):
         # The tuned minibatch is of all agents together, more than a rollout of one.
-        settings = merged(settings, {"ppo": {"batch_size": PPOConfig().batch_size}})
+        settings = merged(settings, {"ppo": {"batch_size": SPEC["ppo"]["batch_size"]}})
     config = RunConfig(env=env, **settings | {"preset": preset})
     return config if env else RunConfig.model_construct(**dict(config) | {"env": tyro.MISSING})
 
