@@ -379,7 +379,19 @@ def test_a_study_is_copied_to_be_changed(tmp_path, capsys):
 def test_the_studies_that_come_with_the_package():
     """They are possible, and what their comments say of numbers is so."""
     of_the_commons = ["hidden_level", "level_flip", "norms", "norms_small"]
-    assert study_names() == sorted([*of_the_commons, "learning", "recall_cue"])
+    planned = {name: plan(read_study(name), Path("out")) for name in study_names()}
+    assert {*of_the_commons, "learning", "recall_cue", "untouched", "development", "confirmation"} <= planned.keys()
+    development, confirmation = (
+        {run.config.env for run in planned[name].values()} for name in ("development", "confirmation")
+    )
+    assert not development & confirmation
+    assert len(development) >= 8
+    assert len(confirmation) >= 4
+    # What is compared with sb3-contrib comes from both sets.
+    compared = {run.config.env for run in planned["untouched"].values()}
+    assert compared <= development | confirmation
+    assert compared & development
+    assert compared & confirmation
     studies = {name: read_study(name) for name in of_the_commons}
     turns = {name: study.base["total_steps"] // (10 * study.base["num_envs"]) for name, study in studies.items()}
     assert turns == {"hidden_level": 8000, "level_flip": 4000, "norms": 1600, "norms_small": 1500}
