@@ -16,11 +16,12 @@ turns = parser.parse_args().turns
 rules = CommonsConfig(
     form="bandit",
     resources=("A", "B"),
-    schedule={
-        "A": (1.0,),
-        "B": (0.0,),
-    },  # the default schedule punishes B, too, now and then: it would get a norm as well
+    # The default schedule punishes B, too, now and then: it would get a norm as well.
+    schedule={"A": (1.0,), "B": (0.0,)},
     phases=(Phase(mode="fixed", level=0, num_turns=turns), Phase(mode="off")),
+)
+ppo = PPOConfig(
+    rollout_length=20, batch_size=200, num_epochs=4, learning_rate=2e-3, entropy_coef=0.05, normalize_rewards=True
 )
 # Guilt outweighs the gain of 10 that A promises while the strength is above 5 + 10 / 10 = 6. A strength only lives
 # where somebody still tries A and is punished: the entropy bonus keeps agents trying, the slow decay lets it last.
@@ -32,9 +33,7 @@ for name, enforced in (("without norms", None), ("with norms", norms)):
         worlds.observation_space,
         worlds.action_space,
         num_streams=worlds.num_streams,
-        config=PPOConfig(
-            rollout_length=20, batch_size=200, learning_rate=2e-3, entropy_coef=0.05, normalize_rewards=True
-        ),
+        config=ppo,
         network=NetworkConfig(memory="gru", hidden_size=32, encoder_sizes=(32,)),
         norms=enforced,
     )
