@@ -108,7 +108,7 @@ def table(results: Path) -> None:
             if within:
                 last = max(within)
                 cells.append(f"{interval(ours[env][last])} at {last:,} ({last / rate:,.0f} s)")
-        print("| " + " | ".join(cells) + " |")
+        print("| " + " | ".join([*cells, *["–"] * (7 - len(cells))]) + " |")
 
 
 def main() -> None:

@@ -182,9 +182,10 @@ def test_untouched_learners_are_compared_at_equal_steps_and_seconds(tmp_path):
     """By hand: sb3-contrib needs 200,000 / 100 = 2,000 s; ours, at 1,000 steps/s, is at 600,000 before that."""
     files = {
         "sb3": "env,kind,num_steps,seed,return_mean\nA,training,1,0,9\nA,greedy,200704,0,1\nA,greedy,200704,1,3\n"
-        "B,greedy,200704,0,5\n",
+        "B,greedy,200704,0,5\nC,greedy,200704,0,5\n",
         "ours": "env,condition,seed,num_steps,return_mean\n"
-        + "".join(f"A,x,{seed},{n},{n // 100_000 + seed}\n" for n in (200_704, 600_064, 2_100_000) for seed in (0, 2)),
+        + "".join(f"A,x,{seed},{n},{n // 100_000 + seed}\n" for n in (200_704, 600_064, 2_100_000) for seed in (0, 2))
+        + "C,x,0,200704,6\n",
         "speed": "env,rounds,ours_steps_per_s,sb3_steps_per_s\nA,3,1000,100\n",
     }
     for name, text in files.items():
@@ -193,5 +194,6 @@ def test_untouched_learners_are_compared_at_equal_steps_and_seconds(tmp_path):
     assert done.returncode == 0, done.stderr
     # t(0.975, 1) = 12.706; returns 1 and 3 deviate by 1.414.
     assert done.stdout.splitlines()[2:] == [
-        "| A | 200,704 | 2.000 ± 12.706 | 3.000 ± 12.706 | 2,007 | 201 | 7.000 ± 12.706 at 600,064 (600 s) |"
+        "| A | 200,704 | 2.000 ± 12.706 | 3.000 ± 12.706 | 2,007 | 201 | 7.000 ± 12.706 at 600,064 (600 s) |",
+        "| C | 200,704 | 5.000 (one seed) | 6.000 (one seed) | – | – | – |",  # no run of ours of B, no speed of C
     ]
