@@ -212,6 +212,19 @@ def test_the_first_step_of_an_episode_sees_nothing_before_it():
     assert previous[2]["previous/action"] == [actions[1][0], [-1, -1], actions[1][2]]
 
 
+def test_an_environment_may_reuse_its_array_of_rewards():
+    """Also where it has the policy's dtype: what the next step sees is what was recorded."""
+    agent = make_agent(SHAPES["previous step"])
+    rewards = np.zeros(B)
+    for t in range(2):
+        agent.act(np.zeros((B, 3)))
+        rewards[:] = 5.0 + t
+        agent.record(rewards, np.zeros(B, bool), np.zeros(B, bool))
+        rewards[:] = -1.0
+    agent.act(np.zeros((B, 3)))
+    assert agent.rollout_memory.observations["previous/reward"][:3, 0].tolist() == [0, 5, 6]
+
+
 @pytest.mark.parametrize("how", ["reset_state", "restart_streams", "none"])
 def test_whatever_begins_an_episode_hides_the_step_before(how):
     agent = make_agent(SHAPES["previous step"])
@@ -283,10 +296,25 @@ def test_a_player_says_that_it_needs_rewards():
     agent = make_agent(SHAPES["previous step"])
     player = Player(agent.policy, agent.observation_spec.space, HEADS)
     player.act(np.zeros((B, 3)), np.ones(B, bool))
-    for rewards, message in ((None, "rewards=..."), (np.zeros(2), "3 finite"), (np.full(B, np.nan), "3 finite")):
-        with pytest.raises(DataError, match=message):
+    wrong = [np.zeros(2), np.zeros((B, 1)), np.full(B, np.nan), ["a"] * B, [1j] * B, [[1], [2, 3], [4]], 0.0]
+    for rewards in (None, *wrong):
+        with pytest.raises(DataError, match="rewards"):
             player.act(np.zeros((B, 3)), np.zeros(B, bool), rewards=rewards)
     player.act(np.zeros((B, 3)), np.zeros(B, bool), rewards=np.zeros(B))
+
+
+def test_a_player_needs_no_rewards_where_every_episode_begins():
+    """Then nothing is shown of the step before: the same as after `reset`."""
+    agent = make_agent(SHAPES["previous step"])
+    player = Player(agent.policy, agent.observation_spec.space, HEADS)
+    seen, starts = np.random.default_rng(0).normal(size=(2, B, 3)), np.ones(B, bool)
+    first = [player.act(seen[0], starts), player.act(seen[1], ~starts, rewards=np.ones(B))]
+    second = [player.act(seen[0], starts), player.act(seen[1], ~starts, rewards=np.ones(B))]
+    np.testing.assert_array_equal(first, second)
+    for reward in (1.0, np.float32(1), [1.0], torch.ones(())):
+        player.reset()
+        player.act(seen[0, 0], True)
+        player.act(seen[1, 0], False, rewards=reward)
 
 
 def test_an_observation_part_may_not_take_the_name_of_an_input():
