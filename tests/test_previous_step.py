@@ -12,7 +12,7 @@ from settings import spec_segments
 from slow_policy import SlowPolicy, log_softmax
 
 import dualhead.agent
-from dualhead import DataError, DualHeadRecurrentPPO, NetworkConfig, Player, PPOConfig
+from dualhead import DataError, DualHeadRecurrentPPO, NetworkConfig, NormConfig, NormEvents, Player, PPOConfig
 from dualhead.learning.segments import cut
 from dualhead.learning.update import gather
 
@@ -175,9 +175,12 @@ def test_gradients_equal_those_of_a_loop_over_steps(shape):
         assert (one - other).abs().max() < 1e-9 * (1 + other.abs().max())
 
 
-def test_a_critic_with_its_own_memory_leaves_the_policy_s_alone():
-    """The value loss reaches only the critic's memory, the surrogate only the policy's; the encoder sees both."""
-    agent = make_agent(SHAPES["critic with an LSTM"], sequence_length="rollout", batch_size=60)
+@pytest.mark.parametrize("name", ["critic with an LSTM", "everything", "layers"])
+def test_a_critic_leaves_what_is_the_policy_s_alone(name):
+    """The value loss reaches only the critic's memory and layers, the surrogate only the policy's; the encoder sees
+    both, and so does a shared memory."""
+    shape = SHAPES[name]
+    agent = make_agent(shape, sequence_length="rollout", batch_size=60)
     play = Play(agent)
     play.rollout()
     policy, rollout = agent.policy, agent.rollout_memory
@@ -190,11 +193,11 @@ def test_a_critic_with_its_own_memory_leaves_the_policy_s_alone():
         policy.zero_grad()
         loss.backward(retain_graph=True)
         reached[name] = {n for n, p in policy.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
-    assert any(name.startswith("critic_memory.") for name in reached["value"])
-    assert not any(name.startswith(("memory.", "heads.")) for name in reached["value"])
-    assert any(name.startswith("memory.") for name in reached["policy"])
-    assert not any(name.startswith("critic") for name in reached["policy"])
-    assert all(any(name.startswith("encoder.") for name in names) for names in reached.values())
+    parts = {what: {name.partition(".")[0] for name in names} for what, names in reached.items()}
+    layers = "head_sizes" in shape
+    own = "critic_memory" if "critic_memory" in shape else "memory"
+    assert parts["value"] == {"encoder", own, "critic"} | ({"critic_layers"} if layers else set())
+    assert parts["policy"] == {"encoder", "memory", "heads"} | ({"actor_layers"} if layers else set())
 
 
 def test_the_first_step_of_an_episode_sees_nothing_before_it():
@@ -241,6 +244,45 @@ def test_whatever_begins_an_episode_hides_the_step_before(how):
     hidden = (agent.rollout_memory.observations["previous/action"][0] == -1).all(-1)
     assert hidden.tolist() == ([True, False, True] if how == "restart_streams" else [True] * 3)
     assert ((agent.rollout_memory.observations["previous/reward"][0] == 0) == hidden).all()
+
+
+def test_a_state_that_was_set_to_none_is_valued_as_a_beginning():
+    """`learn` after the specification's reset: the next observation is an episode's first, with nothing before it."""
+    agent = make_agent(SHAPES["everything"])
+    play = Play(agent, rate=0.0)
+    play.rollout()
+    agent._current_hidden = None
+    asked = []
+    values = agent.policy.values
+    agent.policy.values = lambda *given: asked.append(values(*given)) or asked[-1]
+    for slow in play.slow:
+        slow.reset()
+    wanted = [slow.value_of(x) for slow, x in zip(play.slow, play.now)]
+    agent.learn(play.now)
+    np.testing.assert_allclose(asked[-1], wanted, rtol=0, atol=1e-12)
+
+
+def test_guilt_is_no_part_of_the_previous_reward():
+    """Every stream feels guilt from its first step on; the policy is shown the task's reward alone."""
+    norms = NormConfig(
+        mode="action", harmful_action=0, decay_rate=1.0, internalization_threshold=0.0, intrinsic_scale=-1.0
+    )
+    agent = DualHeadRecurrentPPO(
+        spaces.Box(-9, 9, (3,), np.float64),
+        spaces.Discrete(1),
+        num_streams=B,
+        network=NetworkConfig(previous_reward=True),
+        norms=norms,
+    )
+    for _ in range(2):
+        agent.act(np.zeros((B, 3)))
+        agent.record(
+            np.full(B, 5.0), np.zeros(B, bool), np.zeros(B, bool), events=NormEvents(punished=np.ones((B, 1), bool))
+        )
+    agent.act(np.zeros((B, 3)))
+    memory = agent.rollout_memory
+    assert memory.guilt[:2, 0].tolist() == [-1, -2]
+    assert memory.observations["previous/reward"][:3, 0].tolist() == [0, 5, 5]
 
 
 def test_a_box_shows_the_action_as_the_environment_clips_it():
