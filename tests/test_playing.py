@@ -202,9 +202,12 @@ def test_who_evaluates_or_films_shows_the_policy_what_was_paid(monkeypatch):
     monkeypatch.setattr(Player, "act", spy_on_act)
     commons = Commons(CommonsConfig(form="bandit", num_agents=2))
     for env, play in (
-        (make_streams("test/Ticking-v0", 3), lambda player, env: evaluate(player.policy, env, episodes=6)),
-        (Ticking(), lambda player, env: list(_frames(env, player, 20, seed=0, deterministic=True))),
-        (commons, lambda player, env: list(_frames_of_commons(env, player, 20, seed=0, deterministic=True))),
+        (
+            make_streams("test/Ticking-v0", 3),
+            lambda player, env: evaluate(player.policy, env, episodes=6, deterministic=False),
+        ),
+        (Ticking(), lambda player, env: list(_frames(env, player, 20, seed=0, deterministic=False))),
+        (commons, lambda player, env: list(_frames_of_commons(env, player, 20, seed=0, deterministic=False))),
     ):
         paid.clear()
         shown.clear()
