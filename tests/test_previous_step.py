@@ -147,6 +147,38 @@ def test_minibatches_begin_where_acting_was(shape, sequence_length, burn_in):
 
 
 @every_shape
+def test_segments_have_the_values_that_acting_had(shape):
+    """Each from its stored states, the critic's too, in the middle of episodes and after an update."""
+    agent = make_agent(shape)
+    play = Play(agent, rate=0.03)
+    play.rollout()
+    agent.learn(play.now)
+    play.rollout()
+    rollout = agent.rollout_memory
+    ones = torch.ones(T, B).double()
+    with torch.no_grad():
+        batch = gather(agent.policy, rollout, cut(rollout.episode_starts.numpy(), 7), advantages=ones, returns=ones)
+        output = agent.policy.evaluate(batch)
+    np.testing.assert_allclose(output.values, batch.values, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(output.distribution.log_probs(batch.actions), batch.log_probs, rtol=0, atol=1e-12)
+
+
+def test_the_tail_keeps_everything_that_a_burn_in_reads():
+    """After `clear` its rows are the rollout's last ones: observations, the step before and states of both memories."""
+    agent = make_agent(SHAPES["everything"], burn_in=3)
+    play = Play(agent, rate=0.0)
+    play.rollout()
+    rollout = agent.rollout_memory
+    buffers = {**rollout.observations, **{f"states/{name}": part[0] for name, part in rollout.states.items()}}
+    last = {name: buffer[T:].clone() for name, buffer in buffers.items()}
+    assert {"previous/action", "previous/reward", "states/c", "states/critic_h", "states/critic_c"} < last.keys()
+    rollout.clear()
+    for name, buffer in buffers.items():
+        assert last[name].any(), name
+        assert torch.equal(buffer[:3], last[name]), name
+
+
+@every_shape
 def test_gradients_equal_those_of_a_loop_over_steps(shape):
     """All steps in one minibatch of whole spans, against `policy.step` one step at a time with autograd through it."""
     agent = make_agent(shape, sequence_length="rollout", batch_size=60)
