@@ -10,14 +10,17 @@ from saved_runs import randomize, save_run
 
 import dualhead
 from dualhead import DataError, Player, load_policy
-from dualhead.config import NetworkConfig
+from dualhead.config import CommonsConfig, NetworkConfig
 from dualhead.networks.encoders import ObservationSpec
 from dualhead.networks.heads import ActionSpec
 from dualhead.networks.policy import RecurrentPolicy
 from dualhead.running.checkpoint import RunError, checkpoints, read_config
 from dualhead.running.evaluation import Evaluation, evaluate
 from dualhead.running.session import make_learner
+from dualhead.running.video import _frames, _frames_of_commons
 from dualhead.storage import CheckpointError
+from dualhead.types import as_numpy
+from dualhead.worlds.commons import Commons
 from dualhead.worlds.streams import make_streams
 
 
@@ -52,9 +55,9 @@ ACTION_SPACES = {
 }
 
 
-def make_player(action_space, *, memory="lstm", seed=0, observation_space=None):
+def make_player(action_space, *, memory="lstm", seed=0, observation_space=None, **shape):
     observation_space = observation_space or spaces.Box(-1, 1, (3,), np.float32)
-    config = NetworkConfig.spec(memory=memory, hidden_size=8, encoder_sizes=(8,))
+    config = NetworkConfig.spec(memory=memory, hidden_size=8, encoder_sizes=(8,), **shape)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         policy = RecurrentPolicy(ObservationSpec(observation_space), ActionSpec(action_space), config=config)
@@ -185,6 +188,42 @@ def test_evaluation_repeats_on_the_same_streams():
     assert first.lengths == [3, 4, 3, 4, 3, 3]
     assert all(4 * n <= score <= 6 * n for score, n in zip(first.returns, first.lengths))
     assert all(torch.equal(before[name], tensor) for name, tensor in player.policy.state_dict().items())
+
+
+def test_who_evaluates_or_films_shows_the_policy_what_was_paid(monkeypatch):
+    """Each call of `act` after the first is given the rewards of the step before it."""
+    paid, shown = [], []
+    act = Player.act
+
+    def spy_on_act(self, *given, rewards=None, **how):
+        shown.append(None if rewards is None else as_numpy(rewards).tolist())
+        return act(self, *given, rewards=rewards, **how)
+
+    monkeypatch.setattr(Player, "act", spy_on_act)
+    commons = Commons(CommonsConfig(form="bandit", num_agents=2))
+    for env, play in (
+        (
+            make_streams("test/Ticking-v0", 3),
+            lambda player, env: evaluate(player.policy, env, episodes=6, deterministic=False),
+        ),
+        (Ticking(), lambda player, env: list(_frames(env, player, 20, seed=0, deterministic=False))),
+        (commons, lambda player, env: list(_frames_of_commons(env, player, 20, seed=0, deterministic=False))),
+    ):
+        paid.clear()
+        shown.clear()
+        player = make_player(env.action_space, observation_space=env.observation_space, previous_reward=True)
+
+        def spy_on_step(actions, step=env.step):
+            result = step(actions)
+            paid.append(as_numpy(result[1]).tolist())
+            return result
+
+        env.step, env.spec = spy_on_step, None
+        env.frame = env.render = lambda: np.zeros((2, 2, 3), np.uint8)
+        play(player, env)
+        assert len(paid) > 2
+        assert np.any(paid)
+        assert shown[1:] == paid[:-1]
 
 
 def test_summary_has_the_t_interval_of_the_mean():

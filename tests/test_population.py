@@ -14,6 +14,7 @@ from dualhead import (
     NetworkConfig,
     NormConfig,
     NormEvents,
+    Player,
 )
 from dualhead.config import RunConfig, TurnoverConfig
 from dualhead.population import IndependentLearners, IndependentPolicies, Turnover, strengths_by_agent
@@ -101,9 +102,10 @@ def test_independent_learners_are_single_agents_on_their_own_streams():
 
 
 @pytest.mark.parametrize("memory", ["lstm", "gru", "none"])
-def test_policies_played_together_are_the_policies_alone(memory):
+@pytest.mark.parametrize("critic_memory", ["shared", "lstm", "gru", "none"])
+def test_policies_played_together_are_the_policies_alone(memory, critic_memory):
     world = Commons(RULES, num_worlds=2)
-    network = NETWORK.model_copy(update={"memory": memory})
+    network = NETWORK.model_copy(update={"memory": memory, "critic_memory": critic_memory})
     policies = [
         DualHeadRecurrentPPO(world.observation_space, world.action_space, config=PPO, network=network, seed=seed).policy
         for seed in range(3)
@@ -119,8 +121,34 @@ def test_policies_played_together_are_the_policies_alone(memory):
                 for ours, theirs in zip(output.distribution.logits, alone.distribution.logits):
                     torch.testing.assert_close(ours[number::3], theirs)
                 assert torch.equal(output.values[number::3], alone.values)
-                assert torch.equal(state.h[:, number::3], states[number].h)
+                for name, part in state.parts.items():
+                    assert torch.equal(part[:, number::3], states[number].parts[name])
             observations = world.step(output.distribution.mode()).observations
+
+
+def test_a_player_of_many_policies_shows_each_its_own_step_before():
+    """Against the learners that they are of, over ends of episodes."""
+    network = NETWORK.model_copy(update={"previous_action": True, "previous_reward": True, "critic_memory": "gru"})
+    learners = IndependentLearners(
+        lambda seed: DualHeadRecurrentPPO(
+            Commons(RULES).observation_space, Commons(RULES).action_space, num_streams=2, network=network, seed=seed
+        ),
+        num_agents=3,
+        seed=0,
+    )
+    worlds = Commons(RULES, num_worlds=2)
+    player = Player(learners.policy, worlds.observation_space, worlds.action_space)
+    rng = np.random.default_rng(0)
+    observations, rewards, starts = worlds.reset(seed=1), None, np.ones(6, bool)
+    for _ in range(30):
+        actions = learners.act(observations, deterministic=True)
+        played = player.act(observations, starts, rewards=rewards)
+        wanted = learners.to_env(actions)
+        for name, part in wanted.items():
+            np.testing.assert_array_equal(played[name], part)
+        observations = worlds.step(actions).observations
+        rewards, starts = 9 * rng.normal(size=6).astype(np.float32), rng.random(6) < 0.2
+        learners.record(rewards, starts, np.zeros(6, bool))
 
 
 def test_a_newcomer_is_new_and_the_others_stay():

@@ -12,7 +12,7 @@ from settings import spec_segments
 from slow_policy import SlowPolicy, log_softmax
 
 import dualhead.agent
-from dualhead import DataError, DualHeadRecurrentPPO, NetworkConfig, Player, PPOConfig
+from dualhead import DataError, DualHeadRecurrentPPO, NetworkConfig, NormConfig, NormEvents, Player, PPOConfig
 from dualhead.learning.segments import cut
 from dualhead.learning.update import gather
 
@@ -147,6 +147,38 @@ def test_minibatches_begin_where_acting_was(shape, sequence_length, burn_in):
 
 
 @every_shape
+def test_segments_have_the_values_that_acting_had(shape):
+    """Each from its stored states, the critic's too, in the middle of episodes and after an update."""
+    agent = make_agent(shape)
+    play = Play(agent, rate=0.03)
+    play.rollout()
+    agent.learn(play.now)
+    play.rollout()
+    rollout = agent.rollout_memory
+    ones = torch.ones(T, B).double()
+    with torch.no_grad():
+        batch = gather(agent.policy, rollout, cut(rollout.episode_starts.numpy(), 7), advantages=ones, returns=ones)
+        output = agent.policy.evaluate(batch)
+    np.testing.assert_allclose(output.values, batch.values, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(output.distribution.log_probs(batch.actions), batch.log_probs, rtol=0, atol=1e-12)
+
+
+def test_the_tail_keeps_everything_that_a_burn_in_reads():
+    """After `clear` its rows are the rollout's last ones: observations, the step before and states of both memories."""
+    agent = make_agent(SHAPES["everything"], burn_in=3)
+    play = Play(agent, rate=0.0)
+    play.rollout()
+    rollout = agent.rollout_memory
+    buffers = {**rollout.observations, **{f"states/{name}": part[0] for name, part in rollout.states.items()}}
+    last = {name: buffer[T:].clone() for name, buffer in buffers.items()}
+    assert {"previous/action", "previous/reward", "states/c", "states/critic_h", "states/critic_c"} < last.keys()
+    rollout.clear()
+    for name, buffer in buffers.items():
+        assert last[name].any(), name
+        assert torch.equal(buffer[:3], last[name]), name
+
+
+@every_shape
 def test_gradients_equal_those_of_a_loop_over_steps(shape):
     """All steps in one minibatch of whole spans, against `policy.step` one step at a time with autograd through it."""
     agent = make_agent(shape, sequence_length="rollout", batch_size=60)
@@ -175,9 +207,12 @@ def test_gradients_equal_those_of_a_loop_over_steps(shape):
         assert (one - other).abs().max() < 1e-9 * (1 + other.abs().max())
 
 
-def test_a_critic_with_its_own_memory_leaves_the_policy_s_alone():
-    """The value loss reaches only the critic's memory, the surrogate only the policy's; the encoder sees both."""
-    agent = make_agent(SHAPES["critic with an LSTM"], sequence_length="rollout", batch_size=60)
+@pytest.mark.parametrize("name", ["critic with an LSTM", "everything", "layers"])
+def test_a_critic_leaves_what_is_the_policy_s_alone(name):
+    """The value loss reaches only the critic's memory and layers, the surrogate only the policy's; the encoder sees
+    both, and so does a shared memory."""
+    shape = SHAPES[name]
+    agent = make_agent(shape, sequence_length="rollout", batch_size=60)
     play = Play(agent)
     play.rollout()
     policy, rollout = agent.policy, agent.rollout_memory
@@ -190,11 +225,11 @@ def test_a_critic_with_its_own_memory_leaves_the_policy_s_alone():
         policy.zero_grad()
         loss.backward(retain_graph=True)
         reached[name] = {n for n, p in policy.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
-    assert any(name.startswith("critic_memory.") for name in reached["value"])
-    assert not any(name.startswith(("memory.", "heads.")) for name in reached["value"])
-    assert any(name.startswith("memory.") for name in reached["policy"])
-    assert not any(name.startswith("critic") for name in reached["policy"])
-    assert all(any(name.startswith("encoder.") for name in names) for names in reached.values())
+    parts = {what: {name.partition(".")[0] for name in names} for what, names in reached.items()}
+    layers = "head_sizes" in shape
+    own = "critic_memory" if "critic_memory" in shape else "memory"
+    assert parts["value"] == {"encoder", own, "critic"} | ({"critic_layers"} if layers else set())
+    assert parts["policy"] == {"encoder", "memory", "heads"} | ({"actor_layers"} if layers else set())
 
 
 def test_the_first_step_of_an_episode_sees_nothing_before_it():
@@ -210,6 +245,19 @@ def test_the_first_step_of_an_episode_sees_nothing_before_it():
     assert [step["previous/reward"] for step in previous] == [[0, 0, 0], [5, 5, 5], [6, 0, 6]]
     assert previous[1]["previous/action"] == actions[0]
     assert previous[2]["previous/action"] == [actions[1][0], [-1, -1], actions[1][2]]
+
+
+def test_an_environment_may_reuse_its_array_of_rewards():
+    """Also where it has the policy's dtype: what the next step sees is what was recorded."""
+    agent = make_agent(SHAPES["previous step"])
+    rewards = np.zeros(B)
+    for t in range(2):
+        agent.act(np.zeros((B, 3)))
+        rewards[:] = 5.0 + t
+        agent.record(rewards, np.zeros(B, bool), np.zeros(B, bool))
+        rewards[:] = -1.0
+    agent.act(np.zeros((B, 3)))
+    assert agent.rollout_memory.observations["previous/reward"][:3, 0].tolist() == [0, 5, 6]
 
 
 @pytest.mark.parametrize("how", ["reset_state", "restart_streams", "none"])
@@ -228,6 +276,45 @@ def test_whatever_begins_an_episode_hides_the_step_before(how):
     hidden = (agent.rollout_memory.observations["previous/action"][0] == -1).all(-1)
     assert hidden.tolist() == ([True, False, True] if how == "restart_streams" else [True] * 3)
     assert ((agent.rollout_memory.observations["previous/reward"][0] == 0) == hidden).all()
+
+
+def test_a_state_that_was_set_to_none_is_valued_as_a_beginning():
+    """`learn` after the specification's reset: the next observation is an episode's first, with nothing before it."""
+    agent = make_agent(SHAPES["everything"])
+    play = Play(agent, rate=0.0)
+    play.rollout()
+    agent._current_hidden = None
+    asked = []
+    values = agent.policy.values
+    agent.policy.values = lambda *given: asked.append(values(*given)) or asked[-1]
+    for slow in play.slow:
+        slow.reset()
+    wanted = [slow.value_of(x) for slow, x in zip(play.slow, play.now)]
+    agent.learn(play.now)
+    np.testing.assert_allclose(asked[-1], wanted, rtol=0, atol=1e-12)
+
+
+def test_guilt_is_no_part_of_the_previous_reward():
+    """Every stream feels guilt from its first step on; the policy is shown the task's reward alone."""
+    norms = NormConfig(
+        mode="action", harmful_action=0, decay_rate=1.0, internalization_threshold=0.0, intrinsic_scale=-1.0
+    )
+    agent = DualHeadRecurrentPPO(
+        spaces.Box(-9, 9, (3,), np.float64),
+        spaces.Discrete(1),
+        num_streams=B,
+        network=NetworkConfig(previous_reward=True),
+        norms=norms,
+    )
+    for _ in range(2):
+        agent.act(np.zeros((B, 3)))
+        agent.record(
+            np.full(B, 5.0), np.zeros(B, bool), np.zeros(B, bool), events=NormEvents(punished=np.ones((B, 1), bool))
+        )
+    agent.act(np.zeros((B, 3)))
+    memory = agent.rollout_memory
+    assert memory.guilt[:2, 0].tolist() == [-1, -2]
+    assert memory.observations["previous/reward"][:3, 0].tolist() == [0, 5, 5]
 
 
 def test_a_box_shows_the_action_as_the_environment_clips_it():
@@ -283,10 +370,25 @@ def test_a_player_says_that_it_needs_rewards():
     agent = make_agent(SHAPES["previous step"])
     player = Player(agent.policy, agent.observation_spec.space, HEADS)
     player.act(np.zeros((B, 3)), np.ones(B, bool))
-    for rewards, message in ((None, "rewards=..."), (np.zeros(2), "3 finite"), (np.full(B, np.nan), "3 finite")):
-        with pytest.raises(DataError, match=message):
+    wrong = [np.zeros(2), np.zeros((B, 1)), np.full(B, np.nan), ["a"] * B, [1j] * B, [[1], [2, 3], [4]], 0.0]
+    for rewards in (None, *wrong):
+        with pytest.raises(DataError, match="rewards"):
             player.act(np.zeros((B, 3)), np.zeros(B, bool), rewards=rewards)
     player.act(np.zeros((B, 3)), np.zeros(B, bool), rewards=np.zeros(B))
+
+
+def test_a_player_needs_no_rewards_where_every_episode_begins():
+    """Then nothing is shown of the step before: the same as after `reset`."""
+    agent = make_agent(SHAPES["previous step"])
+    player = Player(agent.policy, agent.observation_spec.space, HEADS)
+    seen, starts = np.random.default_rng(0).normal(size=(2, B, 3)), np.ones(B, bool)
+    first = [player.act(seen[0], starts), player.act(seen[1], ~starts, rewards=np.ones(B))]
+    second = [player.act(seen[0], starts), player.act(seen[1], ~starts, rewards=np.ones(B))]
+    np.testing.assert_array_equal(first, second)
+    for reward in (1.0, np.float32(1), [1.0], torch.ones(())):
+        player.reset()
+        player.act(seen[0, 0], True)
+        player.act(seen[1, 0], False, rewards=reward)
 
 
 def test_an_observation_part_may_not_take_the_name_of_an_input():

@@ -199,19 +199,31 @@ def _preset_defaults(arguments: list[str]) -> Any:
     """RunConfig with the settings of the preset that the arguments ask for, or no default."""
     if not arguments or arguments[0] != "train":
         return tyro.MISSING
-    words = [word for before, word in itertools.pairwise(arguments) if word[:1] != "-" and before != "--run-dir"]
+    words = [
+        word
+        for before, word in itertools.pairwise(arguments)
+        if word[:1] != "-" and before.replace("_", "-") != "--run-dir"
+    ]
     env = next((word for word in words if tuned_settings(word)), "")
-    asked = [word for before, word in itertools.pairwise(arguments) if before == "--preset"]
-    asked += [word.partition("=")[2] for word in arguments if word.startswith("--preset=")]
+    asked = _given("--preset", arguments)
     preset = asked[-1] if asked else "tuned" if env else "default"
     settings = preset_settings(preset, env)
     if not settings:
         return tyro.MISSING  # the parser says what is wrong with the preset, if anything is
-    if any(word.endswith("independent") for word in arguments):
+    if _given("--policies", arguments)[-1:] == ["independent"]:
         # The tuned minibatch is of all agents together, more than a rollout of one.
         settings = merged(settings, {"ppo": {"batch_size": SPEC["ppo"]["batch_size"]}})
     config = RunConfig(env=env, **settings | {"preset": preset})
     return config if env else RunConfig.model_construct(**dict(config) | {"env": tyro.MISSING})
+
+
+def _given(option: str, arguments: list[str]) -> list[str]:
+    """Values of an option, as `--option value` or `--option=value`, in the order given."""
+    return [
+        word.removeprefix(f"{option}=")
+        for before, word in itertools.pairwise(arguments)
+        if before == option or word.startswith(f"{option}=")
+    ]
 
 
 def _train(config: RunConfig) -> int:

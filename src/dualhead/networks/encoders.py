@@ -141,9 +141,13 @@ def as_tensor(values: Any, name: str) -> Tensor:
     """What came in as a tensor, sharing memory where it may be written to."""
     if isinstance(values, Tensor):
         return values
-    array = np.asarray(values)
-    if array.dtype == object:
-        raise DataError(f"{name}: expected numbers, got an array of objects")
+    try:
+        array = np.asarray(values)
+    except ValueError as error:  # rows of several lengths
+        raise DataError(f"{name}: expected an array of numbers: {error}") from None
+    if array.dtype.kind not in "biuf":
+        what = "objects" if array.dtype == object else str(array.dtype)
+        raise DataError(f"{name}: expected real numbers, got an array of {what}")
     return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 

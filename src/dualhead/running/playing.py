@@ -66,7 +66,8 @@ class Player:
             episode_starts: [B] bool, this observation is the first of an episode: its stream remembers nothing of
                 before. A single bool for one plain environment. The first call begins an episode everywhere.
             rewards: [B] what the environment paid for the last actions (of one plain environment a number). Needed by
-                a policy that was trained with `previous_reward`, but for the first call; others do not look at it.
+                a policy that was trained with `previous_reward`, unless an episode begins in every stream; other
+                policies do not look at it.
             deterministic: the likeliest actions, or sampled ones.
 
         Returns:
@@ -90,7 +91,7 @@ class Player:
         tensors = self._observation_spec.to_tensors(observations, num_streams, dtype=policy.dtype)
         policy.heads.check_mask(tensors)
         tensors = {name: on_device(tensor, policy.device) for name, tensor in tensors.items()}
-        if self._state is None:
+        if self._state is None or starts.all():
             state = policy.initial_state(num_streams)
             tensors |= policy.previous.nothing(num_streams, device=policy.device, dtype=policy.dtype)
         else:
@@ -113,10 +114,12 @@ class Player:
         if rewards is None:
             raise DataError(
                 "rewards: this policy was trained with previous_reward and sees what its last actions were paid: "
-                "expected act(observations, episode_starts, rewards=...) from the second call on, got none"
+                "expected act(observations, episode_starts, rewards=...) within an episode, got none"
             )
-        tensor = as_tensor(rewards, "rewards").reshape(-1)
-        if len(tensor) != num_streams or not all_finite(tensor):
+        tensor = as_tensor(rewards, "rewards")
+        if tensor.numel() == num_streams == 1:
+            tensor = tensor.reshape(1)
+        if tuple(tensor.shape) != (num_streams,) or not all_finite(tensor):
             raise DataError(f"rewards: expected {num_streams} finite numbers, one per stream, got {rewards!r}")
         return on_device(tensor.to(policy.dtype), policy.device)
 
