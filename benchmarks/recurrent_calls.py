@@ -2,6 +2,7 @@
 
     python benchmarks/recurrent_calls.py
     python benchmarks/recurrent_calls.py --device cuda --steps 8192 --precision bf16
+    python benchmarks/recurrent_calls.py --fit --memory gru --hidden-size 128 --threads 1
 
 Lengths are those of a minibatch: episodes of random length cut into segments of at most `--sequence-length` steps. Both
 take the same packed features [N, F] and give [N, H], so what it costs to reorder steps is measured, too.
@@ -12,11 +13,15 @@ packed     `nn.utils.rnn.PackedSequence`, one call.
 one block  all segments padded to the longest.
 
 They take turns; figures are medians in ms, and the largest difference from the blocks as they are used.
+
+`--fit` measures single calls of many shapes instead and says what a call, a time step and a row (one step of one
+segment) cost, by least squares of relative errors: where `block_cost` and `step_cost` come from.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -48,7 +53,7 @@ def blocks(
     memory: RecurrentMemory, lengths: np.ndarray, features: Tensor, state: RecurrentState, *, block_cost: float
 ) -> Callable[[], Tensor]:
     """A call that takes features in the order of segments (one after another) and gives h in the same order."""
-    segment, step, layout = lay_out(lengths, block_cost=block_cost, device=features.device)
+    segment, step, layout = lay_out(lengths, block_cost=block_cost, step_cost=memory.step_cost, device=features.device)
     begins = np.cumsum(lengths) - lengths
     order = torch.from_numpy(begins[segment] + step).to(features.device)
     back = order.argsort()
@@ -73,6 +78,24 @@ def packed(
     return call
 
 
+def fit_costs(memory: RecurrentMemory, size: int, *, repeats: int) -> np.ndarray:
+    """Microseconds [3] of a call, a time step and a row, forward and backward: the fastest of some repeats counts."""
+    shapes, times = [], []
+    for num_segments, num_steps in itertools.product((1, 2, 4, 8, 16, 32), (8, 16, 52, 128)):
+        features = torch.randn(num_segments * num_steps, size, requires_grad=True)
+        state = memory.initial_state(num_segments, device=features.device, dtype=features.dtype)
+        _, _, layout = lay_out(np.full(num_segments, num_steps), block_cost=0.0)
+        fastest = np.inf
+        for _ in range(repeats):
+            begun = time.perf_counter()
+            memory.unroll(features, state, layout)[0].sum().backward()
+            fastest = min(fastest, time.perf_counter() - begun)
+        shapes.append((1.0, num_steps, num_segments * num_steps))
+        times.append(1e6 * fastest)
+    weights = 1.0 / np.array(times)[:, None]
+    return np.linalg.lstsq(np.array(shapes) * weights, np.ones(len(times)), rcond=None)[0]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -85,6 +108,7 @@ def main() -> None:
     parser.add_argument("--mean-episode", type=float, default=70.0, help="steps; default 70, as in the grid workload")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--fit", action="store_true", help="what a call, a time step and a row cost, on the CPU")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU here")
@@ -94,6 +118,11 @@ def main() -> None:
 
     size = args.hidden_size
     memory = RecurrentMemory(args.memory, size, hidden_size=size, num_layers=args.num_layers).to(args.device)
+    if args.fit:
+        call, step, row = fit_costs(memory, size, repeats=args.repeats)
+        print(f"{args.memory} {size}: a call {call:.0f} µs, a time step {step:.1f} µs, a row {row:.2f} µs")
+        print(f"in rows: a call {call / row:.0f}, a time step {step / row:.1f}")
+        return
     lengths = draw_lengths(args.steps, sequence_length=args.sequence_length, mean_episode=args.mean_episode, seed=0)
     features = torch.randn(int(lengths.sum()), size, device=args.device, requires_grad=True)
     state = memory.initial_state(len(lengths), device=features.device, dtype=features.dtype)
