@@ -443,3 +443,20 @@ def test_refreshed_states_of_both_memories_equal_a_slow_replay(shape, monkeypatc
     agent.learn(play.now)
     assert len(seen) > 3
     assert max(seen) < 1e-12
+
+
+@pytest.mark.parametrize(("memory", "critic_memory"), [("lstm", "shared"), ("gru", "shared"), ("lstm", "gru")])
+def test_minibatches_are_laid_out_at_the_price_of_their_memories(memory, critic_memory, monkeypatch):
+    """A time step of a GRU costs something by itself, also where only the critic has one; one of an LSTM does not."""
+    agent = make_agent({"memory": memory, "critic_memory": critic_memory}, num_epochs=1)
+    play = Play(agent)
+    play.rollout()
+    asked = []
+    lay_out = dualhead.learning.rollout.lay_out
+    monkeypatch.setattr(
+        dualhead.learning.rollout, "lay_out", lambda *given, **prices: asked.append(prices) or lay_out(*given, **prices)
+    )
+    agent.learn(play.now)
+    paid = [prices["step_cost"] for prices in asked if prices["block_cost"] > 0]
+    assert len(paid) >= 3
+    assert all((price > 0) == ("gru" in (memory, critic_memory)) for price in paid)
