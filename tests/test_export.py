@@ -18,11 +18,10 @@ from saved_runs import randomize, save_run
 from dualhead import Player, load_policy
 from dualhead.cli import main
 from dualhead.config import NetworkConfig
-from dualhead.networks.encoders import ObservationSpec
-from dualhead.networks.heads import ActionSpec
 from dualhead.networks.policy import RecurrentPolicy
 from dualhead.running.checkpoint import RunError
 from dualhead.running.export import StepGraph, export_policy, to_onnx, verify
+from dualhead.spaces import ActionSpec, ObservationSpec
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "06_serve_onnx.py"
 STEPS = 200
@@ -273,7 +272,7 @@ def test_actions_by_the_json_file(action_space):
         seen = 3 * rng.normal(size=(1, 5)).astype(np.float32)
         action = decode(description["actions"], dict(zip(names, session.run(names, {"observation": seen}))))
         output, _ = policy.step({"observation": torch.from_numpy(seen)}, policy.initial_state(1))
-        wanted = actions.to_env(output.distribution.mode().detach().numpy())
+        wanted = actions.to_env(output.distribution.mode().detach(), numpy=True)
         wanted = {key: part[0] for key, part in wanted.items()} if isinstance(wanted, dict) else wanted[0]
         assert (action.keys() if isinstance(action, dict) else None) == getattr(wanted, "keys", lambda: None)()
         for got, want in zip(*(x.values() if isinstance(x, dict) else [x] for x in (action, wanted))):
