@@ -14,6 +14,7 @@ from dualhead.norms import NormEvents
 from dualhead.running.metrics import EpisodeTracker
 from dualhead.running.playing import Player
 from dualhead.running.session import Session
+from dualhead.snapshot import live_tensors
 from dualhead.spaces import ObservationSpec
 from dualhead.types import DataError, on_device
 from dualhead.worlds.commons import Commons
@@ -122,7 +123,7 @@ def test_an_agent_trains_on_a_device_as_on_the_cpu(device, memory, settings):
     expected = train(make_agent(memory=memory, **settings), num_steps=13)
     agent = make_agent(DEVICE, memory=memory, **settings)
     assert_same_run(train(agent, num_steps=13), expected)
-    for name, tensor in agent._tensors_to_save().items():
+    for name, tensor in live_tensors(agent).items():
         assert isinstance(tensor, DeviceTensor) != name.startswith("rng/"), name
 
 

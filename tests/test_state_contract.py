@@ -437,7 +437,7 @@ def test_burn_in_warms_the_state_stored_before_it_by_today_s_weights(memory, bur
         where = find_steps(batch, world.log[-20:])
         weights = copy.deepcopy(agent.policy)
         for part in batch.state:
-            assert not (part.requires_grad or part.grad_fn)
+            assert (part.requires_grad, part.grad_fn) == (False, None)
         firsts = [(t, b) for t, b in where if (b, t) in segment_at]
         assert batch.state.h.shape[1] == len(firsts)
         # States come in the order of the layout's blocks, whose first rows are the segments' first steps.
