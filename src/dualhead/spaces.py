@@ -311,7 +311,7 @@ def space_to_json(space: gym.Space) -> dict[str, Any]:
     if isinstance(space, spaces.MultiDiscrete):
         return {"kind": "MultiDiscrete", "nvec": space.nvec.tolist(), "start": space.start.tolist()}
     if isinstance(space, spaces.MultiBinary):
-        return {"kind": "MultiBinary", "shape": list(space.shape)}
+        return {"kind": "MultiBinary", "n": space.n if isinstance(space.n, int) else [int(n) for n in space.n]}
     assert isinstance(space, spaces.Box)
     bounds = {}
     for name, bound in (("low", space.low), ("high", space.high)):
@@ -338,7 +338,8 @@ def space_from_json(saved: Any) -> gym.Space:
             case "MultiDiscrete":
                 return spaces.MultiDiscrete(np.array(saved["nvec"], np.int64), start=np.array(saved["start"], np.int64))
             case "MultiBinary":
-                return spaces.MultiBinary(_shape(saved["shape"]))
+                n = saved["n"]
+                return spaces.MultiBinary(list(_shape(n)) if isinstance(n, list) else _number(n))
             case "Box":
                 shape, dtype = _shape(saved["shape"]), np.dtype(str(saved["dtype"]))
                 if dtype.kind not in "biuf":
