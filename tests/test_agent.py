@@ -300,6 +300,26 @@ def test_final_observations_are_read_only_where_an_episode_was_truncated():
     assert_same(*map(all_of, agents))
 
 
+def test_final_observations_may_come_as_gymnasium_gives_them():
+    """An array of objects, None where no episode ended: the same values as from a batch."""
+    kept = []
+    for as_objects in (False, True):
+        agent = make_agent(seed=1)
+        agent.act(masked(X))
+        final = masked(X + 1)
+        if as_objects:
+            rows = np.full(B, None, dtype=object)
+            rows[1] = {name: part[1] for name, part in final.items()}
+            final = rows
+        agent.record(np.ones(B), NOBODY, TRUE_1, final_observations=final)
+        kept.append(agent.rollout_memory.final_values[0])
+    assert kept[0].abs().sum() > 0
+    assert torch.equal(*kept)
+    agent.act(masked(X))
+    with pytest.raises(DataError, match=r"streams \[1\] are None"):
+        agent.record(np.ones(B), NOBODY, TRUE_1, final_observations=np.full(B, None, dtype=object))
+
+
 def test_where_nothing_was_truncated_final_observations_are_not_looked_at():
     agent = make_agent()
     agent.act(masked(X))
@@ -545,6 +565,7 @@ def test_target_kl_stops_an_update_before_the_step_that_goes_too_far():
         # The minibatch that went too far is the last one that is looked at.
         assert len(num_evaluated) == metrics["update/optimizer_steps"] + (settings.get("target_kl") == 1e-9)
         assert metrics["update/optimizer_steps"] == (6 if settings.get("target_kl") == 1e9 else 1)
+        assert metrics["update/stopped_by_kl"] == (settings.get("target_kl") == 1e-9)
         weights.append(list(agent.policy.parameters()))
     stopped, single, free = weights
     assert all(torch.equal(a, b) for a, b in zip(stopped, single))
@@ -757,7 +778,7 @@ def test_files_that_are_no_checkpoint_are_refused(saved, tmp_path):
     refused(agent, broken, "not a whole dualhead checkpoint")
     save_file({"weight": torch.ones(3)}, broken, {"format": "pt"})
     refused(agent, broken, "not a whole dualhead checkpoint")
-    save_file({"weight": torch.ones(3)}, broken, {"format": "dualhead", "version": "3", "json": "{}"})
+    save_file({"weight": torch.ones(3)}, broken, {"format": "dualhead", "version": "4", "json": "{}"})
     refused(agent, broken, "newer dualhead")
     save_file({"weight": torch.ones(3)}, broken, {"format": "dualhead", "version": "1", "json": "{}"})
     refused(agent, broken, "older dualhead")

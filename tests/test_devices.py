@@ -227,6 +227,17 @@ def test_a_mask_without_a_choice_and_a_bad_reward_are_refused(device):
         agent.learn(Experience().observations(), partial=True)
 
 
+def test_a_mask_without_a_choice_that_came_from_the_device_is_refused_in_learn(device):
+    agent = make_agent(DEVICE)
+    for _ in range(2):
+        agent.act(Experience().observations())
+        answer, known = Experience().answer()
+        agent.record(*answer, **known)
+    agent.rollout_memory.observations["action_mask/move"][agent.rollout_memory.max_tail + 1, 2] = 0
+    with pytest.raises(DataError, match="step 2 of this rollout of 2: 'action_mask' of stream 2 allows no choice"):
+        agent.learn(Experience().observations(), partial=True)
+
+
 def test_checkpoints_move_between_devices(device, tmp_path, monkeypatch):
     there, here = make_agent(DEVICE), make_agent()
     train(there, num_steps=8)

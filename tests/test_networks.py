@@ -535,6 +535,15 @@ def test_recurrent_state():
     assert RecurrentState(h, -h).to("cpu").c is not None
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_boxes_as_wide_as_numbers_go_have_finite_actions(dtype):
+    """high - low would overflow."""
+    largest = np.finfo(dtype).max
+    space = spaces.Box(-largest, largest, (2,), dtype)
+    actions = ActionSpec(space).to_env(torch.tensor([[-1.0, 0.5], [9.0, 0.0]]), numpy=True)
+    np.testing.assert_array_equal(actions, np.array([[-largest, largest / 2], [largest, 0.0]], dtype))
+
+
 def as_lists(value):
     return {k: as_lists(v) for k, v in value.items()} if isinstance(value, dict) else value.tolist()
 

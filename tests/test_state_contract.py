@@ -344,11 +344,11 @@ class CountingMemory(MemoryCell):
 @pytest.mark.parametrize(
     ("state_refresh", "sequence_length", "burn_in"),
     [
-        *(("epoch", 3, burn_in) for burn_in in (0, 2, 5, 11)),
+        *(("once", 3, burn_in) for burn_in in (0, 2, 5, 11)),
         *(("never", 3, burn_in) for burn_in in (0, 5)),
-        ("epoch", 1, 0),
-        ("epoch", 1, 5),
-        ("epoch", 16, 2),
+        ("once", 1, 0),
+        ("once", 1, 5),
+        ("once", 16, 2),
     ],
 )
 def test_a_counting_core_always_knows_how_old_the_episode_is(burn_in, sequence_length, state_refresh):
@@ -611,8 +611,21 @@ def test_drift_is_how_far_values_and_distributions_move(memory, monkeypatch):
         assert metrics[f"state_drift/kl_{place}"] == pytest.approx(np.mean(kls[place]), rel=1e-6)
 
 
+@pytest.mark.parametrize(("state_refresh", "num_times"), [("once", 1), ("every_epoch", 2), ("never", 0)])
+def test_states_are_refreshed_as_often_as_said(state_refresh, num_times, monkeypatch):
+    agent = make_agent(state_refresh=state_refresh, num_epochs=3, sequence_length=6, learning_rate=0.05)
+    world = World(rate=0.06)
+    refreshes = Refreshes(monkeypatch)
+    world.play(agent)
+    agent.learn(world.now)
+    wrote = [any(not torch.equal(*parts) for parts in zip(before, after)) for _, _, before, after, _ in refreshes.seen]
+    assert wrote == [True] * num_times or (num_times == 0 and wrote == [False])
+    if num_times == 2:  # the second has younger weights
+        assert not torch.equal(refreshes.seen[0][3][0], refreshes.seen[1][3][0])
+
+
 @pytest.mark.parametrize("burn_in", [0, 4])
-@pytest.mark.parametrize(("state_refresh", "num_epochs"), [("never", 3), ("epoch", 1)])
+@pytest.mark.parametrize(("state_refresh", "num_epochs"), [("never", 3), ("once", 1), ("every_epoch", 1)])
 @recurrent
 def test_without_refresh_stored_states_stay_as_they_are(memory, state_refresh, num_epochs, burn_in):
     agent = make_agent(memory, state_refresh=state_refresh, num_epochs=num_epochs, burn_in=burn_in, learning_rate=0.05)
@@ -627,7 +640,7 @@ def test_without_refresh_stored_states_stay_as_they_are(memory, state_refresh, n
     assert metrics["state_drift/kl_first"] > 1e-9
 
 
-@pytest.mark.parametrize("state_refresh", ["epoch", "never"])
+@pytest.mark.parametrize("state_refresh", ["once", "every_epoch", "never"])
 @recurrent
 def test_there_is_no_drift_while_weights_stand_still(memory, state_refresh):
     agent = make_agent(memory, state_refresh=state_refresh, learning_rate=1e-30, burn_in=3)

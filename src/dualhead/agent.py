@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 import gymnasium as gym
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -258,7 +259,8 @@ class DualHeadRecurrentPPO:
             rewards: [B] task rewards.
             terminated, truncated: [B] bool, the episode ended by the task's rules, or was cut off.
             final_observations: [B, ...] what was seen after the step and before any reset; read only where an
-                episode was truncated, to bootstrap from.
+                episode was truncated, to bootstrap from. Gymnasium's `infos["final_obs"]`, an array of objects, is
+                taken as it is.
             events: punishments and collected resources, where norms are enforced.
 
         Raises:
@@ -419,6 +421,8 @@ class DualHeadRecurrentPPO:
                 f"bootstrap from what they saw last (the observation before the reset)"
             )
         assert self._current_hidden is not None
+        if isinstance(final_observations, np.ndarray) and final_observations.dtype == object:
+            final_observations = self.observation_spec.stack(final_observations, streams)
         try:
             tensors = self._tensors(final_observations, streams)
         except DataError as error:
@@ -473,7 +477,10 @@ class DualHeadRecurrentPPO:
         return tensor.to(dtype)
 
     def _check_finite(self) -> None:
-        """Finds bad numbers that came from an accelerator, once per rollout; downloads it only where there are some."""
+        """Finds bad numbers and masks that came from an accelerator, once per rollout.
+
+        The rollout is copied to the CPU only where there are some.
+        """
         memory = self.rollout_memory
         T, leaves = memory.length, self.observation_spec.leaves
         observations = {leaf.name: memory.observations[leaf.name][memory.max_tail :][:T] for leaf in leaves}
@@ -481,6 +488,7 @@ class DualHeadRecurrentPPO:
         try:
             for leaf in leaves:
                 check_leaf(leaf, observations[leaf.name].flatten(0, 1), streams)
+            self.policy.heads.check_mask({name: leaf.flatten(0, 1) for name, leaf in observations.items()})
             if all_finite(memory.rewards[:T]):
                 return
         except DataError:
@@ -489,6 +497,7 @@ class DualHeadRecurrentPPO:
             try:
                 for leaf in leaves:
                     check_leaf(leaf, observations[leaf.name][t].cpu())
+                self.policy.heads.check_mask({name: leaf[t].cpu() for name, leaf in observations.items()})
                 if not all_finite(memory.rewards[t]):
                     raise DataError(non_finite_message("reward", memory.rewards[t].cpu()))
             except DataError as error:

@@ -10,6 +10,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium import spaces
+from gymnasium.vector.utils import concatenate, create_empty_array
 from torch import Tensor
 
 from dualhead.types import DataError, Observations, on_device
@@ -92,6 +93,20 @@ class ObservationSpec:
                 check_leaf(leaf, tensor, streams)
             tensors[leaf.name] = tensor if device is None else on_device(tensor, device)
         return tensors
+
+    def stack(self, given: np.ndarray, streams: Tensor) -> Any:
+        """One batch of single observations, [B] objects of which only those of `streams` are looked at.
+
+        Raises:
+            DataError: one of them is None.
+        """
+        missing = [stream for stream in streams.tolist() if given[stream] is None]
+        if missing:
+            raise DataError(f"final observations of streams {missing[:8]} are None, and their episodes were truncated")
+        some = given[int(streams[0])]
+        rows = [some if row is None else row for row in given]
+        batch: Any = create_empty_array(self.space, n=len(rows))
+        return concatenate(self.space, rows, batch)
 
 
 def check_leaf(leaf: Leaf, tensor: Tensor, streams: Tensor | None = None) -> None:
