@@ -31,7 +31,7 @@ def on_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 class DataError(ValueError):
-    """An environment gave data that nothing can be learned from: wrong shape, missing part, numbers that are not finite."""
+    """An environment gave data that nothing can be learned from: wrong shape, missing part, NaN or infinity."""
 
 
 class DivergedError(RuntimeError):
