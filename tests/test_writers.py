@@ -10,12 +10,15 @@ import resource
 import sys
 import warnings
 
+import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dualhead import RunConfig
 from dualhead.running.checkpoint import RunError
-from dualhead.running.metrics import CSVWriter, TensorBoardWriter, make_writers, require_packages
+from dualhead.running.episodes import EpisodeTracker
+from dualhead.running.writers import CSVWriter, TensorBoardWriter, expect_writers, make_writers, require_packages
+from dualhead.worlds.streams import StreamStep
 
 CONFIG = RunConfig(env="CartPole-v1", preset="spec", num_envs=8, total_steps=800, seed=3)
 LOGGED = {"time/steps_per_s": 10.0, "episode/mean_return": 1.5, "loss/value": math.nan}
@@ -380,3 +383,40 @@ def test_the_real_mlflow_in_the_run_directory(tmp_path, monkeypatch):
     assert (run.info.status, run.data.params["ppo.gamma"]) == ("FINISHED", "0.99")
     history = client.get_metric_history(known["run_id"], "episode/mean_return")
     assert sorted((metric.step, metric.value) for metric in history) == [(100, 1.5), (200, 1.5)]
+
+
+def test_any_object_with_two_methods_is_a_writer(tmp_path):
+    class Mine:
+        def write(self, num_steps, metrics): ...
+        def close(self): ...
+
+    mine = Mine()
+    assert expect_writers([mine]) == [mine]
+    for wrong in (Mine, print, "metrics.csv", tmp_path.open):
+        with pytest.raises(TypeError, match=r"expected a writer.*write\(num_steps, metrics\) and close\(\)"):
+            expect_writers([mine, wrong])
+
+
+def test_numbers_of_episodes_by_hand():
+    """Only ended episodes count; NaN means that an episode has none; they outlive a resume."""
+    tracker = EpisodeTracker(3)
+
+    def step(ended, **numbers):
+        tracker.step(StreamStep(None, np.ones(3), np.array(ended), np.zeros(3, bool), None), numbers)
+
+    step([False, False, False], success=[9, 9, 9])
+    step([True, False, True], success=[True, True, False], score=[math.nan, 7, math.nan])
+    assert tracker.metrics() == {
+        "episode/success": 0.5,
+        "episode/mean_return": 2.0,
+        "episode/mean_length": 2.0,
+        "episode/count": 2,
+    }
+    step([False, True, False], score=np.array([0.0, 4.0, 0.0]), count=[5, 5, 5])
+    step([True, False, False], score=np.array([1.0, 0.0, 0.0]))
+    resumed = EpisodeTracker(3)
+    resumed.restore(json.loads(json.dumps(tracker.state())))
+    assert resumed.metrics() == tracker.metrics()
+    assert (tracker.metrics()["episode/score"], tracker.metrics()["episode/count"]) == (2.5, 4)
+    with pytest.raises(ValueError, match="'score'"):
+        step([True, True, True], score=[1.0, 2.0])

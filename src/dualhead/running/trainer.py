@@ -31,8 +31,8 @@ from dualhead.running.checkpoint import (
 )
 from dualhead.running.evaluation import evaluate, evaluation_size
 from dualhead.running.machine import CoreUse, keep_freed_memory
-from dualhead.running.metrics import CSVWriter, Writer, make_writers, require_packages
 from dualhead.running.session import Session
+from dualhead.running.writers import CSVWriter, Writer, make_writers, require_packages
 from dualhead.types import DataError, DivergedError
 from dualhead.worlds.registry import open_streams
 

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: CSV, TensorBoard, W&B, MLflow, and a progress display or plain lines."""
+"""Where a run's metrics go: CSV, TensorBoard, W&B, MLflow, and the terminal."""
 
 from __future__ import annotations
 
@@ -14,123 +14,43 @@ import socket
 import sys
 import time
 import warnings
-from collections import deque
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol, TextIO, runtime_checkable
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from torch import Tensor
 
 from dualhead.config import RunConfig, flat
 from dualhead.running.checkpoint import RunError, write_json
 from dualhead.storage import write_bytes
-from dualhead.types import as_numpy
-from dualhead.worlds.streams import StreamStep
-
-EPISODE_WINDOW = 100
 
 
-class EpisodeTracker:
-    """Task return and length of running episodes, and of the last 100 that ended.
-
-    Args:
-        num_streams: B.
-    """
-
-    def __init__(self, num_streams: int) -> None:
-        self.running_returns = np.zeros(num_streams)
-        self.running_lengths = np.zeros(num_streams, dtype=np.int64)
-        self.returns: deque[float] = deque(maxlen=EPISODE_WINDOW)
-        self.lengths: deque[int] = deque(maxlen=EPISODE_WINDOW)
-        self.num_episodes = 0
-        self._waiting: list[tuple[Tensor, NDArray[np.bool_]]] = []
-
-    def step(self, step: StreamStep) -> None:
-        """Takes in the [B] rewards of a step and which episodes ended with it.
-
-        Rewards that lie on an accelerator are fetched later, many steps at once: the device is not waited for.
-        """
-        ended = as_numpy(step.terminated) | as_numpy(step.truncated)
-        if isinstance(step.rewards, Tensor) and step.rewards.device.type != "cpu":
-            self._waiting.append((step.rewards, ended))
-        else:
-            self._take(as_numpy(step.rewards), ended)
-
-    def _fetch(self) -> None:
-        if self._waiting:
-            rewards = as_numpy(torch.stack([rewards for rewards, _ in self._waiting]))
-            for rewards_of_step, (_, ended) in zip(rewards, self._waiting):
-                self._take(rewards_of_step, ended)
-            self._waiting = []
-
-    def _take(self, rewards: NDArray[Any], ended: NDArray[np.bool_]) -> None:
-        self.running_returns += rewards
-        self.running_lengths += 1
-        for stream in np.flatnonzero(ended):
-            self.returns.append(float(self.running_returns[stream]))
-            self.lengths.append(int(self.running_lengths[stream]))
-            self.num_episodes += 1
-        self.running_returns[ended] = 0.0
-        self.running_lengths[ended] = 0
-
-    def metrics(self) -> dict[str, float]:
-        """Means over the window (NaN before the first episode ends), and the count of all episodes."""
-        self._fetch()
-        return {
-            "episode/mean_return": float(np.mean(self.returns)) if self.returns else math.nan,
-            "episode/mean_length": float(np.mean(self.lengths)) if self.lengths else math.nan,
-            "episode/count": self.num_episodes,
-        }
-
-    def abandon_episodes(self, streams: NDArray[np.bool_] | None = None) -> None:
-        """Forgets the running episodes of some streams [B] bool, or of all: others begin in their place."""
-        self._fetch()
-        abandoned = slice(None) if streams is None else streams
-        self.running_returns[abandoned] = 0.0
-        self.running_lengths[abandoned] = 0
-
-    def state(self) -> dict[str, Any]:
-        """JSON that `restore` takes back."""
-        self._fetch()
-        return {
-            "running_returns": self.running_returns.tolist(),
-            "running_lengths": self.running_lengths.tolist(),
-            "returns": list(self.returns),
-            "lengths": list(self.lengths),
-            "num_episodes": self.num_episodes,
-        }
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Takes back what `state` gave.
-
-        Raises:
-            ValueError: it is of another number of streams.
-        """
-        running = np.array(state["running_returns"], dtype=np.float64)
-        if running.shape != self.running_returns.shape:
-            raise ValueError(f"episodes of {len(running)} streams, expected {len(self.running_returns)}")
-        self._waiting = []
-        self.running_returns = running
-        self.running_lengths = np.array(state["running_lengths"], dtype=np.int64)
-        self.returns = deque(map(float, state["returns"]), maxlen=EPISODE_WINDOW)
-        self.lengths = deque(map(int, state["lengths"]), maxlen=EPISODE_WINDOW)
-        self.num_episodes = int(state["num_episodes"])
-
-
+@runtime_checkable
 class Writer(Protocol):
-    """Takes a run's metrics, once per update."""
+    """Takes a run's metrics, once per update. Any object with these two methods is one."""
 
     def write(self, num_steps: int, metrics: Mapping[str, float]) -> None:
-        """Metrics after `num_steps` environment steps."""
+        """Takes the metrics after `num_steps` environment steps. A number may be NaN."""
 
     def close(self) -> None:
-        """Flushes what is not written yet."""
+        """Writes what is not written yet. Called once, also where the run fails."""
+
+
+def expect_writers(writers: Iterable[object]) -> list[Writer]:
+    """The same objects, as a list, if they are writers.
+
+    Raises:
+        TypeError: one is not; a class instead of its instance, say.
+    """
+    given = list(writers)
+    for writer in given:
+        if isinstance(writer, type) or not isinstance(writer, Writer):
+            raise TypeError(
+                f"expected a writer, with the methods write(num_steps, metrics) and close(), got {writer!r}"
+            )
+    return given  # type: ignore[return-value]
 
 
 def make_writers(
