@@ -74,10 +74,6 @@ def test_a_new_run_begins_its_rows_anew(tmp_path):
 @pytest.mark.parametrize("damaged", ["15,1.0,2.0", "15", "15 1.0", "", "\0\0\0,1.0"])
 def test_damaged_rows_are_said_and_left_out(damaged, tmp_path):
     (tmp_path / "metrics.csv").write_text(f"steps,a\n10,1.0\n{damaged}\n20,2.0\n")
-    if "\0" in damaged and sys.version_info < (3, 11):
-        with pytest.raises(RunError, match="cannot go on with"):
-            CSVWriter(tmp_path, resume_at=20)
-        return
     with pytest.warns(UserWarning, match=r"metrics.csv: 1 damaged rows are left out"):
         CSVWriter(tmp_path, resume_at=20).close()
     assert (tmp_path / "metrics.csv").read_text().split() == ["steps,a", "10,1.0", "20,2.0"]
@@ -85,7 +81,7 @@ def test_damaged_rows_are_said_and_left_out(damaged, tmp_path):
 
 def test_a_file_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "metrics.csv").write_text("name,grade\nA,1\n")
-    with pytest.raises(RunError, match=r"metrics.csv is no file of metrics: its first column is 'name'"):
+    with pytest.raises(RunError, match=r"metrics.csv is no file of metrics.*'name'"):
         CSVWriter(tmp_path, resume_at=20)
     assert (tmp_path / "metrics.csv").read_text() == "name,grade\nA,1\n"
 

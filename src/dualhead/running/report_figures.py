@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-FloatArray = NDArray[np.float64]
+from dualhead.running.results import FloatArray, Run
 
 MAX_POINTS = 1000
 NUM_MEANS = 100
@@ -26,7 +26,7 @@ class Curve(NamedTuple):
         values: [P], NaN where there is none.
     """
 
-    steps: FloatArray
+    steps: NDArray[Any]
     values: FloatArray
 
 
@@ -161,6 +161,16 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
 """Figures by section, in the order of the page. A metric belongs to the first panel that fits."""
 
 
+def curves(run: Run) -> dict[str, Curve]:
+    """Curves of a run by metric; those of its evaluations under `evaluations/`. Numbers that are not finite are NaN."""
+    # metrics.csv repeats an evaluation where it fell together with an update.
+    columns = [(name, run.metrics.steps, v) for name, v in run.metrics.columns.items() if name[:11] != "evaluation/"]
+    for name in ("mean_return", "mean_length", "ci95_low", "ci95_high"):
+        if name in run.evaluations.columns:
+            columns.append((f"evaluations/{name}", run.evaluations.steps, run.evaluations.columns[name]))
+    return {name: Curve(steps, np.where(np.isfinite(v), v, np.nan)) for name, steps, v in columns}
+
+
 def draw(groups: Mapping[str, Sequence[Mapping[str, Curve]]]) -> tuple[dict[str, list[Figure]], list[str]]:
     """Figures of all metrics that any run has; metrics without a panel come last, by their prefix.
 
@@ -245,11 +255,10 @@ def _figure(panel: Panel, names: list[str], words: str, lines: list[Line]) -> Fi
     middles = {line.label: mean_and_range(line.curves)[0] for line in lines}
     for line in lines:
         low, high = line.interval or mean_and_range(line.curves)[1:]
-        if line.interval is not None:
-            band = "95% interval over episodes"
-        elif len(line.curves) > 1:
-            band = "lowest to highest seed"
-        if band and (line.interval is not None or len(line.curves) > 1):
+        known = np.isfinite(low.values) & np.isfinite(high.values)
+        # A band needs two neighbours: one evaluation, or evaluations of one episode each, have none.
+        if (line.interval is not None or len(line.curves) > 1) and (known[1:] & known[:-1]).any():
+            band = "lowest to highest seed" if line.interval is None else "95% interval over episodes"
             traces.append(_band_trace(low, high, line.style))
     for line in lines:
         if len(line.curves) > 1 or len(line.curves[0].values) > 2 * NUM_MEANS:

@@ -24,6 +24,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from dualhead.config import RunConfig, flat
 from dualhead.running.checkpoint import RunError, write_json
+from dualhead.running.results import read_rows
 from dualhead.storage import write_bytes
 
 
@@ -130,11 +131,10 @@ class CSVWriter:
         added = [name for name in row if name not in self._columns]
         try:
             if added:
-                rows = self._rows()
-                self._columns += added
-                self._replace(rows)
+                rows = read_rows(self.path)[1] if self._columns else []
+                self._replace([*self._columns, *added], [old + [""] * len(added) for old in rows])
             assert self._file is not None
-            append_whole(self._file, self._lines([row]))
+            append_whole(self._file, _lines([[row.get(name, "") for name in self._columns]]))
         except OSError as error:
             raise self._failed(error) from error
         self.last_steps = num_steps
@@ -143,46 +143,28 @@ class CSVWriter:
         if self._file is not None:
             self._file.close()
 
-    def _rows(self) -> list[dict[str, str]]:
-        if not self._columns:
-            return []
-        with self.path.open(newline="", encoding="utf-8") as file:
-            return list(csv.DictReader(file))
-
-    def _lines(self, rows: Iterable[Mapping[str, Any]], *, header: bool = False) -> bytes:
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, self._columns, restval="")
-        if header:
-            writer.writeheader()
-        writer.writerows(rows)
-        return text.getvalue().encode()
-
-    def _replace(self, rows: Iterable[Mapping[str, Any]]) -> None:
+    def _replace(self, columns: list[str], rows: list[list[str]]) -> None:
+        write_bytes(self.path, _lines([columns, *rows]))
         self.close()
-        write_bytes(self.path, self._lines(rows, header=True))
-        self._file = io.FileIO(self.path, "a")
+        self._columns, self._file = columns, io.FileIO(self.path, "a")
 
     def _take_up(self, resume_at: int) -> None:
-        contents = self.path.read_bytes()
-        whole = contents[: contents.rfind(b"\n") + 1].decode(errors="replace")
-        try:
-            columns, *rows = csv.reader(io.StringIO(whole, newline="")) if whole else [[]]
-        except csv.Error as error:
-            raise RunError(f"cannot go on with {self.path}: {error}; mend it or move it away") from error
-        if not columns:
-            return
-        if columns[0] != "steps":
-            raise RunError(f"{self.path} is no file of metrics: its first column is {columns[0]!r}, expected 'steps'")
-        sound = [row for row in rows if len(row) == len(columns) and row[0].isdecimal()]
-        if len(sound) < len(rows):
-            warnings.warn(f"{self.path}: {len(rows) - len(sound)} damaged rows are left out", stacklevel=4)
-        kept = [row for row in sound if int(row[0]) <= resume_at]
-        self._columns = columns
-        self._replace(dict(zip(columns, row)) for row in kept)
+        columns, rows, num_damaged = read_rows(self.path)
+        if num_damaged:
+            warnings.warn(f"{self.path}: {num_damaged} damaged rows are left out", stacklevel=4)
+        kept = [row for row in rows if int(row[0]) <= resume_at]
+        if columns:
+            self._replace(columns, kept)
         self.last_steps = int(kept[-1][0]) if kept else None
 
     def _failed(self, error: OSError) -> RunError:
         return RunError(f"cannot write {self.path}: {error.strerror or error}; the rows before this one are there")
+
+
+def _lines(rows: Iterable[Iterable[Any]]) -> bytes:
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(rows)
+    return text.getvalue().encode()
 
 
 class TensorBoardWriter:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dualhead.config import StudyConfig
+from dualhead.running.results import FloatArray, Run
 from dualhead.studies.commons_measures import (
     GROUPS,
     RELAPSE_SHARE,
@@ -21,7 +22,7 @@ from dualhead.studies.commons_measures import (
     spans,
 )
 from dualhead.studies.figures import NUM_MEANS, Figure, Line2D, band, colours, dots, legend, rolling_mean, save
-from dualhead.studies.measures import FloatArray, Run, mean_of_known
+from dualhead.studies.measures import mean_of_known
 
 STYLES: dict[str, Any] = {"newcomers": ":", "incumbents": "--"}
 

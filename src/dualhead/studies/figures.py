@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from dualhead.config import StudyConfig
 from dualhead.running.checkpoint import RunError
-from dualhead.studies.measures import FloatArray, Measured, curves_among, interval
+from dualhead.running.results import FloatArray, interval
+from dualhead.studies.measures import Measured, curves_among
 
 try:
     from matplotlib.figure import Figure

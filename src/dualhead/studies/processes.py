@@ -20,6 +20,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from dualhead.config import RunConfig
 from dualhead.running.checkpoint import RunError
+from dualhead.running.results import last_steps
 from dualhead.storage import CheckpointError
 from dualhead.worlds.streams import UnavailableEnvironment
 
@@ -195,7 +196,8 @@ class _Bars:
             config = self._configs[key]
             if key not in self._bars:
                 self._bars[key] = self._progress.add_task(self._label(key), total=config.total_steps)
-            self._steps[key] = min(_steps_so_far(config), config.total_steps)
+            assert config.run_dir is not None
+            self._steps[key] = min(last_steps(Path(config.run_dir) / "metrics.csv"), config.total_steps)
             self._progress.update(self._bars[key], completed=self._steps[key])
         for key in self._bars.keys() - set(running):
             self._progress.remove_task(self._bars.pop(key))
@@ -207,14 +209,3 @@ def _progress(configs: Mapping[Any, RunConfig], label: Callable[[Any], str]) -> 
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f}%"), TimeElapsedColumn())
     with Progress(*columns, transient=True, disable=not sys.stdout.isatty() or not configs) as progress:
         yield _Bars(progress, configs, label)
-
-
-def _steps_so_far(config: RunConfig) -> int:
-    """By the last row of its metrics."""
-    assert config.run_dir is not None
-    try:
-        contents = (Path(config.run_dir) / "metrics.csv").read_bytes()
-    except OSError:
-        return 0
-    steps = contents.rstrip().rpartition(b"\n")[2].partition(b",")[0]
-    return int(steps) if steps.isdigit() else 0

@@ -26,13 +26,13 @@ from typing import NamedTuple
 from dualhead.config import RunConfig, StudyConfig
 from dualhead.running.checkpoint import RunError, read_config, read_json, write_json
 from dualhead.running.machine import num_cores
+from dualhead.running.results import Run, read_run
 from dualhead.studies import commons_measures, tables
 from dualhead.studies.measures import (
     Measured,
     chosen_measures,
     curves_among,
     measure_all,
-    read_run,
     summarise,
     unknown_measures,
 )
@@ -196,7 +196,7 @@ def _write_outcome(study: StudyConfig, planned: dict[str, Planned], folder: Path
     Raises:
         RunError: a run cannot be read, no run has one of the measures, or something cannot be written.
     """
-    runs = [read_run(condition, config) for condition, config in planned.values()]
+    runs = [_read(run) for run in planned.values()]
     if study.is_of_the_commons:
         measured = [Measured(run, commons_measures.measures(study, run)) for run in runs]
         tables.write_csv(folder / "results.csv", *commons_measures.results(study, runs))
@@ -218,6 +218,19 @@ def _write_outcome(study: StudyConfig, planned: dict[str, Planned], folder: Path
     from dualhead.studies import figures
 
     return figures.draw_figures(study, measured, names, folder)
+
+
+def _read(planned: Planned) -> Run:
+    """A finished run.
+
+    Raises:
+        RunError: its files cannot be read.
+    """
+    assert planned.config.run_dir is not None
+    try:
+        return read_run(Path(planned.config.run_dir), condition=planned.condition)
+    except RunError as error:
+        raise RunError(f"{error}; remove this run, and the same command repeats it") from error
 
 
 def _run_missing(
@@ -245,7 +258,7 @@ def _run_missing(
                 print(f"[{num_done}/{len(planned)}] {label} {ended}", flush=True)
                 if problem is None and not measures_are_checked:
                     # Another run may have what this one lacks: only a warning, so that a misspelt name shows early.
-                    for line in unknown_measures(study.measures, [read_run(*planned[label])]):
+                    for line in unknown_measures(study.measures, [_read(planned[label])]):
                         warnings.warn(f"measures: {line}", stacklevel=2)
                     measures_are_checked = True
     except KeyboardInterrupt:
