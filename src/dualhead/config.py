@@ -23,6 +23,8 @@ COMMONS = "commons"
 _NAME_CHARACTERS = string.ascii_letters + string.digits + "-_"
 _WITHOUT_PREFIX = arg(name="")
 """On the command line `--hidden-size`, not `--network.hidden-size`."""
+EVAL_EPISODES = 20
+"""Episodes of an evaluation."""
 MAX_RESOURCES = 8
 """Kinds that a commons can have: as many as its pictures have colours for."""
 
@@ -426,7 +428,8 @@ class RunConfig(Config):
         (), description="Also log to Weights & Biases or MLflow, beside TensorBoard and metrics.csv."
     )
     eval_episodes: NonNegativeInt = Field(
-        20, description="Episodes of an evaluation (commons: the same number for each agent); 0: none at the end."
+        EVAL_EPISODES,
+        description="Episodes of an evaluation (commons: the same number for each agent); 0: none at the end.",
     )
     eval_every: NonNegativeInt = Field(
         0, description="Environment steps between evaluations during training, the best of which is kept; 0: none."

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dualhead.config import RunConfig
+from dualhead.config import EVAL_EPISODES, RunConfig
 from dualhead.running.checkpoint import (
     RunError,
     checkpoints,
@@ -211,7 +211,7 @@ class Evaluator:
     def __init__(self, session: Session, run_dir: Path, *, resume_at: int | None) -> None:
         self._session, self._run_dir = session, run_dir
         self._writer = CSVWriter(run_dir, name="evaluations.csv", resume_at=resume_at)
-        self._num_envs, self._episodes = evaluation_size(session.config, session.config.eval_episodes or 20)
+        self._num_envs, self._episodes = evaluation_size(session.config, session.config.eval_episodes or EVAL_EPISODES)
         self._streams: Any = None
         self._last: tuple[int, dict[str, float]] = (-1, {})
 
