@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import io
 import os
@@ -14,7 +15,6 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
-import dualhead
 from dualhead.networks.encoders import ACTION_MASK, WHOLE, Leaf, ObservationSpec, torch_dtype
 from dualhead.networks.heads import ActionSpec, DiagonalGaussian, FactoredCategorical
 from dualhead.networks.policy import RecurrentPolicy
@@ -87,7 +87,7 @@ def export_policy(run: str | os.PathLike[str], out: str | os.PathLike[str]) -> d
     description = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "dualhead_version": dualhead.__version__,
+        "dualhead_version": importlib.metadata.version("dualhead"),
         "model": out.name,
         "run": {
             "directory": folder.name,
