@@ -7,15 +7,19 @@ import os
 from typing import Any
 
 import gymnasium as gym
-import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dualhead.config import NetworkConfig, NormConfig, PPOConfig
 from dualhead.learning.advantages import RewardScale, generalized_advantages
 from dualhead.learning.rollout import Rollout
 from dualhead.learning.update import ppo_update
-from dualhead.networks.encoders import (
+from dualhead.networks.encoders import EncoderFactory
+from dualhead.networks.memory import MemoryFactory
+from dualhead.networks.policy import RecurrentPolicy
+from dualhead.norms import NormEnforcer, NormEvents
+from dualhead.spaces import (
+    ActionSpec,
     ObservationSpec,
     all_finite,
     as_tensor,
@@ -23,9 +27,6 @@ from dualhead.networks.encoders import (
     non_finite_message,
     torch_dtype,
 )
-from dualhead.networks.heads import ActionSpec
-from dualhead.networks.policy import RecurrentPolicy
-from dualhead.norms import NormEnforcer, NormEvents
 from dualhead.storage import RUN_PREFIX, CheckpointError, check_fit, fill, read_tensors, with_prefix, write_tensors
 from dualhead.types import ActionSample, DataError, Observations, RecurrentState, on_device
 
@@ -40,7 +41,7 @@ class DualHeadRecurrentPPO:
         observations, _ = envs.reset()
         while True:
             actions = agent.act(observations)
-            observations, rewards, terminated, truncated, infos = envs.step(agent.to_env(actions))
+            observations, rewards, terminated, truncated, infos = envs.step(actions)
             agent.record(rewards, terminated, truncated, final_observations=...)
             if agent.rollout_is_ready:
                 metrics = agent.learn(observations)
@@ -51,12 +52,17 @@ class DualHeadRecurrentPPO:
         config: PPO settings.
         network: shape of the policy.
         norms: add NormEnforcer's guilt to recorded rewards.
+        encoder: a module of your own in place of the one that `network` describes, or a function of the observation
+            space that makes one; see `Encoder`.
+        memory: likewise a recurrent core, or a function of its input size and `network.hidden_size`; see `Memory` and
+            `MemoryCell`. Both become part of the policy: they are moved to `device` and `dtype`, and whatever of them
+            requires gradients learns.
         seed: of weights, sampling and shuffling; the global random state is neither read nor changed.
         device, dtype: where and as what everything is kept.
 
     Raises:
-        TypeError: an unsupported space, or settings of another class.
-        ValueError: settings that do not fit each other.
+        TypeError: an unsupported space, settings of another class, or a part that lacks what it needs.
+        ValueError: settings that do not fit each other, or a part that does not do what it should.
     """
 
     def __init__(
@@ -68,6 +74,8 @@ class DualHeadRecurrentPPO:
         config: PPOConfig | None = None,
         network: NetworkConfig | None = None,
         norms: NormConfig | None = None,
+        encoder: nn.Module | EncoderFactory | None = None,
+        memory: nn.Module | MemoryFactory | None = None,
         seed: int = 0,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
@@ -98,9 +106,11 @@ class DualHeadRecurrentPPO:
                 self.action_spec,
                 config=self.network,
                 normalize_observations=self.config.normalize_observations,
+                encoder=encoder,
+                memory=memory,
             ).to(self.device, dtype)
         self.optimizer = torch.optim.Adam(
-            self.policy.parameters(), lr=self.config.learning_rate, eps=self.config.adam_eps, fused=True
+            _learning(self.policy).values(), lr=self.config.learning_rate, eps=self.config.adam_eps, fused=True
         )
         self.reward_scale = (
             RewardScale(num_streams, gamma=self.config.gamma).to(self.device) if self.config.normalize_rewards else None
@@ -204,16 +214,15 @@ class DualHeadRecurrentPPO:
         return forgotten
 
     @torch.no_grad()
-    def act(self, observations: Any, *, deterministic: bool = False) -> Any:
-        """Chooses actions for all streams and advances the recurrent state.
+    def act(self, observations: Any) -> Any:
+        """Samples actions for all streams and advances the recurrent state. To play without learning: `Player`.
 
         Args:
             observations: [B, ...] arrays or tensors, nested as the observation space is.
-            deterministic: the likeliest actions instead of sampled ones.
 
         Returns:
-            [B, K] head indices from 0 (or [B, D] Gaussian actions before clipping and scaling): a NumPy array, or a
-            tensor where tensors came in. `to_env` gives them the form of the action space.
+            Actions [B, ...] in the form of the batched action space, Boxes clipped and scaled: NumPy arrays, or tensors
+            where tensors came in.
 
         Raises:
             RuntimeError: the step before is not recorded, or the rollout is full.
@@ -229,16 +238,12 @@ class DualHeadRecurrentPPO:
         tensors |= self._previous_inputs()
         output, next_state = self.policy.step(tensors, state)
         distribution = output.distribution
-        actions = distribution.mode() if deterministic else distribution.sample(self._sampling)
+        actions = distribution.sample(self._sampling)
         sample = ActionSample(actions, distribution.log_probs(actions), output.values)
         self.rollout_memory.put_step(tensors, state, sample, self._episode_starts)
         self._step_is_pending = True
         self._update_hidden_state(next_state)
-        return actions if _holds_tensors(observations) else actions.cpu().numpy()
-
-    def to_env(self, actions: Any) -> Any:
-        """Actions of `act` in the form of the (batched) action space: starts added, Dicts built, Boxes scaled."""
-        return self.action_spec.to_env(actions.cpu().numpy() if isinstance(actions, Tensor) else np.asarray(actions))
+        return self.action_spec.to_env(actions, numpy=not _holds_tensors(observations))
 
     @torch.no_grad()
     def record(
@@ -375,9 +380,8 @@ class DualHeadRecurrentPPO:
             metrics |= self.norms.metrics()
         if self.config.normalize_observations:
             seen = memory.observations
-            self.policy.encoder.update_normalizers(
-                {name: seen[name][memory.max_tail :][:T].flatten(0, 1) for name in self.policy.encoder.normalizers}
-            )
+            names = self.policy.normalizer.names
+            self.policy.normalizer.update({name: seen[name][memory.max_tail :][:T].flatten(0, 1) for name in names})
         memory.clear()
         self.num_updates += 1
         return metrics
@@ -598,7 +602,7 @@ class DualHeadRecurrentPPO:
 
     def _init_optimizer_state(self) -> None:
         """Gives Adam its (zero) moments now, so that there is something to load into."""
-        for parameter in self.policy.parameters():
+        for parameter in _learning(self.policy).values():
             state = self.optimizer.state[parameter]
             if not state:
                 state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
@@ -610,7 +614,7 @@ class DualHeadRecurrentPPO:
         self._init_optimizer_state()
         hidden = self._get_hidden_state()
         tensors = with_prefix("policy", self.policy.state_dict(keep_vars=True))
-        for name, parameter in self.policy.named_parameters():
+        for name, parameter in _learning(self.policy).items():
             tensors |= with_prefix(f"optimizer/{name}", self.optimizer.state[parameter])
         tensors |= with_prefix("state", hidden.parts | self._previous)
         tensors["state/episode_starts"] = self._episode_starts
@@ -620,6 +624,11 @@ class DualHeadRecurrentPPO:
         tensors |= with_prefix("rollout", self.rollout_memory.tensors())
         tensors |= {"rng/sampling": self._sampling.get_state(), "rng/shuffling": self._shuffling.get_state()}
         return tensors
+
+
+def _learning(policy: RecurrentPolicy) -> dict[str, nn.Parameter]:
+    """The weights that learn: all but those that a user's own part has frozen."""
+    return {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
 
 
 def _storage_dtype(space: gym.Space, dtype: torch.dtype) -> torch.dtype:

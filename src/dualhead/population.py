@@ -34,9 +34,7 @@ class Learner(Protocol):
     @property
     def rollout_is_ready(self) -> bool: ...
 
-    def act(self, observations: Any, *, deterministic: bool = False) -> Any: ...
-
-    def to_env(self, actions: Any) -> Any: ...
+    def act(self, observations: Any) -> Any: ...
 
     def record(
         self,
@@ -85,17 +83,9 @@ class IndependentLearners:
     def rollout_is_ready(self) -> bool:
         return self.learners[0].rollout_is_ready
 
-    def act(self, observations: Any, *, deterministic: bool = False) -> Any:
-        """Actions [B, K] of all learners; see `DualHeadRecurrentPPO.act`."""
-        parts = [
-            learner.act(self._of(observations, agent), deterministic=deterministic)
-            for agent, learner in enumerate(self.learners)
-        ]
-        stack: Any = torch.stack if isinstance(parts[0], Tensor) else np.stack
-        return stack(parts, 1).reshape(-1, parts[0].shape[1])
-
-    def to_env(self, actions: Any) -> Any:
-        return self.learners[0].to_env(actions)
+    def act(self, observations: Any) -> Any:
+        """Actions of all learners; see `DualHeadRecurrentPPO.act`."""
+        return _interleaved([learner.act(self._of(observations, agent)) for agent, learner in enumerate(self.learners)])
 
     def record(
         self,
@@ -187,6 +177,14 @@ class IndependentLearners:
         if isinstance(tree, tuple):
             return tuple(self._of(part, agent) for part in tree)
         return None if tree is None else tree[agent :: len(self.learners)]
+
+
+def _interleaved(parts: list[Any]) -> Any:
+    """Actions [W, ...] of A agents, nested as the action space is, as those of the W · A streams."""
+    if isinstance(parts[0], dict):
+        return {name: _interleaved([part[name] for part in parts]) for name in parts[0]}
+    stack: Any = torch.stack if isinstance(parts[0], Tensor) else np.stack
+    return stack(parts, 1).reshape(-1, *parts[0].shape[1:])
 
 
 class IndependentPolicies(torch.nn.Module):

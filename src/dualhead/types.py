@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+IntArray = NDArray[np.int64]
 Observations = dict[str, Tensor]
 """One tensor per leaf of the observation space, batch axes first; a plain space has the single leaf `observation`."""
 
@@ -38,15 +39,14 @@ class DivergedError(RuntimeError):
 
 
 class RecurrentState:
-    """State of a policy's memories: named parts [L, B, H], the stream axis second. `h, c = state` for an LSTM.
+    """State of a policy's memories: named parts [L, B, ...], the stream axis second. `h, c = state` for an LSTM.
 
-    A GRU has the part `h` alone. The memoryless control has an `h` without units. A critic with a memory of its own
-    adds parts whose names begin with `critic_`.
+    A GRU has the part `h` alone. The memoryless control has an `h` without units. A memory of one's own names its parts
+    as it likes. A critic with a memory of its own adds parts whose names begin with `critic_`.
 
     Args:
-        h: output state, the only part that heads and critic see.
-        c: cell state of an LSTM.
-        others: further parts by name.
+        unnamed: the parts `h` and `c`, in this order, as `nn.LSTM` returns them.
+        named: parts by name.
 
     Attributes:
         parts: every part by name.
@@ -54,20 +54,21 @@ class RecurrentState:
 
     __slots__ = ("parts",)
 
-    def __init__(self, h: Tensor, c: Tensor | None = None, **others: Tensor) -> None:
-        self.parts = {"h": h} | ({} if c is None else {"c": c}) | others
+    def __init__(self, *unnamed: Tensor, **named: Tensor) -> None:
+        self.parts = dict(zip(("h", "c"), unnamed, strict=False)) | named
+        assert len(self.parts) == len(unnamed) + len(named), "expected at most h and c without a name"
 
     @property
     def h(self) -> Tensor:
         return self.parts["h"]
 
     @property
-    def c(self) -> Tensor | None:
-        return self.parts.get("c")
+    def c(self) -> Tensor:
+        return self.parts["c"]
 
     @property
     def num_streams(self) -> int:
-        return self.h.shape[1]
+        return next(iter(self.parts.values())).shape[1]
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter(self.parts.values())
@@ -91,7 +92,7 @@ class RecurrentState:
 
     def reset_where(self, mask: Tensor) -> RecurrentState:
         """Zero every part of the streams where `mask` [B] is true."""
-        return self.map(lambda part: part.masked_fill(mask[None, :, None], 0.0))
+        return self.map(lambda part: part.masked_fill(mask.view(1, -1, *[1] * (part.dim() - 2)), 0))
 
     def write(self, indices: Tensor, other: RecurrentState) -> None:
         """Replaces streams `indices` [S] in place by the S streams of `other`."""
@@ -107,23 +108,17 @@ class RecurrentState:
         return RecurrentState(**{name: torch.cat([state.parts[name] for state in states], dim=1) for name in names})
 
 
-class Layout(NamedTuple):
-    """How N packed steps fall into dense blocks for the recurrent call. Built by `learning.segments.lay_out`.
-
-    Steps lie block after block, inside a block time-major: step t of all its segments, then step t + 1. A block of S
-    segments and T steps takes S*T rows; where its segments are not equally long, the rows past a segment's end are
-    padding that only the recurrent call sees.
+class Plan(NamedTuple):
+    """The order in which a memory wants the N steps of S segments packed.
 
     Fields:
-        blocks: (S, T) of each block; their segments follow one another in the state's stream axis.
-        padding: [rows] indices into the N steps that fill each block row (a padded row repeats a real one), or
-            None where no block is padded and rows are the steps themselves.
-        real: [N] rows that are real steps, or None likewise.
+        segment, step: [N] of each packed step, its segment and its number in that segment.
+        layout: whatever else the memory's `unroll` needs to find them; only that memory reads it.
     """
 
-    blocks: tuple[tuple[int, int], ...]
-    padding: Tensor | None = None
-    real: Tensor | None = None
+    segment: IntArray
+    step: IntArray
+    layout: Any
 
 
 class SegmentBatch(NamedTuple):
@@ -132,7 +127,7 @@ class SegmentBatch(NamedTuple):
     Fields:
         observations: leaves [N, ...].
         state: [L, S, H] before each segment's first step.
-        layout: where the N steps belong.
+        layout: how the policy's memories find the N steps, from `RecurrentPolicy.plan`.
         actions: [N, K] (or [N, D] continuous).
         log_probs: [N, K] per head, of the behaviour policy.
         values: [N] of the behaviour policy.
@@ -141,7 +136,7 @@ class SegmentBatch(NamedTuple):
 
     observations: Observations
     state: RecurrentState
-    layout: Layout
+    layout: Any
     actions: Tensor
     log_probs: Tensor
     values: Tensor

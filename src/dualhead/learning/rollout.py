@@ -8,8 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dualhead.learning.segments import IntArray, Segments, lay_out
-from dualhead.types import ActionSample, Layout, Observations, RecurrentState, on_device
+from dualhead.types import ActionSample, IntArray, Observations, RecurrentState, on_device
 
 
 class Rollout:
@@ -20,8 +19,8 @@ class Rollout:
 
     Attributes:
         observations: leaves [P + T, B, ...] in their own dtype.
-        states: by part of the recurrent state [L, P + T, B, H], the state *before* each step. `h_states` and `c_states`
-            (None for a GRU) are the specification's names for the parts `h` and `c`.
+        states: by part of the recurrent state [L, P + T, B, ...], the state *before* each step. `h_states` and
+            `c_states` (None for a GRU) are the specification's names for the parts `h` and `c`.
         episode_starts: [P + T, B] bool.
         actions [T, B, K or D], log_probs [T, B, K], values, rewards, task_rewards, guilt, final_values [T, B]:
             rewards are task reward plus guilt; final_values hold V(final observation) at truncations.
@@ -60,7 +59,8 @@ class Rollout:
             for name, (shape, leaf_dtype) in observations.items()
         }
         self.states = {
-            name: zeros(part.shape[0], rows, num_streams, part.shape[2]) for name, part in state.parts.items()
+            name: zeros(part.shape[0], rows, num_streams, *part.shape[2:], dtype=part.dtype)
+            for name, part in state.parts.items()
         }
         self.episode_starts = zeros(rows, num_streams, dtype=torch.bool)
         self.actions = zeros(*steps, num_action_columns, dtype=action_dtype)
@@ -136,19 +136,6 @@ class Rollout:
     def flat_rows(self, stream: IntArray, step: IntArray) -> Tensor:
         """Flat rows of steps (negative: in the tail) of streams."""
         return on_device(torch.from_numpy((step + self.max_tail) * self.num_streams + stream), self.device)
-
-    def stretch(
-        self, segments: Segments, start: IntArray, length: IntArray, *, block_cost: float, step_cost: float = 0.0
-    ) -> tuple[IntArray, Tensor, Layout]:
-        """Packs the steps start .. start + length - 1 of each segment's stream.
-
-        Returns:
-            the order of the segments in the layout (long ones first), flat rows [N] of its steps, and the layout.
-        """
-        order = np.argsort(-length, kind="stable")
-        segment, step, layout = lay_out(length[order], block_cost=block_cost, step_cost=step_cost, device=self.device)
-        which = order[segment]
-        return order, self.flat_rows(segments.stream[which], start[which] + step), layout
 
     def tail_lengths(self) -> IntArray:
         """[B] kept steps of the episode that was running when this rollout began."""

@@ -1,4 +1,4 @@
-"""Cut a rollout at episode starts into segments, and pack segments into dense blocks.
+"""Cut a rollout at episode starts into segments, and split them into minibatches.
 
 Worked example, sequence_length 3, one stream of 8 steps whose third episode step is followed by a reset at t = 5:
 
@@ -17,9 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dualhead.types import Layout, on_device
-
-IntArray = NDArray[np.int64]
+from dualhead.types import IntArray
 
 
 class Segments(NamedTuple):
@@ -88,72 +86,3 @@ def minibatches(lengths: IntArray, batch_size: int, *, generator: torch.Generato
     left = np.maximum(right - 1, 0)
     boundaries = np.where(targets - ends[left] < ends[right] - targets, left, right) + 1
     return [part for part in np.split(order, np.unique(boundaries)) if len(part)]
-
-
-def lay_out(
-    lengths: IntArray, *, block_cost: float, step_cost: float = 0.0, device: torch.device | str = "cpu"
-) -> tuple[IntArray, IntArray, Layout]:
-    """Dense blocks for segments of given lengths, sorted from long to short.
-
-    Args:
-        lengths: [S], not increasing.
-        block_cost: what one more recurrent call costs, in steps: padding is bought up to that price. 0 buys none and
-            gives one block per distinct length.
-        step_cost: what one more time step of a block costs beside its segments' steps, in steps: with it few long
-            blocks are cheaper than several short ones.
-
-    Returns:
-        segment [N] and step-in-segment [N] of each packed step, and the layout that places the N steps in blocks.
-    """
-    assert (lengths[1:] <= lengths[:-1]).all(), "segments must come from long to short"
-    total = int(lengths.sum())
-    blocks = _cheapest_blocks(lengths, block_cost, step_cost)
-
-    segment_parts, step_parts, real_parts = [], [], []
-    row = segment = 0
-    for num_segments, num_steps in blocks:
-        steps = np.arange(num_steps)[:, None]
-        real = steps < lengths[None, segment : segment + num_segments]
-        step, which = np.nonzero(real)
-        segment_parts.append(which + segment)
-        step_parts.append(step)
-        real_parts.append(np.flatnonzero(real) + row)
-        row += num_segments * num_steps
-        segment += num_segments
-    segment_of, step_of = np.concatenate(segment_parts), np.concatenate(step_parts)
-    if row == total:
-        return segment_of, step_of, Layout(tuple(blocks))
-    real_rows = np.concatenate(real_parts)
-    padding = np.zeros(row, dtype=np.int64)
-    padding[real_rows] = np.arange(total)
-    return (
-        segment_of,
-        step_of,
-        Layout(
-            tuple(blocks), *(on_device(torch.from_numpy(rows), torch.device(device)) for rows in (padding, real_rows))
-        ),
-    )
-
-
-def _cheapest_blocks(lengths: IntArray, block_cost: float, step_cost: float) -> list[tuple[int, int]]:
-    """Blocks (segments, steps) over lengths from long to short that cost the fewest steps, calls and padding counted.
-
-    The cheapest way to lay out the first j groups of equal length ends with one block over groups i + 1 .. j:
-
-        cost(j) = min_i cost(i) + block_cost + longest(i + 1) · (step_cost + segments(i + 1 .. j))
-    """
-    first = np.flatnonzero(np.diff(lengths, prepend=lengths[0] + 1))
-    longest, ends = lengths[first], np.append(first, len(lengths))
-    cost = np.zeros(len(ends))
-    chosen = np.zeros(len(ends), dtype=np.int64)
-    for j in range(1, len(ends)):
-        candidates = cost[:j] + block_cost + longest[:j] * (step_cost + ends[j] - ends[:j])
-        chosen[j] = candidates.argmin()
-        cost[j] = candidates[chosen[j]]
-    blocks = []
-    j = len(ends) - 1
-    while j > 0:
-        i = chosen[j]
-        blocks.append((int(ends[j] - ends[i]), int(longest[i])))
-        j = i
-    return blocks[::-1]

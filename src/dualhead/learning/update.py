@@ -13,12 +13,13 @@ from torch import Tensor
 
 from dualhead.config import PPOConfig
 from dualhead.learning.losses import clipped_surrogate, explained_variance, normalize, value_loss
+from dualhead.learning.minibatch import gather
 from dualhead.learning.rollout import Rollout
-from dualhead.learning.segments import IntArray, Segments, cut, minibatches
+from dualhead.learning.segments import cut, minibatches
+from dualhead.learning.staleness import refresh
 from dualhead.networks.policy import RecurrentPolicy
-from dualhead.types import DivergedError, RecurrentState, SegmentBatch, on_device
+from dualhead.types import DivergedError
 
-DRIFT_SEGMENTS = 64
 _MEASURED = ("loss/total", "loss/policy", "loss/value", "policy/approx_kl", "policy/clip_fraction", "policy/grad_norm")
 
 
@@ -70,7 +71,7 @@ def ppo_update(
     )
     joint = config.ratio == "joint"
     weights = torch.tensor(entropy_coefs, dtype=policy.dtype, device=policy.device)
-    parameters = list(policy.parameters())
+    parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     finite_steps = FiniteSteps(optimizer, num_skipped=num_skipped, limit=config.max_skipped_steps, device=policy.device)
     steps: list[Tensor] = []  # of each optimiser step what `_MEASURED` names, and the entropies
     metrics: dict[str, float] = {}
@@ -187,130 +188,3 @@ def _count_skipped(measured: NDArray[np.float64], *, num_skipped: int, limit: in
             )
         warnings.warn(f"an optimiser step was skipped: {what} ({num_skipped} in a row)", stacklevel=4)
     return taken, num_skipped
-
-
-def gather(
-    policy: RecurrentPolicy, rollout: Rollout, segments: Segments, *, advantages: Tensor, returns: Tensor
-) -> SegmentBatch:
-    """A minibatch of segments, packed, each with the state it begins from."""
-    order, rows, layout = rollout.stretch(
-        segments, segments.start, segments.length, block_cost=policy.block_cost, step_cost=policy.step_cost
-    )
-    steps = rows - rollout.max_tail * rollout.num_streams
-
-    def pick(buffer: Tensor) -> Tensor:
-        return buffer[: rollout.length].flatten(0, 1).index_select(0, steps)
-
-    return SegmentBatch(
-        observations=rollout.observations_at(rows),
-        state=initial_states(policy, rollout, segments.take(order)),
-        layout=layout,
-        actions=pick(rollout.actions),
-        log_probs=pick(rollout.log_probs),
-        values=pick(rollout.values),
-        advantages=pick(advantages),
-        returns=pick(returns),
-    )
-
-
-@torch.no_grad()
-def initial_states(policy: RecurrentPolicy, rollout: Rollout, segments: Segments) -> RecurrentState:
-    """The state [L, S, H] each segment begins from: stored, and unrolled through its burn-in by today's weights.
-
-    Source: Kapturowski et al. 2019 (R2D2) §3, "stored state" and "burn-in".
-    """
-    state = rollout.state_at(rollout.flat_rows(segments.stream, segments.start - segments.burn_in))
-    (warm,) = np.nonzero(segments.burn_in)
-    if len(warm) == 0:
-        return state
-    prefix = segments.take(warm)
-    order, rows, layout = rollout.stretch(prefix, prefix.start - prefix.burn_in, prefix.burn_in, block_cost=0.0)
-    which = on_device(torch.from_numpy(warm[order]), rollout.device)
-    warmed = policy.advance(rollout.observations_at(rows), state.select(which), layout)
-    state.write(which, warmed)
-    return state
-
-
-@torch.no_grad()
-def refresh(
-    policy: RecurrentPolicy, rollout: Rollout, segments: Segments, *, config: PPOConfig, write: bool = True
-) -> dict[str, float]:
-    """Recomputes the states that segments (and their burn-ins) begin from with today's weights, and measures drift.
-
-    Every run of steps is unrolled from its own beginning, all runs side by side, a segment's length at a time.
-    Drift is what R2D2 calls ΔQ, said for PPO: how far values (root mean square, in deviations of the rollout's values)
-    and action distributions (KL in nats) move between stored and refreshed state, at the first and last step of
-    segments.
-
-    Args:
-        write: rewrite the rollout's states; otherwise only a sample of streams is unrolled, for the drift.
-
-    Returns:
-        Metrics `state_drift/*`; none for a memoryless policy or where no segment begins inside a run.
-    """
-    if not policy.has_memory:
-        return {}
-    inside = segments.offset > 0
-    if not write:
-        (candidates,) = np.nonzero(inside)
-        if len(candidates):
-            inside &= segments.stream <= segments.stream[candidates[:DRIFT_SEGMENTS][-1]]
-    if not inside.any():
-        return {}
-    rows, states = _unroll_runs(policy, rollout, segments, streams=segments.stream[inside], config=config)
-    (measured,) = np.nonzero(inside)
-    measured = measured[np.linspace(0, len(measured) - 1, min(DRIFT_SEGMENTS, len(measured))).astype(np.int64)]
-    sample = segments.take(measured)
-    order, packed, layout = rollout.stretch(
-        sample, sample.start, sample.length, block_cost=policy.block_cost, step_cost=policy.step_cost
-    )
-    seen = rollout.observations_at(packed)
-    sample = sample.take(order)
-    begins = rollout.flat_rows(sample.stream, sample.start)
-    ends = rollout.flat_rows(sample.stream, sample.start + sample.length - 1)
-    old = policy.unroll(seen, rollout.state_at(begins), layout)
-    stored = rollout.state_at(rows)
-    rollout.write_states(rows, states)
-    new = policy.unroll(seen, rollout.state_at(begins), layout)
-    if not write:
-        rollout.write_states(rows, stored)
-
-    spread = rollout.values[: rollout.length].std(unbiased=False) + 1e-8
-    squares, kl = (new.values - old.values).square(), new.distribution.kl_from(old.distribution)
-    metrics = {}
-    for place, where in (("first", begins), ("last", ends)):
-        weights = torch.isin(packed, where, assume_unique=True).to(kl.dtype) / len(where)
-        metrics[f"state_drift/value_{place}"] = (weights * squares).sum().sqrt() / spread
-        metrics[f"state_drift/kl_{place}"] = (weights * kl).sum()
-    return dict(zip(metrics, torch.stack(list(metrics.values())).tolist()))
-
-
-def _unroll_runs(
-    policy: RecurrentPolicy, rollout: Rollout, segments: Segments, *, streams: IntArray, config: PPOConfig
-) -> tuple[Tensor, RecurrentState]:
-    """Fresh states at every inner cut of the runs of some streams: flat rows [S] and states [L, S, H]."""
-    of_streams = segments.take(np.flatnonzero(np.isin(segments.stream, streams)))
-    first = of_streams.offset == 0
-    run = np.cumsum(first) - 1
-    run_length = np.bincount(run, weights=of_streams.length).astype(np.int64)
-    runs = of_streams.take(np.flatnonzero(first))
-    remainder = config.burn_in % config.max_segment
-    pieces = [config.max_segment - remainder, remainder] if remainder else [config.max_segment]
-    state = rollout.state_at(rollout.flat_rows(runs.stream, runs.start))
-    rows, states = [], []
-    position = turn = 0
-    while True:
-        piece = pieces[turn % len(pieces)]
-        alive = np.flatnonzero(run_length > position + piece)
-        if len(alive) == 0:
-            break
-        runs, run_length = runs.take(alive), run_length[alive]
-        lengths = np.full(len(alive), piece)
-        _, steps, layout = rollout.stretch(runs, runs.start + position, lengths, block_cost=0.0)
-        state = state.select(on_device(torch.from_numpy(alive), rollout.device))
-        state = policy.advance(rollout.observations_at(steps), state, layout)
-        position += piece
-        turn += 1
-        rows.append(rollout.flat_rows(runs.stream, runs.start + position))
-        states.append(state)
-    return torch.cat(rows), RecurrentState.concatenate(states)

@@ -3,110 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Protocol
+from typing import Protocol
 
-import gymnasium as gym
-import numpy as np
 import torch
-from gymnasium import spaces
 from torch import Tensor, nn
 
-from dualhead.networks.encoders import ACTION_MASK, Leaf
+from dualhead.spaces import ACTION_MASK, ActionSpec, Leaf
 from dualhead.types import DataError, Observations
-
-_SUPPORTED = "Discrete, MultiDiscrete (one axis), a Dict of those, or a one-axis Box"
-
-
-class ActionSpec:
-    """Which heads an action space has, and how [B, K] head indices become what the environment takes.
-
-    Attributes:
-        names: one per head; K of them.
-        nvec: choices per head, or empty for a Box.
-        num_columns: width of the actions tensor: K, or D for a Box of D numbers.
-        starts: [K] lowest index of each head, in the environment's counting.
-        bounded, centre, half: [D] of a Box: which numbers have two bounds, and where the policy's [-1, 1] lies.
-
-    Raises:
-        TypeError: an unsupported action space.
-    """
-
-    def __init__(self, space: gym.Space) -> None:
-        self.space = space
-        self.is_continuous = isinstance(space, spaces.Box)
-        self.names: tuple[str, ...]
-        self.nvec: tuple[int, ...] = ()
-        if isinstance(space, spaces.Box):
-            if len(space.shape) != 1 or not np.issubdtype(space.dtype, np.floating):
-                raise TypeError(f"unsupported action space {space}: expected {_SUPPORTED} of floats")
-            self.names = ("action",)
-            self.num_columns = space.shape[0]
-            bounded = np.isfinite(space.low) & np.isfinite(space.high)
-            low, high = np.where(bounded, space.low, -1.0), np.where(bounded, space.high, 1.0)
-            self.bounded, self.centre, self.half = bounded, (low + high) / 2, (high - low) / 2
-            return
-        heads = _heads(space, "action", nested=False)
-        self.names = tuple(name for name, _, _ in heads)
-        self.nvec = tuple(n for _, n, _ in heads)
-        self.starts = np.array([start for _, _, start in heads], dtype=np.int64)
-        self.num_columns = len(heads)
-
-    def to_env(self, actions: np.ndarray) -> Any:
-        """Actions [B, K] (or [B, D] in the policy's units) in the form of the batched action space.
-
-        A Gaussian acts in units in which a bounded Box spans [-1, 1]: its actions are clipped there and scaled.
-        """
-        if self.is_continuous:
-            scaled = np.where(self.bounded, actions.clip(-1.0, 1.0), actions) * self.half + self.centre
-            assert isinstance(self.space, spaces.Box)
-            return scaled.astype(self.space.dtype).clip(self.space.low, self.space.high)
-        actions = actions + self.starts
-        return _split(self.space, actions)[0]
-
-    def check_masks(self, masks: tuple[Leaf, ...]) -> None:
-        """Checks that the `action_mask` parts of an observation space fit the heads.
-
-        Raises:
-            ValueError: expected one array of sum(nvec) entries, or one of n_k entries for each head by name.
-        """
-        if not masks:
-            return
-        if self.is_continuous:
-            raise ValueError(f"an {ACTION_MASK!r} needs discrete heads, the action space is {self.space}")
-        sizes = {leaf.name.rpartition("/")[2]: int(np.prod(leaf.space.shape or ())) for leaf in masks}
-        whole = len(masks) == 1 and sizes == {ACTION_MASK: sum(self.nvec)}
-        per_head = all(name in self.names and n == self.nvec[self.names.index(name)] for name, n in sizes.items())
-        if not (whole or per_head):
-            heads = dict(zip(self.names, self.nvec))
-            raise ValueError(
-                f"{ACTION_MASK!r} does not fit the heads {heads}: expected one array of {sum(self.nvec)} entries or "
-                f"a Dict with one array per head, got sizes {sizes}"
-            )
-
-
-def _heads(space: gym.Space, name: str, *, nested: bool) -> list[tuple[str, int, int]]:
-    """Name, number of choices and lowest index of each head."""
-    if isinstance(space, spaces.Discrete):
-        return [(name, int(space.n), int(space.start))]
-    if isinstance(space, spaces.MultiDiscrete) and len(space.shape) == 1:
-        prefix = name if nested else "head"
-        return [(f"{prefix}_{i}", int(n), int(s)) for i, (n, s) in enumerate(zip(space.nvec, space.start))]
-    if isinstance(space, spaces.Dict) and not nested:
-        return [head for key, part in space.items() for head in _heads(part, key, nested=True)]
-    raise TypeError(f"unsupported action space {space}: expected {_SUPPORTED}")
-
-
-def _split(space: gym.Space, actions: np.ndarray) -> tuple[Any, np.ndarray]:
-    """The first columns in the form of `space`, and the columns left over."""
-    if isinstance(space, spaces.Discrete):
-        return actions[:, 0], actions[:, 1:]
-    if isinstance(space, spaces.MultiDiscrete):
-        return actions[:, : len(space.nvec)], actions[:, len(space.nvec) :]
-    assert isinstance(space, spaces.Dict)
-    parts = {}
-    for key, part in space.items():
-        parts[key], actions = _split(part, actions)
-    return parts, actions
 
 
 class Distribution(Protocol):

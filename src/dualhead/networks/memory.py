@@ -1,23 +1,24 @@
-"""LSTM, GRU and the memoryless control behind one interface.
+"""Memories: recurrent cores behind one interface. LSTM, GRU, the memoryless control, and what users bring.
 
-Acting is the one-step case of training: `step` and `unroll` use the weights of the same `nn.LSTM` / `nn.GRU`.
+Acting is the one-step case of training: `step` and `unroll` use the same weights.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from dualhead.config import NetworkConfig
+from dualhead.networks.blocks import Blocks, lay_out
 from dualhead.networks.linear import Linear
-from dualhead.types import Layout, RecurrentState
+from dualhead.types import IntArray, Plan, RecurrentState
 
 SEQUENCE_CALL_STREAMS = 32
 """From so many streams on, one step is cheaper as a sequence of length one; below, the cell functions are, on the same
 weights (a quarter of the time for one stream)."""
-
 
 CALL_COST_STEPS, CALL_COST_PRODUCTS = 60.0, 10e6
 """What a recurrent call costs beyond its steps, forward and backward: handling the weights takes as long as some steps
@@ -27,29 +28,124 @@ GRU_STEP_COST = 12.0
 one call (measured: docs/performance.md)."""
 
 
+@runtime_checkable
 class Memory(Protocol):
-    """What the policy asks of a recurrent core."""
+    """What the policy asks of a recurrent core, an `nn.Module`. `MemoryCell` gives all but `step`.
+
+    Attributes:
+        num_features: H, width of what `step` and `unroll` return.
+    """
 
     num_features: int
-    block_cost: float
-    """Price of one more recurrent call, in steps; see `learning.segments.lay_out`."""
-    step_cost: float
-    """Price of one more time step of a recurrent call, in steps."""
 
     def initial_state(self, batch: int, *, device: torch.device, dtype: torch.dtype) -> RecurrentState:
-        """Zeros for `batch` streams: what every episode begins from."""
+        """Zeros [L, batch, ...] in every part: what every episode begins from."""
 
     def step(self, features: Tensor, state: RecurrentState) -> tuple[Tensor, RecurrentState]:
-        """One time step of B streams: features [B, F] -> (h [B, H] of the top layer, next state)."""
+        """One time step of B streams: features [B, F] -> (outputs [B, H], next state)."""
 
-    def unroll(self, features: Tensor, state: RecurrentState, layout: Layout) -> tuple[Tensor, RecurrentState]:
-        """Segments from the states they begin with: features [N, F], state [L, S, H] -> (h [N, H], final state).
+    def plan(self, lengths: IntArray, *, device: torch.device, final_states: bool = False) -> Plan:
+        """How the steps of segments should be packed for `unroll`.
 
-        The final state [L, S, H] is the one after each segment's last step only where the layout has no padding.
+        Args:
+            lengths: [S] steps of each segment, from long to short.
+            device: where the layout's tensors go.
+            final_states: whether the final states of `unroll` will be used, and must be right.
+        """
+
+    def unroll(self, features: Tensor, state: RecurrentState, layout: Any) -> tuple[Tensor, RecurrentState]:
+        """Segments from the states they begin with, packed as planned.
+
+        Args:
+            features: [N, F].
+            state: [L, S, ...].
+            layout: of the plan.
+
+        Returns:
+            outputs [N, H], and the state [L, S, ...] after each segment's last step where the plan was asked for it.
         """
 
 
-class RecurrentMemory(nn.Module):
+MemoryFactory = Callable[[int, int], nn.Module]
+"""Makes a memory from its input size F and the configured `hidden_size`."""
+
+
+class MemoryCell(nn.Module):
+    """A memory that needs only `step`; segments are unrolled by calling it, time step after time step.
+
+        class MyCell(dualhead.MemoryCell):
+            def __init__(self, input_size, hidden_size):
+                super().__init__(hidden_size, state_shapes={"h": (1, hidden_size)})
+                self.cell = nn.RNNCell(input_size, hidden_size)
+
+            def step(self, features, state):
+                h = self.cell(features, state.h[0])
+                return h, RecurrentState(h=h[None])
+
+    Where a faster call for whole sequences exists, `sequence` is the method to override.
+
+    Args:
+        num_features: H, width of the outputs.
+        state_shapes: of each part of the state, [L, ...] without the stream axis, which comes second.
+
+    Attributes:
+        block_cost: price of one more call of `sequence`, in steps of a stream: padding is bought up to that price.
+        step_cost: price of one more time step of such a call, likewise.
+    """
+
+    block_cost: float = 0.0
+    step_cost: float = 100.0
+
+    def __init__(self, num_features: int, *, state_shapes: Mapping[str, tuple[int, ...]]) -> None:
+        super().__init__()
+        self.num_features = num_features
+        self.state_shapes = dict(state_shapes)
+
+    def initial_state(self, batch: int, *, device: torch.device, dtype: torch.dtype) -> RecurrentState:
+        return RecurrentState(
+            **{
+                name: torch.zeros(layers, batch, *units, device=device, dtype=dtype)
+                for name, (layers, *units) in self.state_shapes.items()
+            }
+        )
+
+    def step(self, features: Tensor, state: RecurrentState) -> tuple[Tensor, RecurrentState]:
+        raise NotImplementedError(
+            f"{type(self).__name__} needs a method step(features, state) -> (outputs, next state)"
+        )
+
+    def sequence(self, features: Tensor, state: RecurrentState) -> tuple[Tensor, RecurrentState]:
+        """T time steps of S streams: features [T, S, F] -> (outputs [T, S, H], the state after the last step)."""
+        outputs = []
+        for now in features:
+            output, state = self.step(now, state)
+            outputs.append(output)
+        return torch.stack(outputs), state
+
+    def plan(self, lengths: IntArray, *, device: torch.device, final_states: bool = False) -> Plan:
+        if final_states:  # a padded segment's final state comes after its padding
+            return lay_out(lengths, block_cost=0.0, device=device)
+        return lay_out(lengths, block_cost=self.block_cost, step_cost=self.step_cost, device=device)
+
+    def unroll(self, features: Tensor, state: RecurrentState, layout: Blocks) -> tuple[Tensor, RecurrentState]:
+        rows = features if layout.padding is None else features.index_select(0, layout.padding)
+        outputs, finals = [], []
+        segment = 0
+        # Not sliced one by one: the gradient of a slice is a whole tensor of zeros around it.
+        in_blocks = rows.split([num_segments * num_steps for num_segments, num_steps in layout.sizes])
+        for (num_segments, num_steps), block in zip(layout.sizes, in_blocks):
+            begin = state.select(slice(segment, segment + num_segments))
+            output, final = self.sequence(block.view(num_steps, num_segments, -1), begin)
+            outputs.append(output.reshape(num_steps * num_segments, -1))
+            finals.append(final)
+            segment += num_segments
+        packed = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        if layout.real is not None:
+            packed = packed.index_select(0, layout.real)
+        return packed, RecurrentState.concatenate(finals)
+
+
+class RecurrentMemory(MemoryCell):
     """`nn.LSTM` or `nn.GRU` (attribute `lstm` or `gru`).
 
     Args:
@@ -69,14 +165,11 @@ class RecurrentMemory(nn.Module):
         forget_bias: float = 0.0,
         orthogonal_per_gate: bool = False,
     ) -> None:
-        super().__init__()
+        names = ("h", "c") if kind == "lstm" else ("h",)
+        super().__init__(hidden_size, state_shapes=dict.fromkeys(names, (num_layers, hidden_size)))
         self.kind = kind
-        self.num_features = hidden_size
         self.num_layers = num_layers
-        if kind == "lstm":
-            self.lstm = nn.LSTM(input_size, hidden_size, num_layers, batch_first=True)
-        else:
-            self.gru = nn.GRU(input_size, hidden_size, num_layers, batch_first=True)
+        self.add_module(kind, (nn.LSTM if kind == "lstm" else nn.GRU)(input_size, hidden_size, num_layers))
         num_weights = sum(parameter.numel() for parameter in self.cell.parameters())
         self.block_cost = CALL_COST_STEPS + CALL_COST_PRODUCTS / num_weights
         self.step_cost = GRU_STEP_COST if kind == "gru" else 0.0
@@ -84,7 +177,8 @@ class RecurrentMemory(nn.Module):
 
     @property
     def cell(self) -> nn.LSTM | nn.GRU:
-        return self.lstm if self.kind == "lstm" else self.gru
+        cell: nn.LSTM | nn.GRU = getattr(self, self.kind)
+        return cell
 
     def _init_weights(self, forget_bias: float, per_gate: bool) -> None:
         hidden = self.num_features
@@ -98,15 +192,10 @@ class RecurrentMemory(nn.Module):
                 if name.startswith("bias_ih"):
                     nn.init.constant_(parameter[hidden : 2 * hidden], forget_bias)
 
-    def initial_state(self, batch: int, *, device: torch.device, dtype: torch.dtype) -> RecurrentState:
-        h = torch.zeros(self.num_layers, batch, self.num_features, device=device, dtype=dtype)
-        return RecurrentState(h, torch.zeros_like(h) if self.kind == "lstm" else None)
-
     def step(self, features: Tensor, state: RecurrentState) -> tuple[Tensor, RecurrentState]:
         if features.shape[0] >= SEQUENCE_CALL_STREAMS:
-            # cuDNN refuses states that are not contiguous.
-            output, final = self._call(features[:, None], state.map(Tensor.contiguous))
-            return output[:, 0], final
+            output, final = self.sequence(features[None], state)
+            return output[0], final
         x, layers = features, []
         for layer in range(self.num_layers):
             weights = [
@@ -120,37 +209,40 @@ class RecurrentMemory(nn.Module):
             layers.append(after)
         return x, RecurrentState(*(torch.stack(parts) for parts in zip(*layers)))
 
-    def _call(self, features: Tensor, state: RecurrentState) -> tuple[Tensor, RecurrentState]:
-        """The recurrent layer on [S, T, F] from a contiguous state: outputs [S, T, H] and the final state."""
-        if self.kind == "lstm":
-            output, final = self.cell(features, tuple(state))
-            return output, RecurrentState(*final)
-        output, final = self.cell(features, state.h)
-        return output, RecurrentState(final)
-
-    def unroll(self, features: Tensor, state: RecurrentState, layout: Layout) -> tuple[Tensor, RecurrentState]:
-        rows = features if layout.padding is None else features.index_select(0, layout.padding)
-        outputs, finals = [], []
-        segment = 0
-        # Not sliced one by one: the gradient of a slice is a whole tensor of zeros around it.
-        in_blocks = rows.split([num_segments * num_steps for num_segments, num_steps in layout.blocks])
-        for (num_segments, num_steps), block in zip(layout.blocks, in_blocks):
-            steps = block.view(num_steps, num_segments, -1)
-            begin = state.select(slice(segment, segment + num_segments)).map(Tensor.contiguous)
-            output, final = self._call(steps.transpose(0, 1), begin)
-            outputs.append(output.transpose(0, 1).reshape(num_steps * num_segments, -1))
-            finals.append(final)
-            segment += num_segments
-        h_rows = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-        if layout.real is not None:
-            h_rows = h_rows.index_select(0, layout.real)
-        return h_rows, RecurrentState.concatenate(finals)
+    def sequence(self, features: Tensor, state: RecurrentState) -> tuple[Tensor, RecurrentState]:
+        parts = [part.contiguous() for part in state]  # cuDNN refuses others
+        output, final = self.cell(features, tuple(parts) if self.kind == "lstm" else parts[0])
+        return output, RecurrentState(*final) if self.kind == "lstm" else RecurrentState(final)
 
 
-def make_memory(config: NetworkConfig, kind: str, input_size: int) -> Memory:
-    """The recurrent core, or memoryless control, that a configuration asks for; an `nn.Module`."""
+class NoMemory(MemoryCell):
+    """The memoryless control: features pass through, the state has no units.
+
+    A ReLU layer of the memory's width stands where the recurrent core would, so that the control loses memory and not
+    depth.
+    """
+
+    step_cost = 0.0  # nothing recurrent is called
+
+    def __init__(self, input_size: int, *, hidden_size: int) -> None:
+        super().__init__(hidden_size, state_shapes={"h": (1, 0)})
+        self.linear = Linear(input_size, hidden_size)
+
+    def step(self, features: Tensor, state: RecurrentState) -> tuple[Tensor, RecurrentState]:
+        return self.linear(features).relu(), state
+
+    def unroll(self, features: Tensor, state: RecurrentState, layout: Blocks) -> tuple[Tensor, RecurrentState]:
+        return self.step(features, state)
+
+
+def make_memory(config: NetworkConfig, kind: str, input_size: int) -> MemoryCell:
+    """The recurrent core, or memoryless control, that a configuration asks for."""
     if kind == "none":
         return NoMemory(input_size, hidden_size=config.hidden_size)
+    if kind not in ("lstm", "gru"):
+        raise ValueError(
+            f"memory {kind!r} is not one of ours (lstm, gru, none): pass it, memory={kind.rpartition(':')[2]}"
+        )
     return RecurrentMemory(
         kind,
         input_size,
@@ -159,26 +251,3 @@ def make_memory(config: NetworkConfig, kind: str, input_size: int) -> Memory:
         forget_bias=config.forget_bias,
         orthogonal_per_gate=config.orthogonal_per_gate,
     )
-
-
-class NoMemory(nn.Module):
-    """The memoryless control: features pass through, the state has no units.
-
-    A ReLU layer of the memory's width stands where the recurrent core would, so that the control loses memory and not
-    depth.
-    """
-
-    def __init__(self, input_size: int, *, hidden_size: int) -> None:
-        super().__init__()
-        self.num_features = hidden_size
-        self.block_cost = self.step_cost = 0.0  # nothing recurrent is called
-        self.linear = Linear(input_size, hidden_size)
-
-    def initial_state(self, batch: int, *, device: torch.device, dtype: torch.dtype) -> RecurrentState:
-        return RecurrentState(torch.zeros(1, batch, 0, device=device, dtype=dtype))
-
-    def step(self, features: Tensor, state: RecurrentState) -> tuple[Tensor, RecurrentState]:
-        return self.linear(features).relu(), state
-
-    def unroll(self, features: Tensor, state: RecurrentState, layout: Layout) -> tuple[Tensor, RecurrentState]:
-        return self.linear(features).relu(), state

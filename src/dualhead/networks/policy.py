@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dualhead.config import NetworkConfig
-from dualhead.networks.encoders import ACTIVATIONS, Encoder, ObservationSpec, init_layer
-from dualhead.networks.heads import ActionSpec, Distribution, Heads
-from dualhead.networks.memory import Memory, make_memory
+from dualhead.networks.encoders import ACTIVATIONS, EncoderFactory, JoinedEncoder, init_layers, vectors
+from dualhead.networks.heads import Distribution, Heads
+from dualhead.networks.memory import Memory, MemoryFactory, make_memory
+from dualhead.networks.normalizer import ObservationNormalizer
+from dualhead.networks.parts import check_encoder, check_memory, make_part, part_name
 from dualhead.networks.previous import PreviousStep
-from dualhead.types import Layout, Observations, RecurrentState, SegmentBatch
+from dualhead.spaces import ActionSpec, ObservationSpec
+from dualhead.types import IntArray, Observations, Plan, RecurrentState, SegmentBatch, on_device
 
 CRITIC = "critic_"
 """How the names of the state's parts begin that belong to the critic's own memory."""
@@ -39,6 +43,17 @@ class Latents(NamedTuple):
     critic: Tensor
 
 
+class _TwoLayouts(NamedTuple):
+    """Fields:
+    actor, critic: layouts of the two memories.
+    rows: [N] each, where the critic's packing is another: rows of the actor's packing in the critic's order, and back.
+    """
+
+    actor: Any
+    critic: Any
+    rows: tuple[Tensor, ...] | None
+
+
 class RecurrentPolicy(nn.Module):
     """Holds weights and nothing else: the recurrent state comes in and goes out.
 
@@ -48,10 +63,13 @@ class RecurrentPolicy(nn.Module):
     Args:
         observation_spec, action_spec: what it sees and decides.
         config: its shape.
-        normalize_observations: keep running statistics of vector observations.
+        normalize_observations: keep running statistics of vector observations, and scale by them.
+        encoder, memory: parts of the user's own, or factories of them, in place of those that `config` describes. They
+            initialise their own weights.
 
     Raises:
-        ValueError: settings do not fit the spaces.
+        TypeError: an encoder or memory without the methods that are needed.
+        ValueError: settings do not fit the spaces, or a part does not do what it should.
     """
 
     def __init__(
@@ -61,15 +79,24 @@ class RecurrentPolicy(nn.Module):
         *,
         config: NetworkConfig,
         normalize_observations: bool = False,
+        encoder: nn.Module | EncoderFactory | None = None,
+        memory: nn.Module | MemoryFactory | None = None,
     ) -> None:
         super().__init__()
-        self.encoder = Encoder(
-            observation_spec,
-            encoder_sizes=config.encoder_sizes,
-            activation=config.activation,
-            image_encoder=config.image_encoder,
-            image_layout=config.image_layout,
-            normalize=normalize_observations,
+        image_encoder = config.image_encoder if encoder is None else "auto"
+        self.normalizer = ObservationNormalizer(
+            vectors(observation_spec, image_encoder) if normalize_observations else []
+        )
+        self.encoder: Any = (
+            JoinedEncoder(
+                observation_spec,
+                encoder_sizes=config.encoder_sizes,
+                activation=config.activation,
+                image_encoder=image_encoder,
+                image_layout=config.image_layout,
+            )
+            if encoder is None
+            else make_part(encoder, "encoder", observation_spec.space)
         )
         self.previous = PreviousStep(action_spec, action=config.previous_action, reward=config.previous_reward)
         taken = [leaf.name for leaf in observation_spec.leaves if leaf.name in self.previous.shapes(torch.float32)]
@@ -78,22 +105,32 @@ class RecurrentPolicy(nn.Module):
                 f"observation part {taken[0]!r} has the name of the policy's own input: switch off "
                 f"previous_action and previous_reward, or rename the part"
             )
+        if encoder is not None:
+            check_encoder(self.encoder, observation_spec)
         num_inputs = self.encoder.num_features + self.previous.num_features
-        self.memory: Memory = make_memory(config, config.memory, num_inputs)
-        num_features = self.memory.num_features
-        self.actor_layers, num_actor = _layers(num_features, config)
+        self.memory: Any = (
+            make_memory(config, config.memory, num_inputs)
+            if memory is None
+            else make_part(memory, "memory", num_inputs, config.hidden_size)
+        )
+        if memory is not None:
+            check_memory(self.memory, num_inputs)
+        self.actor_layers, num_actor = _layers(self.memory.num_features, config)
         self.heads = Heads(num_actor, action_spec, observation_spec.masks)
-        self.critic_memory: Memory | None = None
+        self.critic_memory: Any = None
+        num_features = self.memory.num_features
         if config.critic_memory != "shared":
             self.critic_memory = make_memory(config, config.critic_memory, num_inputs)
             num_features = self.critic_memory.num_features
         self.critic_layers, num_critic = _layers(num_features, config)
         self.critic = nn.Linear(num_critic, 1)
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Conv2d):
-                init_layer(module)
+        foreign = {"encoder": encoder is not None, "memory": memory is not None}
+        for name, part in self.named_children():
+            if not foreign.get(name):
+                init_layers(part)
         for head in self.heads.linears:
-            init_layer(head, config.head_gain)
+            init_layers(head, config.head_gain)
+        self.foreign_parts = {name: part_name(getattr(self, name)) for name in foreign if foreign[name]}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -106,17 +143,21 @@ class RecurrentPolicy(nn.Module):
     @property
     def has_memory(self) -> bool:
         """Whether any part of the recurrent state has units."""
-        return any(part.shape[-1] for part in self.initial_state(1))
+        return any(part.numel() for part in self.initial_state(1))
 
-    @property
-    def block_cost(self) -> float:
-        """Price of one more recurrent call, in steps; see `learning.segments.lay_out`."""
-        return max(memory.block_cost for memory in (self.memory, self.critic_memory) if memory is not None)
-
-    @property
-    def step_cost(self) -> float:
-        """Price of one more time step of a recurrent call, in steps; see `learning.segments.lay_out`."""
-        return max(memory.step_cost for memory in (self.memory, self.critic_memory) if memory is not None)
+    def plan(self, lengths: IntArray, *, final_states: bool = False) -> Plan:
+        """How `unroll` (with `final_states`: `advance`) wants segments of `lengths` [S], from long to short, packed."""
+        plan = self.memory.plan(lengths, device=self.device, final_states=final_states)
+        if self.critic_memory is None:
+            return plan
+        own = self.critic_memory.plan(lengths, device=self.device, final_states=final_states)
+        rows = None
+        if not (np.array_equal(plan.segment, own.segment) and np.array_equal(plan.step, own.step)):
+            ours, theirs = (np.lexsort((packing.step, packing.segment)) for packing in (plan, own))
+            to_critic, from_critic = np.empty_like(ours), np.empty_like(ours)
+            to_critic[theirs], from_critic[ours] = ours, theirs
+            rows = tuple(on_device(torch.from_numpy(each), self.device) for each in (to_critic, from_critic))
+        return plan._replace(layout=_TwoLayouts(plan.layout, own.layout, rows))
 
     def initial_state(self, batch: int) -> RecurrentState:
         """Zero state [L, batch, H]: the beginning of an episode."""
@@ -126,18 +167,24 @@ class RecurrentPolicy(nn.Module):
         return _join(actor, self.critic_memory.initial_state(batch, device=self.device, dtype=self.dtype))
 
     def _forward_base(
-        self, observations: Observations, state: RecurrentState, layout: Layout | None = None
+        self, observations: Observations, state: RecurrentState, layout: Any = None
     ) -> tuple[Latents, RecurrentState]:
         """Encoder and memories: one step of B streams, or N steps of segments where a layout is given."""
-        features = self.encoder(observations, self.dtype)
+        features = self.encoder(self.normalizer(observations, self.dtype))
         if self.previous.num_features:
             features = torch.cat([features, self.previous(observations, self.dtype).to(features.dtype)], dim=1)
         if self.critic_memory is None:
             h, after = _remember(self.memory, features, state, layout)
             return Latents(h, h), after
         of_actor, of_critic = _split(state)
-        h, after_actor = _remember(self.memory, features, of_actor, layout)
-        v, after_critic = _remember(self.critic_memory, features, of_critic, layout)
+        layouts = layout or _TwoLayouts(None, None, None)
+        h, after_actor = _remember(self.memory, features, of_actor, layouts.actor)
+        if layouts.rows is None:
+            v, after_critic = _remember(self.critic_memory, features, of_critic, layouts.critic)
+        else:
+            to_critic, from_critic = layouts.rows
+            v, after_critic = self.critic_memory.unroll(features[to_critic], of_critic, layouts.critic)
+            v = v[from_critic]
         return Latents(h, v), _join(after_actor, after_critic)
 
     def _output(self, latents: Latents, observations: Observations) -> PolicyOutput:
@@ -152,7 +199,7 @@ class RecurrentPolicy(nn.Module):
         latents, next_state = self._forward_base(observations, state)
         return self._output(latents, observations), next_state
 
-    def unroll(self, observations: Observations, state: RecurrentState, layout: Layout) -> PolicyOutput:
+    def unroll(self, observations: Observations, state: RecurrentState, layout: Any) -> PolicyOutput:
         """Leaves [N, ...] and the states [L, S, H] that segments begin from -> outputs [N].
 
         Heads and critic are never under autocast.
@@ -165,8 +212,8 @@ class RecurrentPolicy(nn.Module):
         """All N steps of a minibatch of segments, each from its own state."""
         return self.unroll(segments.observations, segments.state, segments.layout)
 
-    def advance(self, observations: Observations, state: RecurrentState, layout: Layout) -> RecurrentState:
-        """State [L, S, H] after the last step of each segment of an unpadded layout."""
+    def advance(self, observations: Observations, state: RecurrentState, layout: Any) -> RecurrentState:
+        """State [L, S, H] after the last step of each segment, packed by a plan with `final_states`."""
         _, final = self._forward_base(observations, state, layout)
         return final
 
@@ -185,9 +232,7 @@ def _layers(num_features: int, config: NetworkConfig) -> tuple[nn.Sequential, in
     return nn.Sequential(*modules), sizes[-1]
 
 
-def _remember(
-    memory: Memory, features: Tensor, state: RecurrentState, layout: Layout | None
-) -> tuple[Tensor, RecurrentState]:
+def _remember(memory: Memory, features: Tensor, state: RecurrentState, layout: Any) -> tuple[Tensor, RecurrentState]:
     return memory.step(features, state) if layout is None else memory.unroll(features, state, layout)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dualhead.networks.heads import ActionSpec
+from dualhead.spaces import ActionSpec
 from dualhead.types import Observations
 
 PREVIOUS_ACTION = "previous/action"

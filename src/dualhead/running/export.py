@@ -15,11 +15,11 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
-from dualhead.networks.encoders import ACTION_MASK, WHOLE, Leaf, ObservationSpec, torch_dtype
-from dualhead.networks.heads import ActionSpec, DiagonalGaussian, FactoredCategorical
+from dualhead.networks.heads import DiagonalGaussian, FactoredCategorical
 from dualhead.networks.policy import RecurrentPolicy
 from dualhead.running.checkpoint import RunError, read_config, write_json
 from dualhead.running.playing import load_weights, run_directory
+from dualhead.spaces import ACTION_MASK, WHOLE, ActionSpec, Leaf, ObservationSpec, torch_dtype
 from dualhead.storage import write_bytes
 from dualhead.types import RecurrentState
 from dualhead.worlds.registry import open_streams
@@ -119,7 +119,7 @@ class StepGraph(nn.Module):
         self.actions = actions
         parts = policy.initial_state(1).parts
         self.state_shapes = {
-            name: (part.shape[0], "batch", part.shape[2]) for name, part in parts.items() if part.shape[2]
+            name: (part.shape[0], "batch", *part.shape[2:]) for name, part in parts.items() if part.numel()
         }
         self.state_inputs = [f"state/{name}" for name in self.state_shapes]
         self.state_outputs = [f"next_state/{name}" for name in self.state_shapes]

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from dualhead.config import RunConfig
-from dualhead.networks.encoders import ObservationSpec, all_finite, as_tensor
-from dualhead.networks.heads import ActionSpec
 from dualhead.networks.policy import RecurrentPolicy
 from dualhead.population import IndependentPolicies
 from dualhead.running.checkpoint import RunError, read_config, read_newest
+from dualhead.spaces import ActionSpec, ObservationSpec, all_finite, as_tensor
 from dualhead.storage import fill, read_tensors, without_prefix
 from dualhead.types import DataError, RecurrentState, on_device
 from dualhead.worlds.registry import open_streams
@@ -103,7 +102,7 @@ class Player:
         distribution = output.distribution
         chosen = distribution.mode() if deterministic else distribution.sample(self._sampling)
         self._actions = chosen
-        actions = self._action_spec.to_env(chosen.cpu().numpy())
+        actions = self._action_spec.to_env(chosen, numpy=True)
         return actions if starts.ndim else _first(actions)
 
     def _rewards(self, rewards: Any, num_streams: int) -> Tensor:

@@ -64,9 +64,7 @@ class Session:
     def step(self) -> StreamStep:
         """Acts, steps the world and records what it answered."""
         learner = self.learner
-        actions = learner.act(self.observations)
-        # A world of tensors takes them as they are: they stay on its device.
-        step = self.streams.step(actions if isinstance(actions, Tensor) else learner.to_env(actions))
+        step = self.streams.step(learner.act(self.observations))
         learner.record(
             step.rewards,
             step.terminated,
