@@ -423,7 +423,7 @@ def test_mistakes_give_one_clear_message(tmp_path, monkeypatch, capsys, argument
 @pytest.mark.parametrize("package", ["plotly", "jinja2"])
 def test_missing_package(tmp_path, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(RunError, match=rf"{package}: pip install 'dualhead\[report\]'"):
+    with pytest.raises(RunError, match=rf"{package}: pip install -e '\.\[report\]'"):
         write_report([make_run(tmp_path / "run", {"a": [1]})])
 
 

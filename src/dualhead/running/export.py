@@ -73,7 +73,7 @@ def export_policy(run: str | os.PathLike[str], out: str | os.PathLike[str]) -> d
     if out.suffix != ".onnx":
         raise RunError(f"export to {out}: expected a name that ends in .onnx")
     if importlib.util.find_spec("onnx") is None:
-        raise RunError("exporting needs the package onnx: pip install 'dualhead[onnx]'")
+        raise RunError("exporting needs the package onnx: pip install -e '.[onnx]' in the checkout")
     folder = run_directory(run)
     config = read_config(folder)
     streams = open_streams(config, num_envs=1)

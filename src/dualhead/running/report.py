@@ -359,7 +359,7 @@ def _require_plotly() -> None:
         import jinja2  # noqa: F401
         import plotly  # noqa: F401
     except ImportError as error:
-        raise RunError(f"reports need {error.name}: pip install 'dualhead[report]'") from error
+        raise RunError(f"reports need {error.name}: pip install -e '.[report]' in the checkout") from error
 
 
 def _text(value: Any) -> str:

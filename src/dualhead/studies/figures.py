@@ -22,7 +22,7 @@ try:
     from matplotlib.ticker import EngFormatter
 except ModuleNotFoundError as error:
     raise RunError(
-        f"tables are written; the figures need the package {error.name}: pip install 'dualhead[plot]', then repeat the "
+        f"tables are written; the figures need the package {error.name}: pip install -e '.[plot]' in the checkout, then repeat the "
         f"command (finished runs are not repeated)"
     ) from error
 
