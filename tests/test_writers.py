@@ -1,17 +1,16 @@
 """Where metrics go: files that a killed run can go on with, full disks, and services that are optional."""
 
-import contextlib
 import csv
 import importlib
 import json
 import math
 import os
-import resource
 import sys
 import warnings
 
 import numpy as np
 import pytest
+from full_disk import files_of_at_most
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dualhead import RunConfig
@@ -22,17 +21,6 @@ from dualhead.worlds.streams import StreamStep
 
 CONFIG = RunConfig(env="CartPole-v1", preset="spec", num_envs=8, total_steps=800, seed=3)
 LOGGED = {"time/steps_per_s": 10.0, "episode/mean_return": 1.5, "loss/value": math.nan}
-
-
-@contextlib.contextmanager
-def files_of_at_most(size):
-    """The system refuses to let files grow beyond `size` bytes, as a full disk would."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize(
