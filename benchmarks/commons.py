@@ -45,7 +45,7 @@ def share_of_training(form: str, *, num_updates: int) -> tuple[float, float]:
         total_steps=10**9,
         device="cpu",
         network=NetworkConfig.spec(),
-        ppo=PPOConfig.spec(batch_size=1000, sequence_length=16, state_refresh="epoch", bootstrap_last=True),
+        ppo=PPOConfig.spec(batch_size=1000, sequence_length=16, state_refresh="once", bootstrap_last=True),
     )
     session = Session(config)
     session.begin()

@@ -80,7 +80,7 @@ def measure(workload: Workload, *, num_updates: int, warm_up: int) -> dict[str, 
     """One workload's figures under `KEYS`; shares are of the time that the loop takes without log and checkpoint."""
     with tempfile.TemporaryDirectory(prefix="dualhead-benchmark-") as folder:
         total_steps = (warm_up + num_updates) * workload.num_steps
-        config = run_config(workload, f"{folder}/run", total_steps=total_steps, state_refresh="epoch")
+        config = run_config(workload, f"{folder}/run", total_steps=total_steps, state_refresh="once")
         session = Session(config)
         run_dir = new_run_dir(config)
         writers = [*make_writers(config, run_dir, show_progress=False), ProgressDisplay(total_steps, stream=Terminal())]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from gymnasium import spaces
 from safetensors.torch import save_file
-from settings import spec_segments
+from settings import act_in_heads, spec_segments
 
 from dualhead import (
     CheckpointError,
@@ -87,7 +87,7 @@ class World:
         """So many steps, learning whenever a rollout is full: actions and metrics."""
         happened = []
         for _ in range(num_steps):
-            happened.append(agent.act(self.now).tolist())
+            happened.append(act_in_heads(agent, self.now).tolist())
             positional, by_name = self.answer(agent)
             agent.record(*positional, **by_name)
             if agent.rollout_is_ready:
@@ -300,6 +300,26 @@ def test_final_observations_are_read_only_where_an_episode_was_truncated():
     assert_same(*map(all_of, agents))
 
 
+def test_final_observations_may_come_as_gymnasium_gives_them():
+    """An array of objects, None where no episode ended: the same values as from a batch."""
+    kept = []
+    for as_objects in (False, True):
+        agent = make_agent(seed=1)
+        agent.act(masked(X))
+        final = masked(X + 1)
+        if as_objects:
+            rows = np.full(B, None, dtype=object)
+            rows[1] = {name: part[1] for name, part in final.items()}
+            final = rows
+        agent.record(np.ones(B), NOBODY, TRUE_1, final_observations=final)
+        kept.append(agent.rollout_memory.final_values[0])
+    assert kept[0].abs().sum() > 0
+    assert torch.equal(*kept)
+    agent.act(masked(X))
+    with pytest.raises(DataError, match=r"streams \[1\] are None"):
+        agent.record(np.ones(B), NOBODY, TRUE_1, final_observations=np.full(B, None, dtype=object))
+
+
 def test_where_nothing_was_truncated_final_observations_are_not_looked_at():
     agent = make_agent()
     agent.act(masked(X))
@@ -390,29 +410,16 @@ def test_a_final_observation_needs_no_legal_action():
 
 def test_tensors_give_tensors_and_arrays_arrays():
     agent = make_agent()
-    assert isinstance(agent.act(masked(X)), np.ndarray)
+    assert all(isinstance(part, np.ndarray) for part in agent.act(masked(X)).values())
     agent.record(np.ones(B), NOBODY, NOBODY)
     actions = agent.act({name: torch.from_numpy(part) for name, part in masked(X).items()})
-    assert isinstance(actions, torch.Tensor)
-    assert (actions.shape, actions.dtype) == ((B, 2), torch.int64)
+    assert {(type(part), part.shape, part.dtype) for part in actions.values()} == {(torch.Tensor, (B,), torch.int64)}
     agent.record(torch.ones(B), torch.zeros(B, dtype=torch.bool), torch.zeros(B, dtype=torch.bool))
-    in_env_form = agent.to_env(actions)
-    assert {name: part.tolist() for name, part in in_env_form.items()} == {
-        "move": actions[:, 0].tolist(),
-        "vote": actions[:, 1].tolist(),
+    heads = agent.rollout_memory.actions[1]
+    assert {name: part.tolist() for name, part in actions.items()} == {
+        "move": heads[:, 0].tolist(),
+        "vote": heads[:, 1].tolist(),
     }
-
-
-def test_deterministic_actions_are_the_likeliest_and_draw_nothing():
-    agent = make_agent()
-    before = agent._sampling.get_state()
-    state = agent.policy.initial_state(B)
-    x = np.random.default_rng(0).normal(size=(B, 2))
-    actions = agent.act(masked(x), deterministic=True)
-    tensors = {"x": torch.from_numpy(x).float(), "action_mask": torch.ones(B, 5)}
-    output, _ = agent.policy.step(tensors, state)
-    assert actions.tolist() == torch.stack([p.argmax(1) for p in output.distribution.logits], dim=1).tolist()
-    assert torch.equal(before, agent._sampling.get_state())
 
 
 def test_acting_and_shuffling_draw_from_generators_of_their_own():
@@ -558,6 +565,7 @@ def test_target_kl_stops_an_update_before_the_step_that_goes_too_far():
         # The minibatch that went too far is the last one that is looked at.
         assert len(num_evaluated) == metrics["update/optimizer_steps"] + (settings.get("target_kl") == 1e-9)
         assert metrics["update/optimizer_steps"] == (6 if settings.get("target_kl") == 1e9 else 1)
+        assert metrics["update/stopped_by_kl"] == (settings.get("target_kl") == 1e-9)
         weights.append(list(agent.policy.parameters()))
     stopped, single, free = weights
     assert all(torch.equal(a, b) for a, b in zip(stopped, single))
@@ -589,7 +597,7 @@ def test_guilt_in_action_mode_looks_at_the_action_just_taken():
     agent = make_agent(norms=norms, rollout_length=20)
     votes = []
     for _ in range(20):
-        votes.append(agent.act(masked(X))[:, 1])
+        votes.append(agent.act(masked(X))["vote"])
         agent.record(np.zeros(B), NOBODY, NOBODY, events=NormEvents(~NOBODY))
     strengths = np.minimum(np.arange(1, 21), 10)[:, None]
     assert agent.rollout_memory.guilt.tolist() == np.where(np.stack(votes) == 1, -strengths, 0).tolist()
@@ -611,7 +619,7 @@ def test_observation_statistics_take_in_every_step_once():
                 each.record(*positional, **by_name)
             metrics = each.learn(world.now)
             assert each is tailed or metrics["policy/first_ratio_error"] < 1e-10
-            normalizer = each.policy.encoder.normalizers["x"]
+            normalizer = each.policy.normalizer.of_leaf[each.policy.normalizer.names.index("x")]
             everything = np.concatenate(seen)
             assert normalizer.count.item() == len(everything)
             np.testing.assert_allclose(normalizer.mean, everything.mean(0), rtol=1e-10)
@@ -627,7 +635,7 @@ def test_continuous_actions():
         for _ in range(4):
             actions = agent.act(rng.normal(size=(B, 2)))
             assert actions.shape == (B, 2)
-            assert all(space.contains(action) for action in agent.to_env(actions))
+            assert all(space.contains(action) for action in actions)
             agent.record(rng.normal(size=B), NOBODY, NOBODY)
         metrics = agent.learn(rng.normal(size=(B, 2)))
         assert metrics["policy/first_ratio_error"] < 1e-12
@@ -770,7 +778,7 @@ def test_files_that_are_no_checkpoint_are_refused(saved, tmp_path):
     refused(agent, broken, "not a whole dualhead checkpoint")
     save_file({"weight": torch.ones(3)}, broken, {"format": "pt"})
     refused(agent, broken, "not a whole dualhead checkpoint")
-    save_file({"weight": torch.ones(3)}, broken, {"format": "dualhead", "version": "3", "json": "{}"})
+    save_file({"weight": torch.ones(3)}, broken, {"format": "dualhead", "version": "4", "json": "{}"})
     refused(agent, broken, "newer dualhead")
     save_file({"weight": torch.ones(3)}, broken, {"format": "dualhead", "version": "1", "json": "{}"})
     refused(agent, broken, "older dualhead")

@@ -9,11 +9,13 @@ from settings import spec_segments
 
 from dualhead.agent import DualHeadRecurrentPPO
 from dualhead.config import CommonsConfig, NetworkConfig, NormConfig, RunConfig, TurnoverConfig
-from dualhead.networks.encoders import ObservationSpec
+from dualhead.networks.heads import FactoredCategorical
 from dualhead.norms import NormEvents
 from dualhead.running.episodes import EpisodeTracker
 from dualhead.running.playing import Player
 from dualhead.running.session import Session
+from dualhead.snapshot import live_tensors
+from dualhead.spaces import ObservationSpec
 from dualhead.types import DataError, on_device
 from dualhead.worlds.commons import Commons
 from dualhead.worlds.streams import StreamStep
@@ -82,13 +84,14 @@ def make_agent(device="cpu", *, memory="lstm", num_streams=B, action_space=HEADS
 
 
 def train(agent, *, num_steps, before=lambda: None, after=lambda call: None):
-    """Actions [num_steps, B, K], and the metrics of each update."""
+    """Head indices [num_steps, B, K], and the metrics of each update."""
     experience = Experience()
     observations, actions, metrics = experience.observations(), [], []
     for _ in range(num_steps):
         before()
-        actions.append(agent.act(observations))
+        agent.act(observations)
         after("act")
+        actions.append(agent.rollout_memory.actions[agent.rollout_memory.length].cpu().numpy().copy())
         observations = experience.observations()
         answer, known = experience.answer()
         before()
@@ -120,7 +123,7 @@ def test_an_agent_trains_on_a_device_as_on_the_cpu(device, memory, settings):
     expected = train(make_agent(memory=memory, **settings), num_steps=13)
     agent = make_agent(DEVICE, memory=memory, **settings)
     assert_same_run(train(agent, num_steps=13), expected)
-    for name, tensor in agent._tensors_to_save().items():
+    for name, tensor in live_tensors(agent).items():
         assert isinstance(tensor, DeviceTensor) != name.startswith("rng/"), name
 
 
@@ -181,7 +184,7 @@ def test_tensors_of_the_device_stay_there(device):
     }
     device.counts.clear()
     actions = agent.act(observations)
-    assert isinstance(actions, DeviceTensor)
+    assert all(isinstance(part, DeviceTensor) for part in actions.values())
     assert not device.counts
 
 
@@ -224,15 +227,29 @@ def test_a_mask_without_a_choice_and_a_bad_reward_are_refused(device):
         agent.learn(Experience().observations(), partial=True)
 
 
-def test_checkpoints_move_between_devices(device, tmp_path):
+def test_a_mask_without_a_choice_that_came_from_the_device_is_refused_in_learn(device):
+    agent = make_agent(DEVICE)
+    for _ in range(2):
+        agent.act(Experience().observations())
+        answer, known = Experience().answer()
+        agent.record(*answer, **known)
+    agent.rollout_memory.observations["action_mask/move"][agent.rollout_memory.max_tail + 1, 2] = 0
+    with pytest.raises(DataError, match="step 2 of this rollout of 2: 'action_mask' of stream 2 allows no choice"):
+        agent.learn(Experience().observations(), partial=True)
+
+
+def test_checkpoints_move_between_devices(device, tmp_path, monkeypatch):
     there, here = make_agent(DEVICE), make_agent()
     train(there, num_steps=8)
     there.save(tmp_path / "there")
     here.load(tmp_path / "there")
     here.save(tmp_path / "here")
     there.load(tmp_path / "here")
-    goes_on = [agent.act(Experience(1).observations(), deterministic=True) for agent in (there, here)]
-    np.testing.assert_array_equal(*goes_on)
+    monkeypatch.setattr(FactoredCategorical, "sample", lambda self, generator: self.mode())
+    goes_on = [agent.act(Experience(1).observations()) for agent in (there, here)]
+    assert goes_on[0].keys() == goes_on[1].keys()
+    for name, part in goes_on[0].items():
+        np.testing.assert_array_equal(part, goes_on[1][name])
 
 
 def test_a_checkpoint_from_a_gpu_is_loaded_without_its_generator():

@@ -29,7 +29,7 @@ from dualhead.config import (
 )
 from dualhead.running.checkpoint import RunError
 from dualhead.running.evaluation import EVALUATION_SEED, evaluate_run
-from dualhead.running.export import export_policy
+from dualhead.running.export import export
 from dualhead.running.report import write_report
 from dualhead.running.trainer import resume, train
 from dualhead.running.video import record_video
@@ -291,7 +291,7 @@ def _eval(command: Eval) -> int:
 
 
 def _export(command: Export) -> int:
-    written = export_policy(command.run, command.out)
+    written = export(command.run, command.out)
     run, verified = written["run"], written["verified"]
     print(f"{command.out}: {written['memory']} policy of {run['env']} after {run['steps']:,} steps")
     if verified:
@@ -300,7 +300,7 @@ def _export(command: Export) -> int:
             f"{verified['largest_difference']:.1g}"
         )
     else:
-        print("not checked: ONNX Runtime is not installed (pip install -e '.[onnx]' in the checkout)")
+        print("not checked: ONNX Runtime is not installed (pip install onnxruntime)")
     return 0
 
 

@@ -192,8 +192,10 @@ class PPOConfig(Config):
     burn_in: NonNegativeInt = Field(
         0, description="Preceding steps unrolled without gradient to warm a segment's state (R2D2)."
     )
-    state_refresh: Literal["epoch", "never"] = Field(
-        "epoch", description="Recompute stored states once after the first epoch, or leave them stale."
+    state_refresh: Literal["once", "every_epoch", "never"] = Field(
+        "once",
+        description="Recompute stored states with today's weights before the second epoch, before every epoch but the "
+        "first, or never.",
     )
     precision: Literal["fp32", "bf16"] = Field(
         "fp32", description="Encoder and memory of the update in bf16; acting, losses and optimiser stay as they are."
@@ -606,7 +608,7 @@ def merged(settings: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 # Settings found by experiment for single environments (docs/log.md says how), over those of the specification's class
 # on segments of 16. First matching pattern wins; a field lies in RunConfig, or under `network` / `ppo`.
-_SEGMENTS = {"ppo": {"sequence_length": 16, "state_refresh": "epoch", "bootstrap_last": True}}
+_SEGMENTS = {"ppo": {"sequence_length": 16, "state_refresh": "once", "bootstrap_last": True}}
 TUNED: dict[str, dict[str, Any]] = {
     "dualhead/CartPoleNoVel-v1": {
         "total_steps": 50_000,

@@ -17,7 +17,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 FORMAT = "dualhead"
-VERSION = 2
+VERSION = 3
 TEMPORARY = ".tmp"
 """How the names of unfinished files end; those of a process that was killed stay behind."""
 

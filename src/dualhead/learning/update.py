@@ -71,7 +71,7 @@ def ppo_update(
     )
     joint = config.ratio == "joint"
     weights = torch.tensor(entropy_coefs, dtype=policy.dtype, device=policy.device)
-    parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    parameters = list(policy.trainable().values())
     finite_steps = FiniteSteps(optimizer, num_skipped=num_skipped, limit=config.max_skipped_steps, device=policy.device)
     steps: list[Tensor] = []  # of each optimiser step what `_MEASURED` names, and the entropies
     metrics: dict[str, float] = {}
@@ -79,7 +79,7 @@ def ppo_update(
     stopped = False
 
     for epoch in range(config.num_epochs):
-        if epoch == 1 and config.state_refresh == "epoch":
+        if (epoch == 1 and config.state_refresh == "once") or (epoch > 0 and config.state_refresh == "every_epoch"):
             metrics |= refresh(policy, rollout, segments, config=config)
         for chosen in minibatches(segments.length, config.batch_size, generator=generator):
             minibatch = segments.take(chosen)
@@ -127,6 +127,7 @@ def ppo_update(
     taken, num_skipped = _count_skipped(measured, num_skipped=num_skipped, limit=config.max_skipped_steps)
     if taken.any():
         metrics |= dict(zip(names, measured[taken].mean(0).tolist()))
+    metrics["update/stopped_by_kl"] = float(stopped)
     metrics["update/optimizer_steps"] = int(taken.sum())
     metrics["update/skipped_steps"] = int((~taken).sum())
     metrics["skipped_in_a_row"] = num_skipped
