@@ -56,9 +56,9 @@ class NormEnforcer(torch.nn.Module):
         s ← min(max_norm_strength, s + 1)  if punished, else  s · decay_rate
         guilt = intrinsic_scale · max(0, s − threshold)               if the harmful action was chosen, else 0
 
-    Guilt looks at the strength *after* the step's update: the punishment that crosses the threshold already
-    hurts. Strengths know nothing of episodes; only `reset` clears them. With threshold ≥ max_norm_strength
-    nobody ever feels guilt, whatever the events (a control condition).
+    Guilt uses the strength *after* the step's update: the punishment that crosses the threshold already causes
+    guilt. Strengths persist across episodes; only `reset` clears them. With threshold ≥ max_norm_strength there
+    is never any guilt (a control condition).
 
     Args:
         num_streams: B.
@@ -175,7 +175,7 @@ class NormEnforcer(torch.nn.Module):
     def reset(self, streams: Sequence[int] | Tensor | np.ndarray | None = None) -> None:
         """Zero the strengths of all streams, or of those that newcomers take over.
 
-        What `metrics` has gathered since it was last read stays.
+        What `metrics` has gathered since the last call stays.
 
         Args:
             streams: stream indices, or a [B] bool mask; None for all.
@@ -230,7 +230,7 @@ class NormEnforcer(torch.nn.Module):
         if tuple(flags.shape) not in shapes:
             expected = " or ".join(map(str, shapes))
             raise ValueError(f"events.{name} must have shape {expected}, got {tuple(flags.shape)}")
-        # Bool needs no look at the values, which would make a GPU wait.
+        # The values of bools need no check, which would force a host-device sync.
         if flags.dtype != torch.bool and not bool(((flags == 0) | (flags == 1)).all()):
             raise ValueError(f"events.{name} must be bool or exactly 0 and 1, got other values in {flags.dtype}")
         return on_device(flags.to(torch.bool), self.strengths.device)

@@ -1,4 +1,4 @@
-"""Many agents in one world: a learner for each, and newcomers who take their places.
+"""Many agents in one world: one learner for each, and newcomers who replace agents.
 
 Letters: W worlds, A agents of each, R resources, B = W · A streams (stream = world · A + agent).
 """
@@ -76,7 +76,7 @@ class IndependentLearners:
 
     @property
     def policy(self) -> IndependentPolicies:
-        """What plays: the learners' own policies, not copies."""
+        """The learners' own policies, not copies, to be played."""
         return IndependentPolicies([learner.policy for learner in self.learners])
 
     @property
@@ -125,7 +125,7 @@ class IndependentLearners:
         return {name: float(np.mean([metrics[name] for metrics in gathered if name in metrics])) for name in names}
 
     def abandon_rollout(self) -> int:
-        """Forgets what is not learned from yet; see `DualHeadRecurrentPPO.abandon_rollout`."""
+        """Drops the recorded steps that were not learned from; see `DualHeadRecurrentPPO.abandon_rollout`."""
         forgotten = sum(learner.abandon_rollout() for learner in self.learners)
         self.num_steps -= forgotten
         return forgotten
@@ -246,7 +246,7 @@ class IndependentPolicies(torch.nn.Module):
 
 
 class Turnover:
-    """Who lives in which place, and when newcomers come.
+    """Which individual has which place, and when newcomers replace individuals.
 
     Individuals are numbered in order of arrival; 0 .. A − 1 are the founders, everybody later is a newcomer. A place
     is the same agent in all worlds: they are replaced together.
@@ -274,10 +274,10 @@ class Turnover:
         self._num_turns = 0
 
     def count(self, events: NormEvents) -> None:
-        """Takes in what a turn's agents collected."""
+        """Counts what the agents collected in a turn."""
         assert events.collected is not None
         by_agent = events.collected.view(self.num_worlds, self.num_agents, -1).sum(0)
-        # Where the events are, so that an accelerator is not waited for.
+        # Summed on the device of the events: no host-device sync.
         self._taken = on_device(self._taken, by_agent.device) + by_agent
         self._num_turns += 1
 

@@ -35,7 +35,7 @@ class EpisodeTracker:
         self._waiting: list[tuple[Tensor, NDArray[np.bool_]]] = []
 
     def step(self, step: StreamStep, numbers: Mapping[str, ArrayLike] | None = None) -> None:
-        """Takes in the [B] rewards of a step and which episodes ended with it.
+        """Adds the rewards of a step, and closes the episodes that ended with it.
 
         Rewards on an accelerator are fetched later, many steps at once, so that no step waits for the device.
 
@@ -43,8 +43,8 @@ class EpisodeTracker:
             step: its rewards, terminated and truncated are used.
             numbers: numbers about the episodes that ended with this step, by name, [B] each: `success` or `score` from
                 an environment's `info`, say. `metrics` gives the mean of each over the last 100 episodes that had it,
-                as `episode/NAME`. Entries of streams whose episode goes on are not looked at; NaN means that the
-                episode has no such number.
+                as `episode/NAME`. Entries of streams whose episode continues are ignored; NaN means that the episode
+                has no such number.
 
         Raises:
             ValueError: one of `numbers` does not have the shape [B].
@@ -97,7 +97,7 @@ class EpisodeTracker:
         }
 
     def abandon_episodes(self, streams: NDArray[np.bool_] | None = None) -> None:
-        """Forgets the running episodes of some streams [B] bool, or of all: others begin in their place."""
+        """Drops the running episodes of some streams ([B] bool), or of all. They count nowhere."""
         self._fetch()
         abandoned = slice(None) if streams is None else streams
         self.running_returns[abandoned] = 0.0

@@ -1,4 +1,4 @@
-"""A run, or a comparison of runs, as one HTML page that needs no network."""
+"""One HTML page about a run, or about several runs side by side. It needs no network."""
 
 from __future__ import annotations
 
@@ -53,14 +53,14 @@ def write_report(
     Args:
         runs: run directories, at least one; the same one twice counts once.
         out: the page; by default `report.html` in the run's directory, or here for several runs.
-        replay: show an episode where the environment renders. `replay.gif` of the run is taken where it is there;
-            otherwise the newest checkpoint is played.
+        replay: show an episode if the environment renders: `replay.gif` of the run if it exists, else an episode of
+            the newest checkpoint.
 
     Returns:
         Where the page is.
 
     Raises:
-        RunError: no run is there, a run has no numbers yet, the page cannot be written, or plotly is missing.
+        RunError: a run is missing or has no numbers yet, the page cannot be written, or plotly is missing.
     """
     _require_plotly()
     paths = list(dict.fromkeys(Path(run) for run in runs))
@@ -78,7 +78,7 @@ def write_report(
 
 
 def group_runs(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Runs that differ only in seed and directory, together, under the settings that tell the groups apart."""
+    """Groups of runs that differ only in seed and directory, named by the settings in which the groups differ."""
     by_settings: dict[frozenset[tuple[str, str]], list[Run]] = {}
     for run in runs:
         condition = ((name, value) for name, value in _settings(run).items() if name not in _NOT_A_CONDITION)
@@ -90,7 +90,7 @@ def group_runs(runs: Sequence[Run]) -> dict[str, list[Run]]:
     differing = differing_settings(settings)
     folders = [{run.path.absolute().parent.name for run in members} for members in groups]
     if len(differing) > MAX_NAMED_SETTINGS and len(set().union(*folders)) == len(groups) == sum(map(len, folders)):
-        # A folder for each condition, as studies have them: its name says it shorter than many settings do.
+        # Each group has a folder of its own, as in a study: its name is shorter than a list of many settings.
         return {folder: members for (folder,), members in zip(folders, groups)}
     shown = 1  # as many as tell the groups apart
     while len({tuple(_text(one.get(name)) for name in differing[:shown]) for one in settings}) < len(groups):
@@ -108,7 +108,7 @@ def _named(name: str, value: Any) -> str:
 
 
 def differing_settings(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Names of settings that are not the same in all, seed and directory aside."""
+    """Names of settings that are not the same everywhere, without seed and directory."""
     names = dict.fromkeys(name for one in settings for name in one if name not in _NOT_A_CONDITION)
     return [name for name in names if len({_text(one.get(name)) for one in settings}) > 1]
 
@@ -141,7 +141,7 @@ def render(groups: Mapping[str, Sequence[Run]], *, replays: Sequence[Replay]) ->
         dashes=DASHES,
         made=f"{datetime.datetime.now():%Y-%m-%d %H:%M}",
         nonce=secrets.token_urlsafe(16),
-        # Both are script text: to_json_plotly writes <, > and / as escapes, so that no text can end the element.
+        # Both are text of scripts. to_json_plotly escapes <, > and /, so that no text can end the element.
         figures=to_json_plotly([_plotly(figure, go) for figure in figures]),
         plotly=get_plotlyjs(),
     )

@@ -1,4 +1,4 @@
-"""A policy at play, as a video or an animated picture."""
+"""Videos and animated pictures of a policy that plays."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from dualhead.worlds.streams import make_env
 DEFAULT_FPS = 30
 COMMONS_FPS = 5.0
 GIF_MAX_FRAMES, GIF_MAX_WIDTH, GIF_MAX_FPS = 500, 300, 50
-"""Frames, pixels, frames per second: larger pictures do not fit a page, faster ones are slowed down by browsers."""
+"""Frames, pixels, frames per second. Larger pictures do not fit a page, and browsers slow down faster ones."""
 
 
 def record_video(
@@ -38,13 +38,13 @@ def record_video(
     seed: int = EVALUATION_SEED,
     deterministic: bool = True,
 ) -> Path:
-    """Films one episode (in the commons: an epoch of one world), at the pace of the environment's `render_fps`.
+    """Films one episode (in the commons one epoch of one world), with the environment's `render_fps`.
 
     Args:
         run_dir: a run directory (its newest whole checkpoint plays), or one of its checkpoint files.
-        out: a file that ends in .mp4 or .gif; folders are made. A GIF is scaled down to at most 300 pixels width, and
-            frames are left out evenly where there are more than 500, or more than 50 a second.
-        max_steps: where a longer episode is cut off.
+        out: a file that ends in .mp4 or .gif; missing folders are created. A GIF is scaled down to a width of at most
+            300 pixels, and frames are left out evenly if there are more than 500, or more than 50 a second.
+        max_steps: a longer episode is cut off after this many steps.
         seed: of the environment and of sampling.
         deterministic: the likeliest actions, or sampled ones.
 
@@ -189,7 +189,7 @@ def _imageio(path: Path) -> Any:
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` that takes its place once all is well."""
+    """A temporary file beside `path` that replaces it if no error occurs."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         yield Path(folder) / f"video{path.suffix.lower()}"

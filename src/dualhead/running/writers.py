@@ -57,13 +57,13 @@ def expect_writers(writers: Iterable[object]) -> list[Writer]:
 def make_writers(
     config: RunConfig, run_dir: Path, *, resume_at: int | None = None, show_progress: bool = True
 ) -> list[Writer]:
-    """All that a run's metrics are written to, opened.
+    """Opens the writers of a run.
 
     Args:
         config: of the run.
         run_dir: of the run.
-        resume_at: environment steps of the checkpoint that the run goes on from; what was written after it gives way.
-        show_progress: on the terminal, too.
+        resume_at: environment steps of the checkpoint that the run resumes from; what was written after it is dropped.
+        show_progress: add the display on the terminal.
 
     Raises:
         RunError: a package is missing, or something cannot be opened or written.
@@ -84,7 +84,7 @@ def make_writers(
 
 
 def require_packages(config: RunConfig) -> None:
-    """Looks for the packages that the writers of a run need, without importing them.
+    """Checks that the packages which the writers of a run need are installed, without importing them.
 
     Raises:
         RunError: one is missing; the message says how to install it.
@@ -99,19 +99,19 @@ def require_packages(config: RunConfig) -> None:
 class CSVWriter:
     """A row per update, a column per metric; a metric that appears later adds a column.
 
-    A row is in the file whole or not at all, also where the disk is full.
+    A row is written whole or not at all, even when the disk is full.
 
     Args:
         run_dir: where the file lies.
         name: of the file.
-        resume_at: go on with the file that is there after this many environment steps; later rows, and one that was
-            cut off when its process was killed, are dropped. None: start a new file with the first row.
+        resume_at: keep the rows of the existing file up to this many environment steps; later rows, and a row that
+            was cut off when its process was killed, are dropped. None: the first row starts a new file.
 
     Attributes:
-        last_steps: environment steps of the last row; None where there is no row.
+        last_steps: environment steps of the last row; None if there is no row.
 
     Raises:
-        RunError: the file that is there is not one of these, or cannot be written.
+        RunError: the existing file is no file of metrics, or it cannot be written.
     """
 
     def __init__(self, run_dir: Path, *, name: str = "metrics.csv", resume_at: int | None = None) -> None:
@@ -172,12 +172,12 @@ def _lines(rows: Iterable[Iterable[Any]]) -> bytes:
 class TensorBoardWriter:
     """TensorBoard event files in the run directory; non-finite numbers are left out.
 
-    One record per update, written at once and whole. (`torch.utils.tensorboard` writes each number by itself from a
-    thread, where a full disk is an error that nobody catches.)
+    One record per update, written immediately and whole. (`torch.utils.tensorboard` writes every number separately
+    from a thread, in which nobody catches the error of a full disk.)
 
     Args:
         run_dir: of the run.
-        resume_at: TensorBoard forgets what an earlier part of this run logged after this many environment steps.
+        resume_at: TensorBoard drops what an earlier part of this run logged after this many environment steps.
 
     Raises:
         RunError: they cannot be written.
@@ -233,13 +233,13 @@ class TensorBoardWriter:
 class WandbWriter:
     """A run of Weights & Biases: `steps` is the horizontal axis, the settings are its config.
 
-    Its id stays in `wandb.json`, so that a resumed run goes on as the same one; what was logged after the checkpoint
+    `wandb.json` keeps its id, so that a resumed run continues the same W&B run; what was logged after the checkpoint
     is logged again. Project, entity and mode (`WANDB_MODE=offline`) are taken from W&B's own environment variables.
 
     Args:
         run_dir: of the run.
         config: of the run.
-        resume_at: not None to go on with the run that is there.
+        resume_at: not None to continue the existing run.
 
     Raises:
         RunError: W&B refuses; not logged in, most likely.
@@ -270,7 +270,7 @@ class WandbWriter:
         self._warned = False
 
     def write(self, num_steps: int, metrics: Mapping[str, float]) -> None:
-        """What W&B does not take is warned of once: metrics.csv has it, and the run goes on."""
+        """Warns once if W&B refuses metrics. The run continues, and metrics.csv has them."""
         try:
             self._run.log({"steps": num_steps, **finite(metrics)})
         except Exception as error:
@@ -285,9 +285,9 @@ class WandbWriter:
 class MLflowWriter:
     """A run of MLflow; the settings are its parameters.
 
-    It lies in `mlflow.db` in the run directory unless `MLFLOW_TRACKING_URI` says where else, in the experiment
-    `dualhead` unless `MLFLOW_EXPERIMENT_NAME` says which. Its id stays in `mlflow.json`, so that a resumed run goes on
-    as the same one; what was logged after the checkpoint is logged again.
+    It is stored in `mlflow.db` in the run directory, or at `MLFLOW_TRACKING_URI` if that is set, in the experiment
+    `dualhead` unless `MLFLOW_EXPERIMENT_NAME` names another. `mlflow.json` keeps its id, so that a resumed run
+    continues the same MLflow run; what was logged after the checkpoint is logged again.
 
     Args:
         run_dir: of the run.
@@ -325,7 +325,7 @@ class MLflowWriter:
         self._warned = False
 
     def write(self, num_steps: int, metrics: Mapping[str, float]) -> None:
-        """What MLflow does not take is warned of once: metrics.csv has it, and the run goes on."""
+        """Warns once if MLflow refuses metrics. The run continues, and metrics.csv has them."""
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
@@ -357,7 +357,7 @@ def append_whole(file: io.FileIO, contents: bytes) -> None:
     """
     size, left = os.fstat(file.fileno()).st_size, memoryview(contents)
     try:
-        while left:  # a disk that fills up takes a part of it before it refuses
+        while left:  # a disk that is nearly full accepts a part before it refuses the rest
             left = left[file.write(left) :]
     except BaseException:
         file.truncate(size)
@@ -365,7 +365,7 @@ def append_whole(file: io.FileIO, contents: bytes) -> None:
 
 
 def finite(metrics: Mapping[str, float]) -> dict[str, float]:
-    """The metrics that are numbers a curve can be drawn of."""
+    """The metrics that are finite numbers."""
     return {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
 
 
@@ -386,12 +386,12 @@ def _title(config: RunConfig) -> str:
 
 
 def _is_failing() -> bool:
-    """Writers are closed in a `finally`: whether an error is on its way through it."""
+    """Whether a writer is closed because of an error: writers are closed in a `finally`."""
     return sys.exc_info()[0] is not None
 
 
 class ProgressDisplay:
-    """A live line on a terminal, one plain line per update elsewhere.
+    """A live progress line on a terminal; elsewhere a plain line per update.
 
     Args:
         total_steps: of the run.
@@ -423,7 +423,7 @@ class ProgressDisplay:
             return
         left = max(0, self.total_steps - num_steps) / max(speed, 1e-9)
         shown = "-" if math.isnan(score) else f"{score:.3f}"  # no episode has ended yet
-        with suppress(OSError):  # nobody reads on, or the disk is full: no reason to lose the run
+        with suppress(OSError):  # the reader is gone or the disk is full: the run must not end for that
             print(
                 f"steps {num_steps:>9,} / {self.total_steps:,}  {speed:>8,.0f} steps/s  return {shown:>8}  "
                 f"left {left:>5.0f} s",

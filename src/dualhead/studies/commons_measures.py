@@ -1,4 +1,4 @@
-"""What only a study of the commons measures: shares, rewards and relapses by phase."""
+"""Measures of a study of the commons alone: shares, rewards and relapses by phase."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The numbers of a study: what finished runs left behind, one number per run and measure, means with intervals."""
+"""The numbers of a study: one per finished run and measure, and their means with intervals."""
 
 from __future__ import annotations
 
@@ -117,5 +117,5 @@ def summarise(measured: list[Measured]) -> list[dict[str, Any]]:
 
 
 def mean_of_known(values: FloatArray) -> float:
-    """Mean of what is there; NaN where nothing is."""
+    """Mean of the numbers that are not NaN; NaN if there are none."""
     return float(np.nanmean(values)) if not np.isnan(values).all() else float("nan")

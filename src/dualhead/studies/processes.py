@@ -1,4 +1,4 @@
-"""Runs side by side, each in a process of its own, so that what kills one leaves the others alone."""
+"""Several runs at a time, each in its own process, so that a run that is killed does not affect the others."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from dualhead.storage import CheckpointError
 from dualhead.worlds.streams import UnavailableEnvironment
 
 OUTPUT = "output.txt"
-"""What a run said, in its directory."""
+"""File in the run directory with what the run printed."""
 _LONGEST_ANSWER = 10_000
 """Characters; the whole of it is in OUTPUT."""
 
@@ -78,7 +78,7 @@ def run_in_processes(
 
 
 def _start(config: RunConfig) -> _Worker:
-    # Forked from a process that has imported what runs need and done nothing else: a run begins at once.
+    # The fork server has imported what runs need and done nothing else, so a run starts immediately.
     context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
     if sys.platform == "linux":
         context.set_forkserver_preload(_PRELOADED)
@@ -92,7 +92,7 @@ def _start(config: RunConfig) -> _Worker:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Child processes begin with one thread for the libraries that read it from the environment."""
+    """Limits libraries in child processes to one thread; they read it from the environment."""
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"
     try:
@@ -132,7 +132,7 @@ def _stop(processes: list[Any]) -> None:
 
 
 def _work(config: RunConfig, answer: Connection) -> None:
-    """In the process of a run: trains, and answers with what went wrong, or None."""
+    """Runs in the child process: trains, and sends back what went wrong, or None."""
     if hasattr(os, "setsid"):
         os.setsid()  # Ctrl-C at the terminal reaches the parent alone, which tells its children to stop
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -144,12 +144,12 @@ def _work(config: RunConfig, answer: Connection) -> None:
     except Exception as error:
         traceback.print_exc()
         problem = f"{type(error).__name__}: {error}"
-    # Nobody reads before the process has ended, and a pipe takes no more than 64 kB meanwhile.
+    # The parent reads only after this process has ended, and a pipe holds 64 kB.
     answer.send(problem and problem[:_LONGEST_ANSWER])
 
 
 def _end_with_parent() -> None:
-    """A parent that was killed cannot tell its children: they end, with a checkpoint, when it is gone."""
+    """Ends this process, with a checkpoint, when its parent is gone: a killed parent cannot tell its children."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

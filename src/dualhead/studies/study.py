@@ -1,4 +1,4 @@
-"""Studies: conditions x environments x seeds from one file, trained side by side; tables with intervals, figures.
+"""Studies: trains conditions x environments x seeds from one file, and writes tables with intervals and figures.
 
 STUDY/                           --out, default runs/study-NAME
   study.json                     what was asked for
@@ -111,19 +111,19 @@ def read_study(name: str) -> StudyConfig:
 
 
 def run_study(name: str, *, out: str | None = None, jobs: int | None = None) -> Path:
-    """Runs what is not finished yet, then writes tables and figures and prints the summary.
+    """Runs what is not finished yet, writes tables and figures, and prints the summary.
 
     Args:
         name: path or name of the study.
         out: its directory; None: runs/study-NAME.
-        jobs: runs side by side; None: as many as there are cores for.
+        jobs: number of runs at a time; None: as many as the cores allow.
 
     Returns:
         The directory.
 
     Raises:
         RunError: the study is not possible, its directory holds other runs, or some runs failed (the others finish).
-        KeyboardInterrupt: Ctrl-C; the runs at hand have saved checkpoints, and the same command goes on with them.
+        KeyboardInterrupt: Ctrl-C; the runs under way have saved checkpoints, and the same command resumes them.
     """
     study = read_study(name)
     if jobs is not None and jobs < 1:
@@ -147,11 +147,11 @@ def run_study(name: str, *, out: str | None = None, jobs: int | None = None) -> 
 
 
 def plan(study: StudyConfig, folder: Path) -> dict[str, Planned]:
-    """All runs of a study, by what each is called on the terminal.
+    """All runs of a study, by their names on the terminal.
 
     Args:
         study: whose runs.
-        folder: of the study. Where it lists `environments`, each of them has a folder there.
+        folder: of the study. If it lists `environments`, each of them has its own folder there.
 
     Raises:
         RunError: two environments would share a folder.
@@ -176,7 +176,7 @@ def safe_name(env: str) -> str:
 
 
 def _write_versions(path: Path, command: str) -> None:
-    """Adds the versions at hand, unless the last call had the same ones.
+    """Adds the installed versions, unless the last call had the same ones.
 
     Raises:
         RunError: they cannot be written.
@@ -206,7 +206,7 @@ def _write_outcome(study: StudyConfig, planned: dict[str, Planned], folder: Path
         tables.write_csv(folder / "results.csv", *tables.results(runs, curves_among(names, runs)))
     rows = summarise(measured)
     tables.write_csv(folder / "runs.csv", *tables.every_seed(measured))
-    # A figure needs matplotlib, which is an extra: all tables come first.
+    # Figures need matplotlib, which is an extra: the tables come first.
     if study.is_of_the_commons:
         tables.write_csv(folder / "summary.csv", rows, tables.SUMMARY[1:])
         commons_measures.print_summary(study, rows)
@@ -257,7 +257,7 @@ def _run_missing(
                 ended = f"done in {seconds:.0f} s" if problem is None else f"failed after {seconds:.0f} s: {problem}"
                 print(f"[{num_done}/{len(planned)}] {label} {ended}", flush=True)
                 if problem is None and not measures_are_checked:
-                    # Another run may have what this one lacks: only a warning, so that a misspelt name shows early.
+                    # A warning only: another run may have the measure that this one lacks. A misspelt name shows early.
                     for line in unknown_measures(study.measures, [_read(planned[label])]):
                         warnings.warn(f"measures: {line}", stacklevel=2)
                     measures_are_checked = True
