@@ -69,14 +69,8 @@ def record_video(
         loaded = load_weights(run_dir)
         loaded.expect_spaces(env.observation_space, env.action_space, of=config.env)
         player = Player(loaded.policy, env.observation_space, env.action_space, seed=seed)
-        if isinstance(env, Commons):
-            fps, frames = (
-                COMMONS_FPS,
-                _frames_of_commons(env, player, max_steps, seed=seed, deterministic=deterministic),
-            )
-        else:
-            fps = float(env.metadata.get("render_fps") or DEFAULT_FPS)
-            frames = _frames(env, player, max_steps, seed=seed, deterministic=deterministic)
+        fps = COMMONS_FPS if isinstance(env, Commons) else float(env.metadata.get("render_fps") or DEFAULT_FPS)
+        frames = _frames(env, player, max_steps, seed=seed, deterministic=deterministic)
         with _replacing(out) as unfinished:
             write(unfinished, frames, fps)
     except DataError as error:
@@ -103,35 +97,32 @@ def _renderable(name: str) -> gym.Env:
 
 
 def _frames(
-    env: gym.Env, player: Player, max_steps: int, *, seed: int, deterministic: bool
+    env: gym.Env | Commons, player: Player, max_steps: int, *, seed: int, deterministic: bool
 ) -> Iterator[NDArray[np.uint8]]:
-    """Pictures [height, width, 3] of the reset and of every step."""
-    observation, _ = env.reset(seed=seed)
-    reward: Any = 0.0
+    """Pictures [height, width, 3] of the reset and of every step, to the end of the episode or epoch."""
+    observation: Any
+    reward: Any = None
+    if isinstance(env, Commons):
+        observation, start = env.reset(seed=seed), np.ones(env.num_streams, dtype=bool)
+        max_steps = min(max_steps, env.config.epoch_turns)
+    else:
+        (observation, _), start = env.reset(seed=seed), np.array(True)
+    ended = False
     yield _frame(env)
-    for step in range(max_steps):
-        action = player.act(observation, step == 0, rewards=reward, deterministic=deterministic)
-        observation, reward, terminated, truncated, _ = env.step(action)
+    while max_steps and not ended:
+        action = player.act(observation, start, rewards=reward, deterministic=deterministic)
+        if isinstance(env, Commons):
+            observation, reward, *_ = env.step(action)
+        else:
+            observation, reward, terminated, truncated, _ = env.step(action)
+            ended = terminated or truncated
+        start, max_steps = np.zeros_like(start), max_steps - 1
         yield _frame(env)
-        if terminated or truncated:
-            return
 
 
-def _frames_of_commons(
-    commons: Commons, player: Player, max_steps: int, *, seed: int, deterministic: bool
-) -> Iterator[NDArray[np.uint8]]:
-    """Pictures of one world over an epoch."""
-    observations = commons.reset(seed=seed)
-    starts, rewards = np.ones(commons.num_streams, dtype=bool), None
-    yield commons.frame()
-    for _ in range(min(max_steps, commons.config.epoch_turns)):
-        step = commons.step(player.act(observations, starts, rewards=rewards, deterministic=deterministic))
-        observations, rewards = step.observations, step.rewards
-        starts[:] = False
-        yield commons.frame()
-
-
-def _frame(env: gym.Env) -> NDArray[np.uint8]:
+def _frame(env: gym.Env | Commons) -> NDArray[np.uint8]:
+    if isinstance(env, Commons):
+        return env.frame()
     frame = np.asarray(env.render())
     if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
         raise RunError(
