@@ -250,7 +250,7 @@ def test_every_agent_counts_the_same_in_an_evaluation(monkeypatch, num_agents, a
     [
         (lambda tensors, _: tensors.pop("agent_2/state/h"), "agent 2 is of another architecture: missing"),
         (lambda tensors, _: tensors["agent_2/rng/shuffling"].zero_(), "agent 2: rng/shuffling is no state"),
-        (lambda _, metadata: metadata["learners"][2].pop("rollout"), "agent 2 lacks its counters"),
+        (lambda _, metadata: metadata["learners"][2].pop("rollout"), "agent 2 has no valid rollout"),
         (lambda _, metadata: metadata.pop("num_steps"), "num_steps cannot be None"),
     ],
 )

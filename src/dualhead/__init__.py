@@ -2,6 +2,8 @@
 
 from dualhead.agent import DualHeadRecurrentPPO
 from dualhead.config import CommonsConfig, NetworkConfig, NormConfig, Phase, PPOConfig, RunConfig
+from dualhead.networks.encoders import Encoder
+from dualhead.networks.memory import Memory, MemoryCell
 from dualhead.norms import NormEnforcer, NormEvents
 from dualhead.running.playing import Player, load_policy
 from dualhead.storage import CheckpointError
@@ -14,6 +16,9 @@ __all__ = [
     "CommonsConfig",
     "DataError",
     "DualHeadRecurrentPPO",
+    "Encoder",
+    "Memory",
+    "MemoryCell",
     "NetworkConfig",
     "NormConfig",
     "NormEnforcer",

@@ -147,7 +147,7 @@ class DualHeadRecurrentPPO:
 
     def _get_hidden_state(self) -> RecurrentState:
         if self._current_hidden is None:
-            # The specification's reset sets it to None: whatever comes next begins an episode.
+            # The specification's reset sets it to None: the next step begins an episode.
             self._current_hidden = self.policy.initial_state(self.num_streams)
             self._episode_starts = torch.ones_like(self._episode_starts)
         return self._current_hidden
@@ -178,13 +178,13 @@ class DualHeadRecurrentPPO:
             self.reward_scale.returns.zero_()
 
     def restart_streams(self, streams: Tensor) -> None:
-        """Somebody new takes over some streams: their recurrent state and norm strengths begin at zero.
+        """Gives some streams to new individuals: sets their recurrent states and norm strengths to zero.
 
         Args:
             streams: [B] bool.
 
         Raises:
-            RuntimeError: recorded steps are not learned from yet (they belong to those who leave).
+            RuntimeError: the rollout holds steps of the individuals that leave.
         """
         self._expect_no_pending("restart_streams()")
         if self.rollout_memory.length:
@@ -201,9 +201,9 @@ class DualHeadRecurrentPPO:
             self.norms.reset(streams)
 
     def abandon_rollout(self) -> int:
-        """Forgets the recorded steps that were not learned from, and begins an episode in every stream.
+        """Drops the recorded steps, and begins an episode in every stream. Returns the number of dropped steps.
 
-        For a run whose environments could not be saved. Returns how many steps that were.
+        For a resumed run whose environments could not be restored.
         """
         self._expect_no_pending("abandon_rollout()")
         forgotten = self.rollout_memory.length * self.num_streams
@@ -286,7 +286,7 @@ class DualHeadRecurrentPPO:
         task_rewards = self._stream_tensor(rewards, "rewards", self.policy.dtype)
         terminated = self._stream_tensor(terminated, "terminated", torch.bool)
         truncated = self._stream_tensor(truncated, "truncated", torch.bool)
-        # Asked where the data came from: an accelerator that stores what a host's environments say is not waited for.
+        # Evaluated on the device that the data came from: data from the host causes no host-device sync.
         some_ended = bool((terminated | truncated).any())
         cut_off = (truncated & ~terminated).nonzero()[:, 0] if some_ended else None
         if task_rewards.device.type == "cpu" and not all_finite(task_rewards):
@@ -332,7 +332,7 @@ class DualHeadRecurrentPPO:
         return self.rollout_memory.is_full
 
     def learn(self, next_observations: Any = None, *, partial: bool = False) -> dict[str, float]:
-        """One PPO update on the recorded steps; the recurrent state goes on where it was.
+        """One PPO update on the recorded steps. The recurrent state stays as it is.
 
         Args:
             next_observations: [B, ...] what the next `act` will see, to bootstrap from; not needed where
@@ -352,7 +352,7 @@ class DualHeadRecurrentPPO:
             raise RuntimeError("learn() with nothing recorded: act() and record() come first")
         if not self.rollout_is_ready and not partial:
             raise RuntimeError(
-                f"learn() after {memory.length} of rollout_length={memory.rollout_length} steps: go on, or say "
+                f"learn() after {memory.length} of rollout_length={memory.rollout_length} steps: record more, or call "
                 f"learn(..., partial=True)"
             )
         if self.device.type != "cpu":
@@ -481,7 +481,7 @@ class DualHeadRecurrentPPO:
         tensors = self.observation_spec.to_tensors(
             observations, self.num_streams, streams=streams, dtype=self.policy.dtype
         )
-        # Chosen streams are only valued: nobody acts there.
+        # Chosen streams are valued and not acted in, so their masks do not matter.
         if streams is None and all(tensor.device.type == "cpu" for tensor in tensors.values()):
             self.policy.heads.check_mask(tensors)
         return {name: on_device(tensor, self.device) for name, tensor in tensors.items()}

@@ -98,10 +98,10 @@ class NetworkConfig(Config):
     encoder_sizes: tuple[PositiveInt, ...] = Field(
         (64,), description="Widths of the layers between the flattened observation and the memory."
     )
-    image_encoder: Literal["auto", "small", "nature"] = Field(
+    image_encoder: Literal["auto", "small", "nature", "flat"] = Field(
         "auto",
-        description="Convolutions for images: `small` (two 3x3), `nature` (8x8, 4x4, 3x3 with strides); "
-        "`auto` takes `nature` from 36 pixels on.",
+        description="Convolutions for images (Boxes of three axes, or of two as uint8): `small` (two 3x3), `nature` "
+        "(8x8, 4x4, 3x3 with strides); `auto` takes `nature` from 36 pixels on. `flat`: none, images are vectors.",
     )
     image_layout: Literal["auto", "chw", "hwc"] = Field(
         "auto",

@@ -226,5 +226,5 @@ def _counters(metadata: dict[str, Any], memory: Rollout, *, source: str) -> tupl
     )
     for name, count, most in counters:
         if type(count) is not int or count < 0 or (most is not None and count > most):
-            raise CheckpointError(f"{source} lacks its counters: {name} cannot be {metadata.get(name)!r}")
+            raise CheckpointError(f"{source} has no valid {name} (found {metadata.get(name)!r})")
     return tuple(int(count or 0) for _, count, _ in counters)

@@ -32,7 +32,7 @@ class Leaf(NamedTuple):
 
 
 class ObservationSpec:
-    """Turns what environments give (arrays, numbers, dicts, tuples, batched) into named tensors, checking on the way.
+    """Checks batched observations (arrays, numbers, dicts, tuples) and turns them into named tensors.
 
     A Dict part called `action_mask` (one array, or a Dict of one array per head) is kept apart for the heads.
 
@@ -88,7 +88,7 @@ class ObservationSpec:
                 tensor = tensor[on_device(streams, tensor.device)]
             if tensor.is_floating_point() and np.issubdtype(leaf.space.dtype, np.floating):
                 tensor = tensor.to(dtype)  # before the check: a large float64 number overflows float32
-            # What comes from an accelerator would have to be waited for at each step; learn() checks it.
+            # Checking a tensor on an accelerator would sync at every step; learn() checks those once per rollout.
             if tensor.device.type == "cpu":
                 check_leaf(leaf, tensor, streams)
             tensors[leaf.name] = tensor if device is None else on_device(tensor, device)
@@ -152,7 +152,7 @@ def torch_dtype(dtype: Any) -> torch.dtype:
 
 
 def as_tensor(values: Any, name: str) -> Tensor:
-    """What came in as a tensor, sharing memory where it may be written to."""
+    """`values` as a tensor. It shares memory with a writeable array, and copies others."""
     if isinstance(values, Tensor):
         return values
     try:
@@ -166,7 +166,7 @@ def as_tensor(values: Any, name: str) -> Tensor:
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Whether all numbers are finite; one sum settles it unless the sum itself overflows."""
+    """Whether all numbers are finite. One sum answers that unless the sum overflows."""
     return math.isfinite(tensor.sum().item()) or bool(torch.isfinite(tensor).all())
 
 

@@ -21,21 +21,21 @@ def as_numpy(values: Any) -> NDArray[Any]:
 
 
 def on_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """`tensor` on a device, without waiting for what that device still has to do.
+    """`tensor` on a device, without a host-device sync where that is safe.
 
-    From ordinary memory everything is read before this returns, so whoever owns it may write there again. Pinned memory
-    would still be read later: that copy is waited for.
+    A copy from ordinary memory has read it all when this returns, so its owner may overwrite it. A copy from pinned
+    memory might still be reading, so that one blocks.
     """
     to_accelerator = tensor.device.type == "cpu" and device.type != "cpu"
     return tensor.to(device, non_blocking=to_accelerator and not tensor.is_pinned())
 
 
 class DataError(ValueError):
-    """What came from an environment cannot be learned from: wrong shape, missing part, not finite."""
+    """An environment gave data that nothing can be learned from: wrong shape, missing part, NaN or infinity."""
 
 
 class DivergedError(RuntimeError):
-    """Losses or gradients stayed non-finite: there is nothing left to learn from."""
+    """Losses or gradients stayed non-finite for too many optimiser steps in a row."""
 
 
 class RecurrentState:

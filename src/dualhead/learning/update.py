@@ -37,9 +37,8 @@ def ppo_update(
 ) -> dict[str, float]:
     """Improves the policy by one rollout.
 
-    A minibatch whose loss or gradient is not finite is skipped: weights and optimiser stay as they are. The device
-    finds that out and the host tells it at the end, so that nobody waits; after a first one that was skipped, the
-    second burns in.
+    A minibatch whose loss or gradient is not finite is skipped: weights and optimiser stay as they are. The check runs
+    on the device. The host reads the results once, after the last minibatch, so no minibatch forces a host-device sync.
 
     Args:
         policy, rollout: what learns, from what.
@@ -84,8 +83,8 @@ def ppo_update(
         for chosen in minibatches(segments.length, config.batch_size, generator=generator):
             minibatch = segments.take(chosen)
             if not steps:
-                # The weights are still those that acted: stored states are exact, and a burn-in through the tail,
-                # whose states older weights made, would replace them by other ones.
+                # The weights are still those that acted, so stored states are exact. A burn-in would begin in the tail,
+                # whose states older weights made, and would replace them by less exact ones.
                 minibatch = minibatch._replace(burn_in=np.zeros_like(minibatch.burn_in))
             batch = gather(policy, rollout, minibatch, advantages=advantages, returns=returns)
             with torch.autocast(policy.device.type, torch.bfloat16) if config.precision == "bf16" else nullcontext():
@@ -101,7 +100,7 @@ def ppo_update(
                 joint=joint,
             )
             if not steps:
-                # Nothing has moved yet: anything but 1 is a bug or rounding.
+                # The weights have not changed yet, so a ratio other than 1 is a bug or rounding.
                 once["policy/first_ratio_error"] = (surrogate.ratio.detach() - 1).abs().max()
             if config.target_kl is not None and surrogate.approx_kl.item() > config.target_kl:
                 stopped = True
@@ -135,14 +134,14 @@ def ppo_update(
 
 
 class FiniteSteps:
-    """Steps of a fused optimiser, but none where the loss or the gradient is not finite.
+    """Takes steps of a fused optimiser, except where the loss or the gradient is not finite.
 
-    The host need not wait to know: the step itself looks at `found_inf`, as it does for `torch.amp.GradScaler`.
+    The decision stays on the device: a fused step reads `found_inf`, as it does for `torch.amp.GradScaler`.
 
     Args:
         optimizer: a fused one.
         num_skipped: steps in a row that were skipped before.
-        limit: after so many in a row none are taken any more.
+        limit: after this many skipped steps in a row no further step is taken.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, *, num_skipped: int, limit: int, device: torch.device) -> None:
@@ -158,16 +157,16 @@ class FiniteSteps:
         self._has_diverged = self._has_diverged | (self._in_a_row >= self._limit)
         self._optimizer.found_inf = (is_bad | self._has_diverged).to(torch.float32)  # type: ignore[attr-defined]
         self._optimizer.step()
-        del self._optimizer.found_inf  # type: ignore[attr-defined]  # somebody else's step is theirs
+        del self._optimizer.found_inf  # type: ignore[attr-defined]  # only this step may see it
 
 
 def _count_skipped(measured: NDArray[np.float64], *, num_skipped: int, limit: int) -> tuple[NDArray[np.bool_], int]:
-    """Tells of the optimiser steps that were skipped.
+    """Warns of skipped optimiser steps, and counts them.
 
     Args:
         measured: [M, ...] numbers of M steps, named by `_MEASURED`.
         num_skipped: steps in a row that were skipped before these.
-        limit: so many in a row are too many.
+        limit: this many in a row are too many.
 
     Returns:
         [M] which were taken, and how many in a row were skipped at the end.

@@ -150,7 +150,7 @@ class Heads(nn.Module):
         return torch.cat(parts, dim=1)
 
     def check_mask(self, observations: Observations) -> None:
-        """Raises DataError where a head has no legal choice."""
+        """Raises DataError where a mask leaves a head no choice."""
         mask = self.mask(observations)
         if mask is None:
             return

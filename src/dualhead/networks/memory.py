@@ -169,7 +169,8 @@ class RecurrentMemory(MemoryCell):
         super().__init__(hidden_size, state_shapes=dict.fromkeys(names, (num_layers, hidden_size)))
         self.kind = kind
         self.num_layers = num_layers
-        self.add_module(kind, (nn.LSTM if kind == "lstm" else nn.GRU)(input_size, hidden_size, num_layers))
+        cell = (nn.LSTM if kind == "lstm" else nn.GRU)(input_size, hidden_size, num_layers, batch_first=True)
+        self.add_module(kind, cell)
         num_weights = sum(parameter.numel() for parameter in self.cell.parameters())
         self.block_cost = CALL_COST_STEPS + CALL_COST_PRODUCTS / num_weights
         self.step_cost = GRU_STEP_COST if kind == "gru" else 0.0
@@ -211,8 +212,8 @@ class RecurrentMemory(MemoryCell):
 
     def sequence(self, features: Tensor, state: RecurrentState) -> tuple[Tensor, RecurrentState]:
         parts = [part.contiguous() for part in state]  # cuDNN refuses others
-        output, final = self.cell(features, tuple(parts) if self.kind == "lstm" else parts[0])
-        return output, RecurrentState(*final) if self.kind == "lstm" else RecurrentState(final)
+        output, final = self.cell(features.transpose(0, 1), tuple(parts) if self.kind == "lstm" else parts[0])
+        return output.transpose(0, 1), RecurrentState(*final) if self.kind == "lstm" else RecurrentState(final)
 
 
 class NoMemory(MemoryCell):

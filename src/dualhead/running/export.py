@@ -266,9 +266,9 @@ def to_onnx(graph: StepGraph) -> bytes:
     axes |= {name: {1: "batch"} for name in graph.state_inputs + graph.state_outputs}
     file = io.BytesIO()
     with warnings.catch_warnings():
-        # The exporter that traces works alike in every torch from 2.5 on and in a tenth of a second. Its announced
-        # successor needs a further package of matching version and several seconds. What it warns of, its own age and
-        # branches on the batch size, is looked after by `verify`.
+        # The tracing exporter works in every torch from 2.5 on and takes a tenth of a second. Its successor needs a
+        # further package of a matching version and several seconds. It warns of its age and of branches on the batch
+        # size; `verify` checks the results for two batch sizes.
         warnings.simplefilter("ignore")
         try:
             torch.onnx.export(
