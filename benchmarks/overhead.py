@@ -29,9 +29,9 @@ from workloads import Workload, add_options, chosen_workloads, run_config
 from dualhead.config import RunConfig
 from dualhead.running.checkpoint import checkpoints, new_run_dir
 from dualhead.running.machine import keep_freed_memory
-from dualhead.running.metrics import ProgressDisplay, Writer, make_writers
 from dualhead.running.session import Session
 from dualhead.running.trainer import Evaluator, run_loop
+from dualhead.running.writers import ProgressDisplay, Writer, make_writers
 
 KEYS = ("workload", "update_s", "logging_ms", "checkpoint_ms", "checkpoint_mb", "logging", "checkpoint", "overhead")
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import math
 import os
 import statistics
 import subprocess
@@ -25,7 +24,8 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-from scipy import stats
+
+from dualhead.running.results import interval
 
 RESULTS = Path(__file__).parent / "results"
 THEIRS, OURS, SPEEDS = (f"untouched_{name}.csv" for name in ("sb3", "ours", "speed"))
@@ -36,12 +36,12 @@ def rows_of(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def interval(values: list[float]) -> str:
+def with_interval(values: list[float]) -> str:
     """Mean ± half of the 95% t-interval."""
     if len(values) < 2:
         return f"{np.mean(values):.3f} (one seed)"
-    half = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values))
-    return f"{np.mean(values):.3f} ± {half:.3f}"
+    low, high = interval(values)
+    return f"{np.mean(values):.3f} ± {(high - low) / 2:.3f}"
 
 
 def collect(study: Path, results: Path) -> None:
@@ -99,7 +99,7 @@ def table(results: Path) -> None:
             continue
         at = runs[0][0]
         equal = min(ours[env], key=lambda steps: abs(steps - at))
-        cells = [env, f"{at:,}", interval([value for _, value in runs]), interval(ours[env][equal])]
+        cells = [env, f"{at:,}", with_interval([value for _, value in runs]), with_interval(ours[env][equal])]
         if env in speeds:
             rate, sb3_rate = (float(speeds[env][f"{who}_steps_per_s"]) for who in ("ours", "sb3"))
             seconds = at / sb3_rate
@@ -107,7 +107,7 @@ def table(results: Path) -> None:
             cells += [f"{seconds:,.0f}", f"{equal / rate:,.0f}"]
             if within:
                 last = max(within)
-                cells.append(f"{interval(ours[env][last])} at {last:,} ({last / rate:,.0f} s)")
+                cells.append(f"{with_interval(ours[env][last])} at {last:,} ({last / rate:,.0f} s)")
         print("| " + " | ".join([*cells, *["–"] * (7 - len(cells))]) + " |")
 
 

@@ -17,9 +17,9 @@ from gymnasium import spaces
 
 from dualhead.config import NetworkConfig, PPOConfig, RunConfig
 from dualhead.running.checkpoint import new_run_dir
-from dualhead.running.metrics import make_writers
 from dualhead.running.session import Session
 from dualhead.running.trainer import Evaluator, run_loop
+from dualhead.running.writers import make_writers
 from dualhead.worlds.streams import UnavailableEnvironment, make_env
 
 

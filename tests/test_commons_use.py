@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import sys
 from typing import Any
@@ -27,12 +28,13 @@ from settings import spec_segments
 
 from dualhead.agent import DualHeadRecurrentPPO
 from dualhead.config import CommonsConfig, NetworkConfig, NormConfig, Phase
-from dualhead.worlds.commons import Commons, parallel_env
+from dualhead.worlds.commons import Commons
 from dualhead.worlds.commons_actions import (
     NO_VOTE,
     VOTE_DOWN,
     VOTE_UP,
 )
+from dualhead.worlds.commons_parallel import parallel_env
 from dualhead.worlds.streams import UnavailableEnvironment
 
 # Configuration.
@@ -267,8 +269,8 @@ def test_parallel_env_says_what_is_wrong(monkeypatch):
         parallel_env(CommonsConfig(), num_agents=2)
     monkeypatch.delitem(sys.modules, "dualhead.worlds.commons_parallel", raising=False)
     monkeypatch.setitem(sys.modules, "pettingzoo", None)
-    with pytest.raises(UnavailableEnvironment, match=r"pip install 'dualhead\[pettingzoo\]'"):
-        parallel_env()
+    with pytest.raises(UnavailableEnvironment, match=r"pettingzoo: pip install -e '\.\[pettingzoo\]'"):
+        importlib.import_module("dualhead.worlds.commons_parallel")
 
 
 # For people.

@@ -11,7 +11,7 @@ from dualhead.agent import DualHeadRecurrentPPO
 from dualhead.config import CommonsConfig, NetworkConfig, NormConfig, RunConfig, TurnoverConfig
 from dualhead.networks.heads import FactoredCategorical
 from dualhead.norms import NormEvents
-from dualhead.running.metrics import EpisodeTracker
+from dualhead.running.episodes import EpisodeTracker
 from dualhead.running.playing import Player
 from dualhead.running.session import Session
 from dualhead.snapshot import live_tensors

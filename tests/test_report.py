@@ -20,8 +20,9 @@ from dualhead.cli import main
 from dualhead.config import NetworkConfig, PPOConfig, RunConfig
 from dualhead.running import report
 from dualhead.running.checkpoint import RunError
-from dualhead.running.report import group_runs, read_run, read_table, write_report
-from dualhead.running.report_figures import Curve, draw, mean_and_range, number, outline, statement, thin
+from dualhead.running.report import group_runs, write_report
+from dualhead.running.report_figures import Curve, curves, draw, mean_and_range, number, outline, statement, thin
+from dualhead.running.results import read_run, read_table
 
 NAN = math.nan
 GIF = b"GIF89a" + bytes(20)
@@ -89,19 +90,19 @@ def test_table_by_hand(tmp_path):
     path = tmp_path / "metrics.csv"
     path.write_text("steps,a,b\r\n10,1.5,\r\n20,nan,2\r\n30,inf,x\r\nodd,7,7\r\n40,4\r\n50,5,0.12")
     table = read_table(path)
-    assert table.keys() == {"a", "b"}
-    assert table["a"].steps.tolist() == [10, 20, 30, 40]  # the last line was cut off: 0.12 may have been 0.1234
-    assert np.array_equal(table["a"].values, [1.5, NAN, NAN, 4], equal_nan=True)
-    assert np.array_equal(table["b"].values, [NAN, 2, NAN, NAN], equal_nan=True)
-    assert read_table(tmp_path / "missing.csv") == {}
+    assert table.columns.keys() == {"a", "b"}
+    assert table.steps.tolist() == [10, 20, 30]  # the last line was cut off: 0.12 may have been 0.1234
+    assert np.array_equal(table.columns["a"], [1.5, NAN, math.inf], equal_nan=True)
+    assert np.array_equal(table.columns["b"], [NAN, 2, NAN], equal_nan=True)
+    assert read_table(tmp_path / "missing.csv").steps.tolist() == []
 
 
 def test_steps_that_a_resumed_run_wrote_again_count_once(tmp_path):
     path = tmp_path / "metrics.csv"
     path.write_text("steps,a\n10,1\n20,2\n30,3\n20,22\n30,33\n40,44\n")
-    curve = read_table(path)["a"]
-    assert curve.steps.tolist() == [10, 20, 30, 40]
-    assert curve.values.tolist() == [1, 22, 33, 44]
+    table = read_table(path)
+    assert table.steps.tolist() == [10, 20, 30, 40]
+    assert table.columns["a"].tolist() == [1, 22, 33, 44]
 
 
 def test_mean_and_range_where_all_seeds_have_a_number():
@@ -150,7 +151,7 @@ def test_thick_line_through_a_long_curve_shows_means(tmp_path):
     values = np.tile([1.0, 5.0], 500)
     values[300:320] = NAN
     run = make_run(tmp_path / "run", {"loss/total": values.tolist()}, steps=range(10, 10_010, 10))
-    (figure,) = draw({"lstm": [read_run(run).metrics]})[0]["Optimisation"]
+    (figure,) = draw({"lstm": [curves(read_run(run))]})[0]["Optimisation"]
     pale, thick = figure.traces
     assert np.array_equal(pale["y"], values, equal_nan=True)
     assert thick["x"].tolist() == [55 + 100 * i for i in range(100)]  # ten points each, mean step of 10 to 100 is 55
@@ -254,7 +255,7 @@ def test_report_of_a_trained_run(tmp_path, capsys):
 
 def test_numbers_in_figures_are_those_of_the_file(tmp_path):
     run = make_run(tmp_path / "run", {"episode/mean_return": [1, None, 2.5, 4]})
-    ((figure,), _) = draw({"": [read_run(run).metrics]})[0]["Learning"], None
+    ((figure,), _) = draw({"": [curves(read_run(run))]})[0]["Learning"], None
     (trace,) = figure.traces
     assert trace["x"].tolist() == [100, 200, 300, 400]
     assert np.array_equal(trace["y"], [1, NAN, 2.5, 4], equal_nan=True)
@@ -265,7 +266,7 @@ def test_numbers_in_figures_are_those_of_the_file(tmp_path):
 
 def test_seeds_are_thin_lines_under_their_mean_and_range(tmp_path):
     runs = [make_run(tmp_path / f"{seed}", {"loss/total": [seed, 2 * seed]}, seed=seed) for seed in (1, 5)]
-    sections, _ = draw({"lstm": [read_run(run).metrics for run in runs]})
+    sections, _ = draw({"lstm": [curves(read_run(run)) for run in runs]})
     (figure,) = sections["Optimisation"]
     assert figure.band == "lowest to highest seed"
     band, *seeds, mean = figure.traces
@@ -279,10 +280,10 @@ def test_heads_share_a_figure_until_runs_are_compared(tmp_path):
     metrics = {"entropy/move": [1.0, 0.5], "entropy/vote": [1.0, 0.25]}
     a = read_run(make_run(tmp_path / "a", metrics))
     b = read_run(make_run(tmp_path / "b", {"entropy/move": [1.0, 0.75]}, num_envs=4))
-    alone = draw({"lstm": [a.metrics]})[0]["Policy"]
+    alone = draw({"lstm": [curves(a)]})[0]["Policy"]
     assert [figure.title for figure in alone] == ["Entropy ended at 0.5 (move), 0.25 (vote)"]
     assert [label for label, _ in alone[0].lines] == ["move", "vote"]
-    compared = draw({"A": [a.metrics], "B": [b.metrics]})[0]["Policy"]
+    compared = draw({"A": [curves(a)], "B": [curves(b)]})[0]["Policy"]
     assert [figure.title for figure in compared] == [
         "Entropy (move) ended at 0.5 (A), 0.75 (B)",
         "Entropy (vote) fell from 1 to 0.25 (A)",
@@ -300,7 +301,7 @@ def test_no_metric_is_hidden(tmp_path):
         "plain": [1, 2],
         "commons/never": [NAN, None],
     }
-    sections, empty = draw({"lstm": [read_run(make_run(tmp_path / "run", metrics)).metrics]})
+    sections, empty = draw({"lstm": [curves(read_run(make_run(tmp_path / "run", metrics)))]})
     assert empty == ["commons/never"]
     titles = {section: [figure.title for figure in figures] for section, figures in sections.items()}
     assert titles == {
@@ -323,10 +324,35 @@ def test_evaluations_with_their_interval(tmp_path):
         "steps,mean_return,std_return,ci95_low,ci95_high,mean_length,episodes\n100,1,9,0,2,5,20\n200,3,9,2.5,4,6,20\n"
     )
     (run / "evaluations.csv").write_text(text)
-    returns, lengths = draw({"lstm": [read_run(run).metrics]})[0]["Learning"]
+    returns, lengths = draw({"lstm": [curves(read_run(run))]})[0]["Learning"]
     assert (returns.band, lengths.band) == ("95% interval over episodes", "")
     assert returns.traces[0]["y"].tolist() == [2, 4, 2.5, 0]
     assert "95% interval 2.5 to 4, in evaluation after 200 steps" in page_of(run).text
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (["100,1,0,0.5,1.5,5,20"], "95% interval 0.5 to 1.5, in evaluation after 100 steps"),
+        (["100,1,0,nan,nan,5,1", "200,2,0,nan,nan,5,1"], "in evaluation after 200 steps"),
+    ],
+    ids=["one evaluation", "of one episode each"],
+)
+def test_no_legend_promises_an_interval_that_is_not_drawn(tmp_path, rows, said):
+    run = make_run(tmp_path / "run", {"a": [1, 2]})
+    header = "steps,mean_return,std_return,ci95_low,ci95_high,mean_length,episodes"
+    (run / "evaluations.csv").write_text("\n".join([header, *rows, ""]))
+    returns = draw({"lstm": [curves(read_run(run))]})[0]["Learning"][0]
+    assert (returns.band, len(returns.traces)) == ("", 1)
+    text = page_of(run).text
+    assert said in text
+    assert "over episodes" not in text
+    assert "interval –" not in text
+
+
+def test_sentences_of_the_page_are_set_apart(tmp_path):
+    runs = [make_run(tmp_path / f"{seed}", {"a": [1, 2]}, seed=seed) for seed in (1, 2)]
+    assert re.search(r"all seeds of a setting\s+have\.\s+Of more than", page_of(*runs).text)
 
 
 @pytest.mark.parametrize(
@@ -397,7 +423,7 @@ def test_mistakes_give_one_clear_message(tmp_path, monkeypatch, capsys, argument
 @pytest.mark.parametrize("package", ["plotly", "jinja2"])
 def test_missing_package(tmp_path, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(RunError, match=rf"{package}: pip install 'dualhead\[report\]'"):
+    with pytest.raises(RunError, match=rf"{package}: pip install -e '\.\[report\]'"):
         write_report([make_run(tmp_path / "run", {"a": [1]})])
 
 
@@ -483,6 +509,7 @@ addEventListener("load", () => setTimeout(() => {
     figures: plots.length, drawn: drawn.length, stroke: stroke, width: innerWidth,
     page: getComputedStyle(document.body).backgroundColor,
     tooWide: document.documentElement.scrollWidth - document.documentElement.clientWidth,
+    tablesCutOff: [...document.querySelectorAll(".scroll")].filter(box => box.scrollWidth > box.clientWidth).length,
     bands: document.querySelectorAll("path.js-fill").length, points: document.querySelectorAll("path.point").length,
     plotWidth: Math.max(...[...plots].map(plot => plot.querySelector("svg").getBoundingClientRect().width)),
     fetched: performance.getEntriesByType("resource").map(entry => entry.name),
@@ -517,11 +544,12 @@ def test_a_browser_draws_the_page(tmp_path, scheme, width, page, stroke):
     assert seen == {
         "figures": 3,
         "drawn": 3,
-        "bands": 6,
+        "bands": 4,  # one loss alone has no neighbour to span a band with
         "points": 6,
         "stroke": stroke,
         "page": page,
         "width": width,
         "tooWide": 0,
+        "tablesCutOff": 0,
         "fetched": [],
     }

@@ -28,8 +28,9 @@ from dualhead.cli import _parse, main
 from dualhead.config import NetworkConfig, PPOConfig, RunConfig
 from dualhead.running import machine
 from dualhead.running.checkpoint import RunError, checkpoints, locked, new_run_dir, read_config, read_newest
-from dualhead.running.metrics import CSVWriter, EpisodeTracker, ProgressDisplay
+from dualhead.running.episodes import EpisodeTracker
 from dualhead.running.trainer import train
+from dualhead.running.writers import CSVWriter, ProgressDisplay
 from dualhead.storage import read_tensors
 from dualhead.worlds.streams import StreamStep, make_streams
 

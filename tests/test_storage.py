@@ -20,6 +20,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from full_disk import files_of_at_most
 from gymnasium import spaces
 from safetensors import safe_open
 from safetensors.torch import load, load_file, save
@@ -247,17 +248,6 @@ def test_a_kill_at_any_moment_leaves_the_checkpoint_before_or_the_new_one(tmp_pa
     assert seen == sorted(seen)
     assert seen.count(200) > 10
     assert seen.count(300) > 5
-
-
-@contextlib.contextmanager
-def files_of_at_most(size):
-    """The system refuses to let files grow beyond `size` bytes, as a full disk would."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_disk_without_room_leaves_what_was_there(tmp_path):

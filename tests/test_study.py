@@ -18,18 +18,17 @@ import torch
 from dualhead.cli import main
 from dualhead.config import RunConfig, StudyConfig, preset_settings, tuned_settings
 from dualhead.running.checkpoint import RunError, checkpoints
+from dualhead.running.results import Run, Table, interval, last_steps, read_run
 from dualhead.running.trainer import resume, train
-from dualhead.studies import figures, processes, tables
+from dualhead.studies import figures, tables
 from dualhead.studies.commons_measures import closed_form, spans
 from dualhead.studies.measures import (
     Measured,
-    Run,
     chosen_measures,
     curves_among,
-    interval,
     measure,
     measure_all,
-    read_run,
+    numbers,
     summarise,
 )
 from dualhead.studies.processes import OUTPUT, run_in_processes
@@ -49,7 +48,8 @@ def made_run(study, columns, condition="lstm", seed=0, env=POLES[0], **numbers):
     """A run of updates of 100 steps."""
     columns = {name: np.array(values, dtype=float) for name, values in columns.items()}
     steps = 100 * np.arange(1, 1 + len(next(iter(columns.values()))))
-    return Run(condition, study.run(condition, seed, "nowhere", env=env), steps, columns, numbers)
+    config = study.run(condition, seed, "nowhere", env=env)
+    return Run(Path("nowhere"), config, Table(steps, columns), Table(steps[:0], {}), numbers, condition)
 
 
 def cells(path):
@@ -171,7 +171,7 @@ def test_a_column_becomes_the_mean_of_the_last_tenth_and_a_time_the_median():
     run = made_run(poles(), columns, steps_per_s=7.0)
     names = ["loss", "time/steps_per_s", "steps_per_s", "empty", "evaluation/mean_return", "nothing"]
     assert measure_all(run, names).values == {"loss": 2.5, "time/steps_per_s": 10.0, "steps_per_s": 7.0}
-    evaluated = run._replace(numbers={"evaluation/mean_return": 3.0})
+    evaluated = run._replace(summary={"evaluation": {"mean_return": 3.0}})
     assert measure(evaluated, "evaluation/mean_return") == 3.0  # the final one, not one on the way
 
 
@@ -179,8 +179,11 @@ def test_a_run_has_columns_and_the_numbers_of_its_summary(tmp_path):
     (tmp_path / "metrics.csv").write_text("steps,loss,late\n80,1.5,\n160,0.5,2\n")
     summary = {"env": "X", "seed": 3, "stopped_early": False, "steps": 160, "seconds": 2.5}
     (tmp_path / "summary.json").write_text(json.dumps(summary | {"evaluation": {"mean_return": 9.0}}))
-    run = read_run("lstm", poles(base={"num_envs": 8}).run("lstm", 3, str(tmp_path), env=POLES[0]))
-    assert run.numbers == {"steps": 160, "seconds": 2.5, "evaluation/mean_return": 9.0}
+    config = poles(base={"num_envs": 8}).run("lstm", 3, str(tmp_path), env=POLES[0])
+    (tmp_path / "config.json").write_text(config.model_dump_json())
+    run = read_run(tmp_path, condition="lstm")
+    assert (run.config, run.condition) == (config, "lstm")
+    assert numbers(run) == {"steps": 160, "seconds": 2.5, "evaluation/mean_return": 9.0}
     np.testing.assert_array_equal(run.column("late"), [NAN, 2.0])
     assert run.steps.tolist() == [80, 160]
     assert run.turns.tolist() == [10, 20]  # of eight environments
@@ -227,7 +230,8 @@ def measured():
     for i, run in enumerate(runs):
         of_group = returns.get((POLES.index(run.config.env), run.condition))
         if of_group is not None:
-            runs[i] = run._replace(numbers=run.numbers | {"evaluation/mean_return": of_group[run.config.seed]})
+            evaluation = {"evaluation": {"mean_return": of_group[run.config.seed]}}
+            runs[i] = run._replace(summary=run.summary | evaluation)
     return study, [measure_all(run, study.measures) for run in runs]
 
 
@@ -474,8 +478,7 @@ def test_a_study_from_one_command(tmp_path, capsys):
         "overview.png", "details.png",
     }  # fmt: skip
     assert (out / "overview.png").read_bytes().startswith(b"\x89PNG")
-    with (out / "results.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = cells(out / "results.csv")
     assert len(rows) == 4 * 8
     assert [int(row["turn"]) for row in rows[:8]] == [10, 20, 30, 40, 50, 60, 70, 80]
     assert {row["phase"] for row in rows if int(row["turn"]) <= 40} == {"punishment"}
@@ -485,9 +488,7 @@ def test_a_study_from_one_command(tmp_path, capsys):
         assert float(row["commons/share/A"]) == pytest.approx(a / (a + b))
         assert (row["norms/strength/A"] == "") == (row["condition"] == "plain")
         assert (float(row["commons/punished/A"]) == 0.0) == (row["phase"] == "no punishment" or a == 0.0)
-    with (out / "summary.csv").open() as file:
-        summary = list(csv.DictReader(file))
-    assert [row["condition"] for row in summary] == ["plain"] * 5 + ["norms"] * 7
+    assert [row["condition"] for row in cells(out / "summary.csv")] == ["plain"] * 5 + ["norms"] * 7
     assert json.loads((out / "study.json").read_text())["title"] == "Tiny"
 
     before = stamps(out)
@@ -522,8 +523,7 @@ def test_a_run_of_a_study_is_the_run_by_itself(tmp_path):
 
 
 def timeless(run):
-    with (run / "metrics.csv").open() as file:
-        return [{name: cell for name, cell in row.items() if "time/" not in name} for row in csv.DictReader(file)]
+    return [{name: cell for name, cell in row.items() if "time/" not in name} for row in cells(run / "metrics.csv")]
 
 
 @pytest.mark.parametrize("summary", [None, {"stopped_early": True}], ids=["killed", "stopped"])
@@ -732,13 +732,10 @@ def test_stopping_a_study_stops_its_runs_and_the_next_call_goes_on(tmp_path, how
     wait_until(lambda: rows_of(first) > summary["steps"] // 20)
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
-    assert f"going on from {checkpoints_before(first, summary)}" in (first / OUTPUT).read_text()
+    newest = first / "checkpoints" / f"step-{summary['steps']:012d}.safetensors"
+    assert f"going on from {newest}" in (first / OUTPUT).read_text()
     steps = [int(row["steps"]) for row in timeless(first)]
     assert steps == list(range(20, 20 * len(steps) + 1, 20))
-
-
-def checkpoints_before(run, summary):
-    return run / "checkpoints" / f"step-{summary['steps']:012d}.safetensors"
 
 
 @needs_proc
@@ -758,8 +755,6 @@ def test_a_killed_worker_is_named_and_the_next_call_goes_on(tmp_path):
     assert "killed by signal 9" in outcomes[0]
     assert str(out / "0" / OUTPUT) in outcomes[0]
     done = checkpoints(out / "0")
-    config = configs[0].model_copy(update={"total_steps": 0})
-    assert config.run_dir
     steps = int(done[0].stem.removeprefix("step-"))
     summary = resume(out / "0", total_steps=steps + 40, show_progress=False)
     assert summary["steps"] == steps + 40
@@ -848,8 +843,8 @@ def test_an_environment_without_values_says_so(measured, tmp_path):
     assert [[text.get_text() for text in axes.texts] for axes in figure.axes] == [["no values"]] * 2
 
 
-def test_the_window_of_a_terminal_shows_how_far_runs_are(tmp_path):
-    config = RunConfig(env="commons", preset="spec", num_envs=1, run_dir=str(tmp_path))
-    assert processes._steps_so_far(config) == 0
-    (tmp_path / "metrics.csv").write_text("steps,loss\r\n100,1\r\n200,2\r\n")
-    assert processes._steps_so_far(config) == 200
+def test_the_last_row_says_how_far_a_run_is(tmp_path):
+    path = tmp_path / "metrics.csv"
+    assert last_steps(path) == 0
+    path.write_text("steps,loss\r\n100,1\r\n200,2\r\n")
+    assert last_steps(path) == 200

@@ -2,11 +2,13 @@
 
 import csv
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from dualhead.config import StudyConfig
+from dualhead.running.results import Run, Table
 from dualhead.studies import commons_figures, figures, tables
 from dualhead.studies.commons_measures import (
     closed_form,
@@ -16,7 +18,7 @@ from dualhead.studies.commons_measures import (
     results,
     spans,
 )
-from dualhead.studies.measures import Measured, Run, summarise
+from dualhead.studies.measures import Measured, summarise
 
 PUNISHED_THEN_NOT = ({"mode": "fixed", "level": 9, "num_turns": 40}, {"mode": "off"})
 
@@ -44,7 +46,8 @@ def made_run(study, taken_a, condition="one", seed=0, **columns):
     config = study.run(condition, seed, "nowhere")
     steps = 10 * np.arange(1, len(taken_a) + 1) * config.num_streams
     columns = {name.replace("__", "/"): np.array(column, dtype=float) for name, column in columns.items()}
-    return Run(condition, config, steps, known | columns, {"seconds": 2.0})
+    metrics = Table(steps, known | columns)
+    return Run(Path("nowhere"), config, metrics, Table(steps[:0], {}), {"seconds": 2.0}, condition)
 
 
 def summarised(study, runs):

@@ -12,11 +12,14 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 from saved_runs import save_run
+from settings import spec_segments
 
-from dualhead import load_policy
+from dualhead import CommonsConfig, NetworkConfig, RunConfig, load_policy
 from dualhead.cli import main
 from dualhead.running.checkpoint import RunError
+from dualhead.running.trainer import train
 from dualhead.running.video import record_video
+from dualhead.worlds.commons import Commons
 
 
 class Counting(gym.Env):
@@ -131,6 +134,20 @@ def test_our_gymnasium_environments_render(tmp_path, env, fps):
     assert (gif[0] != gif[-1]).any()
 
 
+def test_an_epoch_of_the_commons(tmp_path):
+    """Eight turns, from the layout that the seed gives; five pictures a second."""
+    rules = CommonsConfig(num_agents=2, epoch_turns=8)
+    ppo = spec_segments(rollout_length=10, batch_size=20, num_epochs=1)
+    settings = {"network": NetworkConfig.spec(hidden_size=4, encoder_sizes=(4,)), "ppo": ppo, "commons": rules}
+    run = tmp_path / "run"
+    train(RunConfig(env="commons", num_envs=1, total_steps=20, eval_episodes=0, run_dir=str(run), **settings))
+    out = record_video(run, tmp_path / "epoch.gif", seed=3)
+    assert sum(duration for _, duration in gif_frames(out)) == 9 * 200
+    worlds = Commons(rules)
+    worlds.reset(seed=3)
+    assert np.abs(imageio.imread(out)[0].astype(int) - worlds.frame()).max() <= 1
+
+
 def test_what_cannot_be_filmed_is_said(tmp_path, monkeypatch):
     run, unseen = save_run(tmp_path / "run"), save_run(tmp_path / "unseen", "test/Unseen-v0")
     with pytest.raises(RunError, match=r"ends in \.mp4 or \.gif, got '\.avi'"):
@@ -145,7 +162,7 @@ def test_what_cannot_be_filmed_is_said(tmp_path, monkeypatch):
     with pytest.raises(RunError, match="cannot write video"):
         record_video(run, tmp_path / "file" / "video.gif")
     monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
-    with pytest.raises(RunError, match=r"needs the package imageio_ffmpeg: pip install 'dualhead\[video\]'"):
+    with pytest.raises(RunError, match=r"needs the package imageio_ffmpeg: pip install -e '\.\[video\]'"):
         record_video(run, tmp_path / "video.mp4")
     monkeypatch.setitem(sys.modules, "imageio.v3", None)
     with pytest.raises(RunError, match=r"a \.gif video needs the package imageio"):

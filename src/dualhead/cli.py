@@ -18,6 +18,7 @@ from typing import Annotated, Any, TextIO
 import tyro
 
 from dualhead.config import (
+    EVAL_EPISODES,
     SPEC,
     RunConfig,
     flat,
@@ -53,7 +54,7 @@ class Eval:
 
     run: tyro.conf.Positional[str]
     """The run directory, or one of its checkpoint files."""
-    episodes: int = 20
+    episodes: int = EVAL_EPISODES
     """Episodes to play."""
     seed: int = EVALUATION_SEED
     """Seed of the environments and of sampled actions."""
@@ -299,7 +300,7 @@ def _export(command: Export) -> int:
             f"{verified['largest_difference']:.1g}"
         )
     else:
-        print("not checked: ONNX Runtime is not installed (pip install 'dualhead[onnx]')")
+        print("not checked: ONNX Runtime is not installed (pip install onnxruntime)")
     return 0
 
 

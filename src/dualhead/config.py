@@ -23,6 +23,8 @@ COMMONS = "commons"
 _NAME_CHARACTERS = string.ascii_letters + string.digits + "-_"
 _WITHOUT_PREFIX = arg(name="")
 """On the command line `--hidden-size`, not `--network.hidden-size`."""
+EVAL_EPISODES = 20
+"""Episodes of an evaluation."""
 MAX_RESOURCES = 8
 """Kinds that a commons can have: as many as its pictures have colours for."""
 
@@ -243,9 +245,21 @@ class NormConfig(Config):
     decay_rate: Fraction = Field(0.995, description="What is left of a strength after one step.")
     internalization_threshold: NonNegativeFloat = Field(5.0, description="Strength above which guilt is felt.")
     max_norm_strength: PositiveFloat = Field(10.0, description="Cap of a strength.")
-    intrinsic_scale: Annotated[float, Field(le=0.0)] = Field(
+    intrinsic_scale: Annotated[float, Field(le=0.0, allow_inf_nan=False)] = Field(
         -0.5, description="Reward per unit of strength above the threshold."
     )
+
+    @model_validator(mode="after")
+    def _settings_fit(self) -> NormConfig:
+        if not self.resources or len(set(self.resources)) < len(self.resources):
+            raise ValueError(f"resources: expected one or more different names, got {self.resources}")
+        if self.mode == "resource" and self.harmful_action is not None:
+            raise ValueError(f"harmful_action={self.harmful_action} belongs to mode='action', got mode='resource'")
+        if self.mode == "action" and self.harmful_action is None:
+            raise ValueError("harmful_action: mode='action' needs one, an action index from 0, got None")
+        if self.mode == "action" and len(self.resources) != 1:
+            raise ValueError(f"resources: mode='action' has one strength and needs one name, got {self.resources}")
+        return self
 
 
 class Phase(Config):
@@ -416,7 +430,8 @@ class RunConfig(Config):
         (), description="Also log to Weights & Biases or MLflow, beside TensorBoard and metrics.csv."
     )
     eval_episodes: NonNegativeInt = Field(
-        20, description="Episodes of an evaluation (commons: the same number for each agent); 0: none at the end."
+        EVAL_EPISODES,
+        description="Episodes of an evaluation (commons: the same number for each agent); 0: none at the end.",
     )
     eval_every: NonNegativeInt = Field(
         0, description="Environment steps between evaluations during training, the best of which is kept; 0: none."

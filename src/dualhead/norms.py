@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dualhead.config import NormConfig
 from dualhead.types import on_device
 
 Mode = Literal["resource", "action"]
@@ -55,9 +56,9 @@ class NormEnforcer(torch.nn.Module):
         s ← min(max_norm_strength, s + 1)  if punished, else  s · decay_rate
         guilt = intrinsic_scale · max(0, s − threshold)               if the harmful action was chosen, else 0
 
-    Guilt looks at the strength *after* the step's update: the punishment that crosses the threshold already
-    hurts. Strengths know nothing of episodes; only `reset` clears them. With threshold ≥ max_norm_strength
-    nobody ever feels guilt, whatever the events (a control condition).
+    Guilt uses the strength *after* the step's update: the punishment that crosses the threshold already causes
+    guilt. Strengths persist across episodes; only `reset` clears them. With threshold ≥ max_norm_strength there
+    is never any guilt (a control condition).
 
     Args:
         num_streams: B.
@@ -99,37 +100,27 @@ class NormEnforcer(torch.nn.Module):
         harmful_head: int = 0,
     ) -> None:
         super().__init__()
-        names = (resources,) if isinstance(resources, str) else tuple(resources)
         if num_streams < 1:
             raise ValueError(f"num_streams must be at least 1, got {num_streams}")
-        if mode not in ("resource", "action"):
-            raise ValueError(f"mode must be 'resource' or 'action', got {mode!r}")
-        if not names or len(set(names)) < len(names):
-            raise ValueError(f"resources must be one or more distinct names, got {names}")
-        _require_decay_rate(decay_rate)
-        _require_threshold(internalization_threshold)
-        if not 0.0 < max_norm_strength < math.inf:
-            raise ValueError(f"max_norm_strength must be positive and finite, got {max_norm_strength}")
-        _require_intrinsic_scale(intrinsic_scale)
-        if mode == "action":
-            if len(names) != 1:
-                raise ValueError(f"action mode has one strength: expected one name in resources, got {names}")
-            if harmful_action is None or harmful_action < 0:
-                raise ValueError(f"action mode needs harmful_action, an index from 0, got {harmful_action}")
-            if harmful_head < 0:
-                raise ValueError(f"harmful_head must be an index from 0, got {harmful_head}")
-        elif harmful_action is not None:
-            raise ValueError(f"harmful_action belongs to mode='action', got {harmful_action} in mode={mode!r}")
-
+        settings = NormConfig(
+            mode=mode,
+            resources=(resources,) if isinstance(resources, str) else tuple(resources),
+            decay_rate=decay_rate,
+            internalization_threshold=internalization_threshold,
+            max_norm_strength=max_norm_strength,
+            intrinsic_scale=intrinsic_scale,
+            harmful_action=harmful_action,
+            harmful_head=harmful_head,
+        )
         self.num_streams = num_streams
-        self.resources = names
-        self.mode = mode
-        self.decay_rate = decay_rate
-        self.internalization_threshold = internalization_threshold
-        self.max_norm_strength = max_norm_strength
-        self.intrinsic_scale = intrinsic_scale
-        self.harmful_action = harmful_action
-        self.harmful_head = harmful_head
+        self.resources = names = settings.resources
+        self.mode = settings.mode
+        self.decay_rate = settings.decay_rate
+        self.internalization_threshold = settings.internalization_threshold
+        self.max_norm_strength = settings.max_norm_strength
+        self.intrinsic_scale = settings.intrinsic_scale
+        self.harmful_action = settings.harmful_action
+        self.harmful_head = settings.harmful_head
         self.register_buffer("strengths", torch.zeros(num_streams, len(names)))
         self.register_buffer("_guilt_sums", torch.zeros(len(names)))
         self.register_buffer("_num_steps", torch.zeros((), dtype=torch.int64))
@@ -148,15 +139,31 @@ class NormEnforcer(torch.nn.Module):
             ValueError: an event or `actions` is missing, has another shape, or holds other values than 0 and
                 1 (events) or integers (actions). Strengths are then as they were.
         """
+        return self.advance(self.check(events, actions))
+
+    def check(self, events: NormEvents, actions: Tensor | None = None) -> NormEvents:
+        """The events of a step as [B, R] bool on our device, for `advance`; strengths stay as they are.
+
+        In action mode `collected` says who chose the harmful action.
+
+        Raises:
+            ValueError: as `update` does.
+        """
         shape = (self.num_streams, len(self.resources))
         if self.mode == "action":
             punished = self._flags("punished", events.punished, (self.num_streams,), shape).reshape(shape)
-            transgressed = self._harmful(actions)
+            return NormEvents(punished, self._harmful(actions))
+        punished = self._flags("punished", events.punished, shape)
+        return NormEvents(punished, self._flags("collected", events.collected, shape))
+
+    def advance(self, checked: NormEvents) -> Guilt:
+        """`update` with what `check` gave."""
+        punished, transgressed = checked
+        assert transgressed is not None
+        if self.mode == "action":
             rises = (self.strengths + 1.0).clamp(max=self.max_norm_strength)
             self.strengths.copy_(torch.where(punished, rises, self.strengths * self.decay_rate))
         else:
-            punished = self._flags("punished", events.punished, shape)
-            transgressed = self._flags("collected", events.collected, shape)
             self.strengths.mul_(self.decay_rate).add_(punished).clamp_(max=self.max_norm_strength)
 
         excess = self.strengths - self.internalization_threshold
@@ -168,7 +175,7 @@ class NormEnforcer(torch.nn.Module):
     def reset(self, streams: Sequence[int] | Tensor | np.ndarray | None = None) -> None:
         """Zero the strengths of all streams, or of those that newcomers take over.
 
-        What `metrics` has gathered since it was last read stays.
+        What `metrics` has gathered since the last call stays.
 
         Args:
             streams: stream indices, or a [B] bool mask; None for all.
@@ -223,7 +230,7 @@ class NormEnforcer(torch.nn.Module):
         if tuple(flags.shape) not in shapes:
             expected = " or ".join(map(str, shapes))
             raise ValueError(f"events.{name} must have shape {expected}, got {tuple(flags.shape)}")
-        # Bool needs no look at the values, which would make a GPU wait.
+        # The values of bools need no check, which would force a host-device sync.
         if flags.dtype != torch.bool and not bool(((flags == 0) | (flags == 1)).all()):
             raise ValueError(f"events.{name} must be bool or exactly 0 and 1, got other values in {flags.dtype}")
         return on_device(flags.to(torch.bool), self.strengths.device)
@@ -261,7 +268,7 @@ def steps_until(strength_from: float, strength_to: float, *, decay_rate: float) 
     """
     if not (0.0 <= strength_from < math.inf and 0.0 <= strength_to < math.inf):
         raise ValueError(f"strengths must be finite and at least 0, got {strength_from} and {strength_to}")
-    _require_decay_rate(decay_rate)
+    NormConfig(decay_rate=decay_rate)
     if strength_from <= strength_to or decay_rate == 0.0:
         return 0.0
     if strength_to == 0.0 or decay_rate == 1.0:
@@ -290,8 +297,7 @@ def guilt_outweighs_until(payoff_gap: float, *, internalization_threshold: float
     """
     if not 0.0 <= payoff_gap < math.inf:
         raise ValueError(f"payoff_gap must be finite and at least 0, got {payoff_gap}")
-    _require_threshold(internalization_threshold)
-    _require_intrinsic_scale(intrinsic_scale)
+    NormConfig(internalization_threshold=internalization_threshold, intrinsic_scale=intrinsic_scale)
     if intrinsic_scale == 0.0:
         return math.inf
     return internalization_threshold + payoff_gap / abs(intrinsic_scale)
@@ -314,27 +320,11 @@ def holding_rate(threshold: float, decay_rate: float, *, mode: Mode = "resource"
     Raises:
         ValueError: an argument is outside its range.
     """
-    _require_threshold(threshold)
-    _require_decay_rate(decay_rate)
+    NormConfig(internalization_threshold=threshold, decay_rate=decay_rate)
     if mode not in ("resource", "action"):
         raise ValueError(f"mode must be 'resource' or 'action', got {mode!r}")
     rate = threshold * (1.0 - decay_rate)
     return rate if mode == "resource" else rate / (1.0 + rate)
-
-
-def _require_decay_rate(decay_rate: float) -> None:
-    if not 0.0 <= decay_rate <= 1.0:
-        raise ValueError(f"decay_rate must be in [0, 1], got {decay_rate}")
-
-
-def _require_threshold(threshold: float) -> None:
-    if not 0.0 <= threshold < math.inf:
-        raise ValueError(f"internalization threshold must be finite and at least 0, got {threshold}")
-
-
-def _require_intrinsic_scale(intrinsic_scale: float) -> None:
-    if not -math.inf < intrinsic_scale <= 0.0:
-        raise ValueError(f"intrinsic_scale must be finite and at most 0, got {intrinsic_scale}")
 
 
 def _as_tensor(name: str, value: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""Many agents in one world: a learner for each, and newcomers who take their places.
+"""Many agents in one world: one learner for each, and newcomers who replace agents.
 
 Letters: W worlds, A agents of each, R resources, B = W · A streams (stream = world · A + agent).
 """
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dualhead.agent import DualHeadRecurrentPPO
+from dualhead.agent import DualHeadRecurrentPPO, holds_tensors
 from dualhead.config import TurnoverConfig
 from dualhead.networks.heads import FactoredCategorical, Heads
 from dualhead.networks.policy import PolicyOutput, RecurrentPolicy
@@ -76,7 +76,7 @@ class IndependentLearners:
 
     @property
     def policy(self) -> IndependentPolicies:
-        """What plays: the learners' own policies, not copies."""
+        """The learners' own policies, not copies, to be played."""
         return IndependentPolicies([learner.policy for learner in self.learners])
 
     @property
@@ -84,8 +84,11 @@ class IndependentLearners:
         return self.learners[0].rollout_is_ready
 
     def act(self, observations: Any) -> Any:
-        """Actions of all learners; see `DualHeadRecurrentPPO.act`."""
-        return _interleaved([learner.act(self._of(observations, agent)) for agent, learner in enumerate(self.learners)])
+        """Actions of all learners, which advance all or none; see `DualHeadRecurrentPPO.act`."""
+        # What one of them refuses must leave all of them as they were.
+        own = [learner._prepare_act(self._of(observations, agent)) for agent, learner in enumerate(self.learners)]
+        numpy = not holds_tensors(observations)
+        return _interleaved([learner._act(tensors, numpy=numpy) for learner, tensors in zip(self.learners, own)])
 
     def record(
         self,
@@ -96,15 +99,19 @@ class IndependentLearners:
         final_observations: Any = None,
         events: NormEvents | None = None,
     ) -> None:
-        """Completes the step of all learners; see `DualHeadRecurrentPPO.record`."""
-        for agent, learner in enumerate(self.learners):
-            learner.record(
+        """Completes the step of all learners, or of none; see `DualHeadRecurrentPPO.record`."""
+        steps = [
+            learner._prepare_record(
                 self._of(rewards, agent),
                 self._of(terminated, agent),
                 self._of(truncated, agent),
-                final_observations=self._of(final_observations, agent),
-                events=None if events is None else NormEvents(*(self._of(part, agent) for part in events)),
+                self._of(final_observations, agent),
+                None if events is None else NormEvents(*(self._of(part, agent) for part in events)),
             )
+            for agent, learner in enumerate(self.learners)
+        ]
+        for complete in steps:
+            complete()
         self.num_steps += sum(learner.num_streams for learner in self.learners)
 
     def learn(self, next_observations: Any = None, *, partial: bool = False) -> dict[str, float]:
@@ -118,7 +125,7 @@ class IndependentLearners:
         return {name: float(np.mean([metrics[name] for metrics in gathered if name in metrics])) for name in names}
 
     def abandon_rollout(self) -> int:
-        """Forgets what is not learned from yet; see `DualHeadRecurrentPPO.abandon_rollout`."""
+        """Drops the recorded steps that were not learned from; see `DualHeadRecurrentPPO.abandon_rollout`."""
         forgotten = sum(learner.abandon_rollout() for learner in self.learners)
         self.num_steps -= forgotten
         return forgotten
@@ -239,7 +246,7 @@ class IndependentPolicies(torch.nn.Module):
 
 
 class Turnover:
-    """Who lives in which place, and when newcomers come.
+    """Which individual has which place, and when newcomers replace individuals.
 
     Individuals are numbered in order of arrival; 0 .. A − 1 are the founders, everybody later is a newcomer. A place
     is the same agent in all worlds: they are replaced together.
@@ -267,10 +274,10 @@ class Turnover:
         self._num_turns = 0
 
     def count(self, events: NormEvents) -> None:
-        """Takes in what a turn's agents collected."""
+        """Counts what the agents collected in a turn."""
         assert events.collected is not None
         by_agent = events.collected.view(self.num_worlds, self.num_agents, -1).sum(0)
-        # Where the events are, so that an accelerator is not waited for.
+        # Summed on the device of the events: no host-device sync.
         self._taken = on_device(self._taken, by_agent.device) + by_agent
         self._num_turns += 1
 

@@ -11,6 +11,7 @@ import numpy as np
 from dualhead.config import RunConfig
 from dualhead.running.checkpoint import RunError, read_config
 from dualhead.running.playing import Player, Policy, load_weights, run_directory
+from dualhead.running.results import interval
 from dualhead.types import DataError, as_numpy
 from dualhead.worlds.registry import open_streams
 from dualhead.worlds.streams import Streams
@@ -30,23 +31,16 @@ class Evaluation(NamedTuple):
     def summary(self) -> dict[str, float]:
         """Means over episodes, with a 95% confidence interval of the mean return: NaN where one episode gives none.
 
-            mean ± t_{0.975, n − 1} s / √n,  s² = Σ (return − mean)² / (n − 1)
-
         `std_return` is the deviation of the episodes at hand, divided by n.
         """
-        from scipy.special import stdtrit  # takes a quarter of a second: only who evaluates pays it
-
-        mean, episodes = float(np.mean(self.returns)), len(self.returns)
-        margin = math.nan
-        if episodes > 1:
-            margin = float(stdtrit(episodes - 1, 0.975) * np.std(self.returns, ddof=1)) / math.sqrt(episodes)
+        low, high = interval(self.returns)
         return {
-            "mean_return": mean,
+            "mean_return": float(np.mean(self.returns)),
             "std_return": float(np.std(self.returns)),
-            "ci95_low": mean - margin,
-            "ci95_high": mean + margin,
+            "ci95_low": low,
+            "ci95_high": high,
             "mean_length": float(np.mean(self.lengths)),
-            "episodes": episodes,
+            "episodes": len(self.returns),
         }
 
 

@@ -1,15 +1,14 @@
-"""A run, or a comparison of runs, as one HTML page that needs no network."""
+"""One HTML page about a run, or about several runs side by side. It needs no network."""
 
 from __future__ import annotations
 
 import base64
-import csv
 import datetime
-import json
 import math
 import os
 import secrets
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -17,9 +16,10 @@ from typing import Any, NamedTuple, get_args
 import numpy as np
 
 from dualhead.config import Config, RunConfig, flat, preset_settings
-from dualhead.running.checkpoint import RunError, read_config
+from dualhead.running.checkpoint import RunError
 from dualhead.running.evaluation import EVALUATION_SEED
-from dualhead.running.report_figures import DASHES, NUM_COLORS, NUM_MEANS, Curve, Figure, draw, number
+from dualhead.running.report_figures import DASHES, NUM_COLORS, NUM_MEANS, Figure, curves, draw, number
+from dualhead.running.results import Run, read_run
 from dualhead.storage import CheckpointError
 from dualhead.worlds.streams import UnavailableEnvironment
 
@@ -29,42 +29,6 @@ MAX_REPLAYS = 4
 MAX_NAMED_SETTINGS = 3
 """Groups that differ in more than these are named by some of them only."""
 _NOT_A_CONDITION = ("seed", "run_dir")
-
-
-class Run(NamedTuple):
-    """What is on disk of a run.
-
-    Fields:
-        path: its directory.
-        config: its settings.
-        settings: the same, flat, by dotted name.
-        metrics: curves of `metrics.csv`, and of `evaluations.csv` under `evaluations/`.
-        summary: of `summary.json`; empty where it is missing, or older than the newest numbers.
-        steps: environment steps so far.
-        seconds: spent training (as far as metrics say so).
-        modified: when the newest numbers were written, seconds since the epoch.
-    """
-
-    path: Path
-    config: RunConfig
-    settings: dict[str, Any]
-    metrics: dict[str, Curve]
-    summary: dict[str, Any]
-    steps: int
-    seconds: float
-    modified: float
-
-
-class Outcome(NamedTuple):
-    """A run's final return.
-
-    Fields:
-        mean: task reward per episode.
-        about: interval and where the number comes from.
-    """
-
-    mean: float
-    about: str
 
 
 class Replay(NamedTuple):
@@ -89,14 +53,14 @@ def write_report(
     Args:
         runs: run directories, at least one; the same one twice counts once.
         out: the page; by default `report.html` in the run's directory, or here for several runs.
-        replay: show an episode where the environment renders. `replay.gif` of the run is taken where it is there;
-            otherwise the newest checkpoint is played.
+        replay: show an episode if the environment renders: `replay.gif` of the run if it exists, else an episode of
+            the newest checkpoint.
 
     Returns:
         Where the page is.
 
     Raises:
-        RunError: no run is there, a run has no numbers yet, the page cannot be written, or plotly is missing.
+        RunError: a run is missing or has no numbers yet, the page cannot be written, or plotly is missing.
     """
     _require_plotly()
     paths = list(dict.fromkeys(Path(run) for run in runs))
@@ -113,80 +77,38 @@ def write_report(
     return path
 
 
-def read_run(path: Path) -> Run:
-    """Reads a run that is finished, stopped, or still going.
-
-    Raises:
-        RunError: no run is there, or it has no numbers yet.
-    """
-    config = read_config(path)
-    metrics = read_table(path / "metrics.csv")
-    if not metrics:
-        raise RunError(f"{path} has no numbers yet: metrics.csv gets a row after the first update")
-    # What evaluations gave is there as well, only where it fell together with an update.
-    metrics = {name: curve for name, curve in metrics.items() if not name.startswith("evaluation/")}
-    evaluations = read_table(path / "evaluations.csv")
-    for name in ("mean_return", "mean_length", "ci95_low", "ci95_high"):
-        if name in evaluations:
-            metrics[f"evaluations/{name}"] = evaluations[name]
-    newest = int(max(curve.steps[-1] for curve in metrics.values()))
-    summary = _read_summary(path / "summary.json")
-    if summary.get("steps", 0) < newest:
-        summary = {}
-    parts = [metrics[name].values for name in ("time/rollout_s", "time/update_s") if name in metrics]
-    return Run(
-        path=path,
-        config=config,
-        settings=flat(config.model_dump()),
-        metrics=metrics,
-        summary=summary,
-        steps=max(newest, summary.get("steps", 0)),
-        seconds=float(sum(np.nansum(part) for part in parts)) if parts else summary.get("seconds", math.nan),
-        modified=(path / "metrics.csv").stat().st_mtime,
-    )
-
-
-def read_table(path: Path) -> dict[str, Curve]:
-    """Curves by column of a CSV file with a column `steps`; none where the file is missing or has no whole row.
-
-    A last line that was cut off is left out. Where steps go back, a resumed run wrote the same steps again: the later
-    rows count.
-    """
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace").replace("\0", "")
-    except OSError:
-        return {}
-    rows: list[dict[str, Any]] = []
-    for row in csv.DictReader(text[: text.rfind("\n") + 1].splitlines()):
-        steps = _float(row.get("steps"))
-        if math.isfinite(steps):
-            while rows and _float(rows[-1]["steps"]) >= steps:
-                rows.pop()
-            rows.append(row)
-    steps_of_rows = np.array([_float(row["steps"]) for row in rows])
-    names = [name for name in (rows[0] if rows else ()) if name not in (None, "steps")]
-    return {name: Curve(steps_of_rows, np.array([_float(row[name]) for row in rows])) for name in names}
-
-
 def group_runs(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Runs that differ only in seed and directory, together, under the settings that tell the groups apart."""
+    """Groups of runs that differ only in seed and directory, named by the settings in which the groups differ."""
     by_settings: dict[frozenset[tuple[str, str]], list[Run]] = {}
     for run in runs:
-        condition = ((name, value) for name, value in run.settings.items() if name not in _NOT_A_CONDITION)
+        condition = ((name, value) for name, value in _settings(run).items() if name not in _NOT_A_CONDITION)
         by_settings.setdefault(frozenset((n, _text(v)) for n, v in condition if v is not None), []).append(run)
     groups = list(by_settings.values())
     if len(groups) == 1:
         return {runs[0].config.network.memory: groups[0]}
-    differing = differing_settings([members[0].settings for members in groups])
+    settings = [_settings(members[0]) for members in groups]
+    differing = differing_settings(settings)
     folders = [{run.path.absolute().parent.name for run in members} for members in groups]
     if len(differing) > MAX_NAMED_SETTINGS and len(set().union(*folders)) == len(groups) == sum(map(len, folders)):
-        # A folder for each condition, as studies have them: its name says it shorter than many settings do.
+        # Each group has a folder of its own, as in a study: its name is shorter than a list of many settings.
         return {folder: members for (folder,), members in zip(folders, groups)}
-    return {_group_name(members[0].settings, differing, groups): members for members in groups}
+    shown = 1  # as many as tell the groups apart
+    while len({tuple(_text(one.get(name)) for name in differing[:shown]) for one in settings}) < len(groups):
+        shown += 1
+    shown = len(differing) if len(differing) <= MAX_NAMED_SETTINGS else shown
+    more = f" and {len(differing) - shown} more" if len(differing) > shown else ""
+    return {
+        ", ".join(_named(name, one.get(name)) for name in differing[:shown]) + more: members
+        for one, members in zip(settings, groups)
+    }
+
+
+def _named(name: str, value: Any) -> str:
+    return _text(value) if name == "env" else f"{name.removeprefix('ppo.').removeprefix('network.')}={_text(value)}"
 
 
 def differing_settings(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Names of settings that are not the same in all, seed and directory aside."""
+    """Names of settings that are not the same everywhere, without seed and directory."""
     names = dict.fromkeys(name for one in settings for name in one if name not in _NOT_A_CONDITION)
     return [name for name in names if len({_text(one.get(name)) for one in settings}) > 1]
 
@@ -198,15 +120,17 @@ def render(groups: Mapping[str, Sequence[Run]], *, replays: Sequence[Replay]) ->
     from plotly.io.json import to_json_plotly
     from plotly.offline import get_plotlyjs
 
-    sections, empty = draw({name: [run.metrics for run in members] for name, members in groups.items()})
+    sections, empty = draw({name: [curves(run) for run in members] for name, members in groups.items()})
     figures = [figure for members in sections.values() for figure in members]
+    facts = [_facts(name, members, style) for style, (name, members) in enumerate(groups.items())]
+    runs = [_facts(str(run.path), [run], style) for style, members in enumerate(groups.values()) for run in members]
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters["number"] = number
     template = environment.from_string(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
     return template.render(
         title=_title(groups),
-        groups=[_group_facts(name, members, style) for style, (name, members) in enumerate(groups.items())],
-        single=_run_facts(next(iter(groups.values()))[0]) if _is_single(groups) else None,
+        groups=facts,
+        runs=runs,
         sections=sections,
         empty=empty,
         settings=_settings_rows(groups),
@@ -217,7 +141,7 @@ def render(groups: Mapping[str, Sequence[Run]], *, replays: Sequence[Replay]) ->
         dashes=DASHES,
         made=f"{datetime.datetime.now():%Y-%m-%d %H:%M}",
         nonce=secrets.token_urlsafe(16),
-        # Both are script text: to_json_plotly writes <, > and / as escapes, so that no text can end the element.
+        # Both are text of scripts. to_json_plotly escapes <, > and /, so that no text can end the element.
         figures=to_json_plotly([_plotly(figure, go) for figure in figures]),
         plotly=get_plotlyjs(),
     )
@@ -241,80 +165,83 @@ def _title(groups: Mapping[str, Sequence[Run]]) -> str:
     return f"{len(groups)} settings on {environments}"
 
 
-def _is_single(groups: Mapping[str, Sequence[Run]]) -> bool:
-    return sum(len(members) for members in groups.values()) == 1
+def _settings(run: Run) -> dict[str, Any]:
+    """Settings by dotted name."""
+    return flat(run.config.model_dump())
 
 
-def _group_facts(name: str, members: Sequence[Run], style: int) -> dict[str, Any]:
+def _num_steps(run: Run) -> int:
+    """Environment steps so far."""
+    newest = max(int(table.steps[-1]) for table in (run.metrics, run.evaluations) if len(table.steps))
+    return max(newest, run.summary.get("steps", 0))
+
+
+def _seconds(run: Run) -> float:
+    """Spent training, as far as the metrics say so."""
+    parts = [run.column(name) for name in ("time/rollout_s", "time/update_s")]
+    known = [part for part in parts if not np.isnan(part).all()]
+    return float(sum(np.nansum(part) for part in known)) if known else run.summary.get("seconds", math.nan)
+
+
+def _speed(runs: Sequence[Run]) -> str:
+    """Environment steps per second."""
+    speeds = [_num_steps(run) / _seconds(run) for run in runs if _seconds(run) > 0]
+    return f"{np.mean(speeds):,.0f}" if speeds else "–"
+
+
+def _facts(name: str, members: Sequence[Run], style: int) -> dict[str, Any]:
+    """What the page says of a run, or of a group of them."""
     outcomes = [outcome for run in members if (outcome := _outcome(run)) is not None]
-    means = [outcome.mean for outcome in outcomes]
-    if not outcomes:
-        final, about = "–", "no episode has ended yet"
-    elif len(outcomes) == 1:
-        final, about = number(means[0]), outcomes[0].about
-    else:
-        final, about = (
-            number(float(np.mean(means))),
-            f"mean; seeds reach from {number(min(means))} to {number(max(means))}",
-        )
-    speeds = [run.steps / run.seconds for run in members if run.seconds > 0]
-    states = [_status(run)[0] for run in members]
+    final, about = outcomes[0] if outcomes else (math.nan, "no episode has ended yet")
+    if len(outcomes) > 1:
+        means = [mean for mean, _ in outcomes]
+        final, about = float(np.mean(means)), f"mean; seeds reach from {number(min(means))} to {number(max(means))}"
+    states = [_status(run) for run in members]
+    counts = Counter(state for state, _ in states)
     return {
         "name": name,
         "style": style,
         "seeds": ", ".join(str(run.config.seed) for run in members),
-        "final": final,
+        "final": number(final),
         "about": about,
-        "steps": " to ".join(dict.fromkeys(f"{f(run.steps for run in members):,}" for f in (min, max))),
-        "time": _duration(float(np.mean([run.seconds for run in members]))),
-        "speed": f"{np.mean(speeds):,.0f}" if speeds else "–",
-        "states": ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states)),
-        "runs": [_run_facts(run) for run in members],
+        "steps": " to ".join(dict.fromkeys(f"{f(map(_num_steps, members)):,}" for f in (min, max))),
+        "total": f"{members[0].config.total_steps:,}",
+        "time": _duration(float(np.mean(list(map(_seconds, members))))),
+        "speed": _speed(members),
+        "state": states[0][0],
+        "state_about": states[0][1],
+        "states": ", ".join(f"{count} {state}" for state, count in counts.items()),
     }
 
 
-def _run_facts(run: Run) -> dict[str, Any]:
-    outcome = _outcome(run)
-    state, about = _status(run)
-    return {
-        "path": str(run.path),
-        "env": run.config.env,
-        "seed": run.config.seed,
-        "final": "–" if outcome is None else number(outcome.mean),
-        "about": "no episode has ended yet" if outcome is None else outcome.about,
-        "steps": f"{run.steps:,}",
-        "total": f"{run.config.total_steps:,}",
-        "time": _duration(run.seconds),
-        "speed": f"{run.steps / run.seconds:,.0f}" if run.seconds > 0 else "–",
-        "state": state,
-        "state_about": about,
-    }
-
-
-def _outcome(run: Run) -> Outcome | None:
-    """The evaluation at the end, else the newest one, else the return in training."""
+def _outcome(run: Run) -> tuple[float, str] | None:
+    """A run's final return, with its interval and source: the final evaluation, else the newest, else training."""
     evaluation = run.summary.get("evaluation")
     if isinstance(evaluation, dict) and "mean_return" in evaluation:
         about = f"evaluation over {evaluation['episodes']} episodes"
-        if "ci95_low" in evaluation:
-            interval = f"95% interval {number(evaluation['ci95_low'])} to {number(evaluation['ci95_high'])}"
-        else:
-            interval = f"± {number(evaluation['std_return'])} (deviation)"
-        return Outcome(evaluation["mean_return"], f"{interval}, {about}")
-    for name, source in (("evaluations/mean_return", "evaluation"), ("episode/mean_return", "training")):
-        if (curve := run.metrics.get(name)) is not None and np.isfinite(curve.values).any():
-            last = np.flatnonzero(np.isfinite(curve.values))[-1]
-            interval = ""
-            if source == "evaluation" and "evaluations/ci95_low" in run.metrics:
-                low, high = (run.metrics[f"evaluations/ci95_{end}"].values[last] for end in ("low", "high"))
-                interval = f"95% interval {number(low)} to {number(high)}, "
-            return Outcome(float(curve.values[last]), f"{interval}in {source} after {curve.steps[last]:,.0f} steps")
+        spread = _interval(evaluation) or f"± {number(evaluation['std_return'])} (deviation)"
+        return evaluation["mean_return"], f"{spread}, {about}"
+    for table, name, source in (
+        (run.evaluations, "mean_return", "evaluation"),
+        (run.metrics, "episode/mean_return", "training"),
+    ):
+        known = np.flatnonzero(np.isfinite(table.columns.get(name, [])))
+        if len(known):
+            last = {column: float(values[known[-1]]) for column, values in table.columns.items()}
+            where = f"in {source} after {table.steps[known[-1]]:,} steps"
+            return last[name], ", ".join(filter(None, (_interval(last), where)))
     return None
+
+
+def _interval(of: Mapping[str, float]) -> str:
+    """The 95% interval of an evaluation in words, or "" where it has none: a single episode gives none."""
+    low, high = of.get("ci95_low", math.nan), of.get("ci95_high", math.nan)
+    return f"95% interval {number(low)} to {number(high)}" if math.isfinite(low) and math.isfinite(high) else ""
 
 
 def _status(run: Run) -> tuple[str, str]:
     if not run.summary:
-        written = datetime.datetime.fromtimestamp(run.modified)
+        written = datetime.datetime.fromtimestamp((run.path / "metrics.csv").stat().st_mtime)
         return "not finished", f"running or killed; newest numbers of {written:%Y-%m-%d %H:%M}"
     return ("stopped", "before its end, with a checkpoint") if run.summary.get("stopped_early") else ("finished", "")
 
@@ -324,11 +251,12 @@ def _settings_rows(groups: Mapping[str, Sequence[Run]]) -> list[dict[str, Any]]:
     first = [members[0] for members in groups.values()]
     default = flat(RunConfig(env=first[0].config.env).model_dump())
     tuned = [flat(preset_settings(run.config.preset, run.config.env)) for run in first]
-    differing = differing_settings([run.settings for run in first])
+    settings = [_settings(run) for run in first]
+    differing = differing_settings(settings)
     descriptions = _descriptions(RunConfig)
     rows = []
-    for name in dict.fromkeys(name for run in first for name in run.settings):
-        values = [run.settings.get(name) for run in first]
+    for name in dict.fromkeys(name for one in settings for name in one):
+        values = [one.get(name) for one in settings]
         if name in _NOT_A_CONDITION or (name == "env" and name not in differing):
             continue
         if name in differing or any(_text(value) != _text(default.get(name)) for value in values):
@@ -358,20 +286,6 @@ def _descriptions(model: type[Config], prefix: str = "") -> dict[str, str]:
         else:
             result[f"{prefix}{name}"] = field.description or ""
     return result
-
-
-def _group_name(settings: Mapping[str, Any], differing: Sequence[str], groups: Sequence[Sequence[Run]]) -> str:
-    """The differing settings; of many, the first that tell the groups apart, and how many more there are."""
-    shown = 1
-    while len({tuple(_text(g[0].settings.get(name)) for name in differing[:shown]) for g in groups}) < len(groups):
-        shown += 1
-    shown = len(differing) if len(differing) <= MAX_NAMED_SETTINGS else shown
-    parts = [
-        _text(settings.get(name)) if name == "env" else f"{name.split('.')[-1]}={_text(settings.get(name))}"
-        for name in differing[:shown]
-    ]
-    more = len(differing) - shown
-    return ", ".join(parts) + (f" and {more} more" if more else "")
 
 
 def _replay(run_dir: Path) -> Replay:
@@ -412,23 +326,7 @@ def _require_plotly() -> None:
         import jinja2  # noqa: F401
         import plotly  # noqa: F401
     except ImportError as error:
-        raise RunError(f"reports need {error.name}: pip install 'dualhead[report]'") from error
-
-
-def _read_summary(path: Path) -> dict[str, Any]:
-    try:
-        summary: Any = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return summary if isinstance(summary, dict) else {}
-
-
-def _float(cell: Any) -> float:
-    try:
-        value = float(cell)
-    except (TypeError, ValueError):
-        return math.nan
-    return value if math.isfinite(value) else math.nan
+        raise RunError(f"reports need {error.name}: pip install -e '.[report]' in the checkout") from error
 
 
 def _text(value: Any) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-FloatArray = NDArray[np.float64]
+from dualhead.running.results import FloatArray, Run
 
 MAX_POINTS = 1000
 NUM_MEANS = 100
@@ -26,7 +26,7 @@ class Curve(NamedTuple):
         values: [P], NaN where there is none.
     """
 
-    steps: FloatArray
+    steps: NDArray[Any]
     values: FloatArray
 
 
@@ -161,6 +161,16 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
 """Figures by section, in the order of the page. A metric belongs to the first panel that fits."""
 
 
+def curves(run: Run) -> dict[str, Curve]:
+    """Curves of a run by metric; those of its evaluations under `evaluations/`. Numbers that are not finite are NaN."""
+    # metrics.csv repeats an evaluation where it fell together with an update.
+    columns = [(name, run.metrics.steps, v) for name, v in run.metrics.columns.items() if name[:11] != "evaluation/"]
+    for name in ("mean_return", "mean_length", "ci95_low", "ci95_high"):
+        if name in run.evaluations.columns:
+            columns.append((f"evaluations/{name}", run.evaluations.steps, run.evaluations.columns[name]))
+    return {name: Curve(steps, np.where(np.isfinite(v), v, np.nan)) for name, steps, v in columns}
+
+
 def draw(groups: Mapping[str, Sequence[Mapping[str, Curve]]]) -> tuple[dict[str, list[Figure]], list[str]]:
     """Figures of all metrics that any run has; metrics without a panel come last, by their prefix.
 
@@ -245,11 +255,10 @@ def _figure(panel: Panel, names: list[str], words: str, lines: list[Line]) -> Fi
     middles = {line.label: mean_and_range(line.curves)[0] for line in lines}
     for line in lines:
         low, high = line.interval or mean_and_range(line.curves)[1:]
-        if line.interval is not None:
-            band = "95% interval over episodes"
-        elif len(line.curves) > 1:
-            band = "lowest to highest seed"
-        if band and (line.interval is not None or len(line.curves) > 1):
+        known = np.isfinite(low.values) & np.isfinite(high.values)
+        # A band needs two neighbours: one evaluation, or evaluations of one episode each, have none.
+        if (line.interval is not None or len(line.curves) > 1) and (known[1:] & known[:-1]).any():
+            band = "lowest to highest seed" if line.interval is None else "95% interval over episodes"
             traces.append(_band_trace(low, high, line.style))
     for line in lines:
         if len(line.curves) > 1 or len(line.curves[0].values) > 2 * NUM_MEANS:
@@ -335,32 +344,28 @@ def stretch_means(curve: Curve, num_stretches: int = NUM_MEANS) -> Curve:
     """Means over equal stretches of a curve that has more than two points for each; NaN where there is no number."""
     if len(curve.values) <= 2 * num_stretches:
         return curve
-    stretches = np.array_split(np.arange(len(curve.values)), num_stretches)
-    finite = [curve.values[stretch][np.isfinite(curve.values[stretch])] for stretch in stretches]
-    means = np.array([part.mean() if len(part) else np.nan for part in finite])
-    return Curve(np.array([curve.steps[stretch].mean() for stretch in stretches]), means)
+    return Curve(_by_stretch(curve.steps, num_stretches, np.mean), _by_stretch(curve.values, num_stretches, np.mean))
 
 
 def outline(low: Curve, high: Curve, max_points: int = MAX_POINTS) -> Curve:
     """A band as closed polygons with gaps between them; of a long one, the reach of each of equal stretches."""
     steps, lowest, highest = low.steps, low.values, high.values
-    if len(steps) > max_points // 2:
-        stretches = np.array_split(np.arange(len(steps)), max_points // 2)
-        steps = np.array([steps[stretch].mean() for stretch in stretches])
-        lowest, highest = _reach(low.values, stretches)[0], _reach(high.values, stretches)[1]
+    if len(steps) > (half := max_points // 2):
+        steps = _by_stretch(steps, half, np.mean)
+        lowest, highest = _by_stretch(lowest, half, np.min), _by_stretch(highest, half, np.max)
     present = np.flatnonzero(np.isfinite(lowest) & np.isfinite(highest))
-    parts: list[tuple[FloatArray, FloatArray]] = []
+    gap = np.array([np.nan])
+    along, around = [], []
     for part in np.split(present, np.flatnonzero(np.diff(present) > 1) + 1):
-        around = np.concatenate([part, part[::-1]])
-        parts.append((steps[around], np.concatenate([highest[part], lowest[part[::-1]]])))
-        parts.append((np.array([np.nan]), np.array([np.nan])))
-    return Curve(*(np.concatenate(side) for side in zip(*parts[:-1])))
+        along += [steps[part], steps[part[::-1]], gap]
+        around += [highest[part], lowest[part[::-1]], gap]
+    return Curve(np.concatenate(along[:-1]), np.concatenate(around[:-1]))
 
 
-def _reach(values: FloatArray, stretches: Sequence[NDArray[np.intp]]) -> tuple[FloatArray, FloatArray]:
-    finite = [values[stretch][np.isfinite(values[stretch])] for stretch in stretches]
-    low = np.array([part.min() if len(part) else np.nan for part in finite])
-    return low, np.array([part.max() if len(part) else np.nan for part in finite])
+def _by_stretch(values: NDArray[Any], num_stretches: int, function: Callable[[FloatArray], Any]) -> FloatArray:
+    """A number for each of equal stretches, from the finite values in it; NaN where there is none."""
+    stretches = [stretch[np.isfinite(stretch)] for stretch in np.array_split(values, num_stretches)]
+    return np.array([function(stretch) if len(stretch) else np.nan for stretch in stretches])
 
 
 def _trace(curve: Curve, line: Line, *, pale: bool) -> dict[str, Any]:

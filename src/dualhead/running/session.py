@@ -15,7 +15,7 @@ from dualhead.agent import DualHeadRecurrentPPO
 from dualhead.config import RunConfig
 from dualhead.population import IndependentLearners, Learner, Turnover, strengths_by_agent
 from dualhead.running.checkpoint import RunError, save_checkpoint
-from dualhead.running.metrics import EpisodeTracker
+from dualhead.running.episodes import EpisodeTracker
 from dualhead.storage import RUN_PREFIX, CheckpointError, with_prefix, without_prefix
 from dualhead.worlds.object_graph import CannotSnapshot
 from dualhead.worlds.registry import open_streams

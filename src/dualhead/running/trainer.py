@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dualhead.config import RunConfig
+from dualhead.config import EVAL_EPISODES, RunConfig
 from dualhead.running.checkpoint import (
     RunError,
     checkpoints,
@@ -31,8 +31,8 @@ from dualhead.running.checkpoint import (
 )
 from dualhead.running.evaluation import evaluate, evaluation_size
 from dualhead.running.machine import CoreUse, keep_freed_memory
-from dualhead.running.metrics import CSVWriter, Writer, make_writers, require_packages
 from dualhead.running.session import Session
+from dualhead.running.writers import CSVWriter, Writer, make_writers, require_packages
 from dualhead.types import DataError, DivergedError
 from dualhead.worlds.registry import open_streams
 
@@ -211,7 +211,7 @@ class Evaluator:
     def __init__(self, session: Session, run_dir: Path, *, resume_at: int | None) -> None:
         self._session, self._run_dir = session, run_dir
         self._writer = CSVWriter(run_dir, name="evaluations.csv", resume_at=resume_at)
-        self._num_envs, self._episodes = evaluation_size(session.config, session.config.eval_episodes or 20)
+        self._num_envs, self._episodes = evaluation_size(session.config, session.config.eval_episodes or EVAL_EPISODES)
         self._streams: Any = None
         self._last: tuple[int, dict[str, float]] = (-1, {})
 

@@ -1,4 +1,4 @@
-"""A policy at play, as a video or an animated picture."""
+"""Videos and animated pictures of a policy that plays."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from dualhead.worlds.streams import make_env
 DEFAULT_FPS = 30
 COMMONS_FPS = 5.0
 GIF_MAX_FRAMES, GIF_MAX_WIDTH, GIF_MAX_FPS = 500, 300, 50
-"""Frames, pixels, frames per second: larger pictures do not fit a page, faster ones are slowed down by browsers."""
+"""Frames, pixels, frames per second. Larger pictures do not fit a page, and browsers slow down faster ones."""
 
 
 def record_video(
@@ -38,13 +38,13 @@ def record_video(
     seed: int = EVALUATION_SEED,
     deterministic: bool = True,
 ) -> Path:
-    """Films one episode (in the commons: an epoch of one world), at the pace of the environment's `render_fps`.
+    """Films one episode (in the commons one epoch of one world), with the environment's `render_fps`.
 
     Args:
         run_dir: a run directory (its newest whole checkpoint plays), or one of its checkpoint files.
-        out: a file that ends in .mp4 or .gif; folders are made. A GIF is scaled down to at most 300 pixels width, and
-            frames are left out evenly where there are more than 500, or more than 50 a second.
-        max_steps: where a longer episode is cut off.
+        out: a file that ends in .mp4 or .gif; missing folders are created. A GIF is scaled down to a width of at most
+            300 pixels, and frames are left out evenly if there are more than 500, or more than 50 a second.
+        max_steps: a longer episode is cut off after this many steps.
         seed: of the environment and of sampling.
         deterministic: the likeliest actions, or sampled ones.
 
@@ -69,14 +69,8 @@ def record_video(
         loaded = load_weights(run_dir)
         loaded.expect_spaces(env.observation_space, env.action_space, of=config.env)
         player = Player(loaded.policy, env.observation_space, env.action_space, seed=seed)
-        if isinstance(env, Commons):
-            fps, frames = (
-                COMMONS_FPS,
-                _frames_of_commons(env, player, max_steps, seed=seed, deterministic=deterministic),
-            )
-        else:
-            fps = float(env.metadata.get("render_fps") or DEFAULT_FPS)
-            frames = _frames(env, player, max_steps, seed=seed, deterministic=deterministic)
+        fps = COMMONS_FPS if isinstance(env, Commons) else float(env.metadata.get("render_fps") or DEFAULT_FPS)
+        frames = _frames(env, player, max_steps, seed=seed, deterministic=deterministic)
         with _replacing(out) as unfinished:
             write(unfinished, frames, fps)
     except DataError as error:
@@ -103,35 +97,32 @@ def _renderable(name: str) -> gym.Env:
 
 
 def _frames(
-    env: gym.Env, player: Player, max_steps: int, *, seed: int, deterministic: bool
+    env: gym.Env | Commons, player: Player, max_steps: int, *, seed: int, deterministic: bool
 ) -> Iterator[NDArray[np.uint8]]:
-    """Pictures [height, width, 3] of the reset and of every step."""
-    observation, _ = env.reset(seed=seed)
-    reward: Any = 0.0
+    """Pictures [height, width, 3] of the reset and of every step, to the end of the episode or epoch."""
+    observation: Any
+    reward: Any = None
+    if isinstance(env, Commons):
+        observation, start = env.reset(seed=seed), np.ones(env.num_streams, dtype=bool)
+        max_steps = min(max_steps, env.config.epoch_turns)
+    else:
+        (observation, _), start = env.reset(seed=seed), np.array(True)
+    ended = False
     yield _frame(env)
-    for step in range(max_steps):
-        action = player.act(observation, step == 0, rewards=reward, deterministic=deterministic)
-        observation, reward, terminated, truncated, _ = env.step(action)
+    while max_steps and not ended:
+        action = player.act(observation, start, rewards=reward, deterministic=deterministic)
+        if isinstance(env, Commons):
+            observation, reward, *_ = env.step(action)
+        else:
+            observation, reward, terminated, truncated, _ = env.step(action)
+            ended = terminated or truncated
+        start, max_steps = np.zeros_like(start), max_steps - 1
         yield _frame(env)
-        if terminated or truncated:
-            return
 
 
-def _frames_of_commons(
-    commons: Commons, player: Player, max_steps: int, *, seed: int, deterministic: bool
-) -> Iterator[NDArray[np.uint8]]:
-    """Pictures of one world over an epoch."""
-    observations = commons.reset(seed=seed)
-    starts, rewards = np.ones(commons.num_streams, dtype=bool), None
-    yield commons.frame()
-    for _ in range(min(max_steps, commons.config.epoch_turns)):
-        step = commons.step(player.act(observations, starts, rewards=rewards, deterministic=deterministic))
-        observations, rewards = step.observations, step.rewards
-        starts[:] = False
-        yield commons.frame()
-
-
-def _frame(env: gym.Env) -> NDArray[np.uint8]:
+def _frame(env: gym.Env | Commons) -> NDArray[np.uint8]:
+    if isinstance(env, Commons):
+        return env.frame()
     frame = np.asarray(env.render())
     if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
         raise RunError(
@@ -180,7 +171,7 @@ def _imageio(path: Path) -> Any:
             importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise RunError(
-            f"a {path.suffix} video needs the package {error.name}: pip install 'dualhead[video]'"
+            f"a {path.suffix} video needs the package {error.name}: pip install -e '.[video]' in the checkout"
         ) from error
     import imageio
 
@@ -189,7 +180,7 @@ def _imageio(path: Path) -> Any:
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` that takes its place once all is well."""
+    """A temporary file beside `path` that replaces it if no error occurs."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         yield Path(folder) / f"video{path.suffix.lower()}"

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dualhead.config import StudyConfig
+from dualhead.running.results import FloatArray, Run
 from dualhead.studies.commons_measures import (
     GROUPS,
     RELAPSE_SHARE,
@@ -21,7 +22,7 @@ from dualhead.studies.commons_measures import (
     spans,
 )
 from dualhead.studies.figures import NUM_MEANS, Figure, Line2D, band, colours, dots, legend, rolling_mean, save
-from dualhead.studies.measures import FloatArray, Run, mean_of_known
+from dualhead.studies.measures import mean_of_known
 
 STYLES: dict[str, Any] = {"newcomers": ":", "incumbents": "--"}
 
@@ -46,9 +47,9 @@ def draw_figures(study: StudyConfig, runs: list[Run], folder: Path) -> list[Path
 
 
 def _overview(study: StudyConfig, runs: list[Run]) -> Figure:
-    """The one question: the share of the harmful resource over time, or the reward where the phases repeat.
+    """The share of the harmful resource over time, or the reward if the phases repeat.
 
-    Where there is one phase, or where they repeat, the late means of single seeds say more than curves and stand
+    If there is one phase, or the phases repeat, the late means of single seeds say more than curves: they are drawn
     beside them.
     """
     taken, reward = _panels(study)[0], _panels(study)[-1]
@@ -73,7 +74,7 @@ def _overview(study: StudyConfig, runs: list[Run]) -> Figure:
 
 
 def _details(study: StudyConfig, runs: list[Run]) -> Figure:
-    """What lies behind it: level, votes, norm strength, guilt, reward; what has nothing to show is left out."""
+    """The details: level, votes, norm strength, guilt, reward. What is constant is left out."""
     panels = [panel for panel in _panels(study) if _has_content(panel, runs)]
     if all(phase.mode != "voted" for run in runs for phase in run.config.commons.phases):
         panels = [panel for panel in panels if not panel.title.startswith("votes")]  # they do nothing
@@ -120,7 +121,7 @@ def _panels(study: StudyConfig) -> list[_Panel]:
 
 
 def _has_content(panel: _Panel, runs: list[Run]) -> bool:
-    """Whether it shows more than one number: a level that is fixed for good, say, is no content."""
+    """Whether it shows more than one number. A level that never changes, for example, is no content."""
     values = np.concatenate([rolling_mean(panel.values(run), _window(runs)) for run in runs])
     values = values[~np.isnan(values)]
     return len(values) > 0 and bool(np.ptp(values) > 1e-9)
@@ -169,7 +170,7 @@ def _dots(axes: Any, study: StudyConfig, runs: list[Run], panel: _Panel) -> None
 
 
 def _name_phases(axes: Any, runs: list[Run]) -> None:
-    """Names above the axes, where they are no one's way."""
+    """Names of the phases above the axes, if there is room."""
     total = max(run.turns[-1] for run in runs)
     common = _common_spans(runs)
     for span in common:
@@ -189,7 +190,7 @@ def _name_phases(axes: Any, runs: list[Run]) -> None:
 
 
 def _mark_closed_form(axes: Any, study: StudyConfig, runs: list[Run]) -> list[Any]:
-    """A mark for each condition where guilt ceases to outweigh the gain, by the closed form; its legend entry."""
+    """For each condition marks the turn after which guilt no longer outweighs the gain, by the closed form."""
     found = False
     for colour, of_condition in zip(colours(study), _by_condition(study, runs)):
         turns = [turn for turn in (closed_form_turn(study, run) for run in of_condition) if turn is not None]

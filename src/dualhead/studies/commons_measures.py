@@ -1,4 +1,4 @@
-"""What only a study of the commons measures: shares, rewards and relapses by phase."""
+"""Measures of a study of the commons alone: shares, rewards and relapses by phase."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from dualhead.config import RunConfig, StudyConfig
 from dualhead.norms import guilt_outweighs_until, steps_until
-from dualhead.studies.measures import FloatArray, Run, mean_of_known
+from dualhead.running.results import FloatArray, Run
+from dualhead.studies.measures import mean_of_known
 from dualhead.studies.tables import print_table, say, seeds_in_words, with_interval
 
 RELAPSE_SHARE = 0.5
@@ -159,7 +160,9 @@ def results(study: StudyConfig, runs: list[Run]) -> tuple[list[dict[str, Any]], 
         shares = {
             f"{prefix}/share/{study.harmful}": share(run, study.harmful, prefix) for prefix in ("commons", *GROUPS)
         }
-        columns = {name: column for name, column in (shares | run.columns).items() if not np.isnan(column).all()}
+        columns = {
+            name: column for name, column in (shares | run.metrics.columns).items() if not np.isnan(column).all()
+        }
         names |= dict.fromkeys(columns)
         phases = spans(run.config)
         for i, turn in enumerate(run.turns.tolist()):

@@ -1,59 +1,22 @@
-"""The numbers of a study: what finished runs left behind, one number per run and measure, means with intervals."""
+"""The numbers of a study: one per finished run and measure, and their means with intervals."""
 
 from __future__ import annotations
 
-import csv
 import difflib
 import math
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
-from scipy import stats
 
-from dualhead.config import RunConfig, StudyConfig
-from dualhead.running.checkpoint import RunError, read_json
+from dualhead.config import StudyConfig
+from dualhead.running.checkpoint import RunError
+from dualhead.running.results import FloatArray, Run, interval
 
 DEFAULT_MEASURES = ("evaluation/mean_return", "episode/mean_return", "steps_per_s")
 """Measures of a study that lists none; those that no run has are left out."""
 LAST_PART = 0.1
 """Share of a run's updates, at its end, over which a column of metrics.csv is averaged."""
-
-FloatArray = NDArray[np.float64]
-
-
-class Run(NamedTuple):
-    """One finished run.
-
-    Fields:
-        condition: of the study.
-        config: environment, seed and all other settings.
-        steps: [U] environment steps at the end of each update.
-        columns: metric name -> [U], from metrics.csv; NaN where a row lacks it.
-        numbers: from summary.json; those of the final evaluation begin with `evaluation/`.
-    """
-
-    condition: str
-    config: RunConfig
-    steps: NDArray[np.int64]
-    columns: dict[str, FloatArray]
-    numbers: dict[str, float]
-
-    @property
-    def turns(self) -> NDArray[np.int64]:
-        """[U] steps of each stream at the end of each update."""
-        return self.steps // self.config.num_streams
-
-    @property
-    def curves(self) -> set[str]:
-        """Columns that can be a measure. An evaluation during training cannot: the final one has its name."""
-        return {name for name in self.columns if not name.startswith("evaluation/")}
-
-    def column(self, name: str) -> FloatArray:
-        """[U] of one metric; NaN where it was not logged."""
-        return self.columns.get(name, np.full(len(self.steps), np.nan))
 
 
 class Measured(NamedTuple):
@@ -63,27 +26,20 @@ class Measured(NamedTuple):
     values: dict[str, float]
 
 
-def read_run(condition: str, config: RunConfig) -> Run:
-    """What a finished run logged.
+def numbers(run: Run) -> dict[str, float]:
+    """Numbers of a run's summary.json by name; those of the final evaluation begin with `evaluation/`."""
+    evaluation = {f"evaluation/{name}": value for name, value in run.summary.get("evaluation", {}).items()}
+    settings = ("seed", "evaluation")  # what is given is no outcome
+    return {
+        name: float(value)
+        for name, value in (run.summary | evaluation).items()
+        if type(value) in (int, float) and name not in settings
+    }
 
-    Raises:
-        RunError: its `metrics.csv` cannot be read.
-    """
-    assert config.run_dir is not None
-    path = Path(config.run_dir) / "metrics.csv"
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-        steps = np.array([int(row["steps"]) for row in rows])
-        names = [name for name in rows[0] if name != "steps"]
-        columns = {name: np.array([float(row[name] or "nan") for row in rows]) for name in names}
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise RunError(f"cannot read {path}: {error}; remove its run, and the same command repeats it") from error
-    summary = read_json(path.with_name("summary.json")) or {}
-    evaluation = {f"evaluation/{name}": value for name, value in summary.pop("evaluation", {}).items()}
-    summary.pop("seed", None)  # what is given is no outcome
-    numbers = {name: float(value) for name, value in (summary | evaluation).items() if type(value) in (int, float)}
-    return Run(condition, config, steps, columns, numbers)
+
+def curves(run: Run) -> set[str]:
+    """Columns that can be a measure. An evaluation during training cannot: the final one has its name."""
+    return {name for name in run.metrics.columns if not name.startswith("evaluation/")}
 
 
 def measure(run: Run, name: str) -> float:
@@ -96,11 +52,11 @@ def measure(run: Run, name: str) -> float:
     Returns:
         NaN where the run has no such measure.
     """
-    if name in run.numbers:
-        return run.numbers[name]
-    if name not in run.curves:
+    if name in (known := numbers(run)):
+        return known[name]
+    if name not in curves(run):
         return math.nan
-    column = run.columns[name]
+    column = run.column(name)
     if name.startswith("time/"):
         return float(np.median(column[~np.isnan(column)])) if not np.isnan(column).all() else math.nan
     return mean_of_known(column[-math.ceil(LAST_PART * len(column)) :])
@@ -108,7 +64,7 @@ def measure(run: Run, name: str) -> float:
 
 def unknown_measures(names: Iterable[str], runs: list[Run]) -> list[str]:
     """A line for each measure that no run has, with the nearest ones that there are."""
-    known = {name: None for run in runs for name in sorted(run.curves | run.numbers.keys())}
+    known = {name: None for run in runs for name in sorted(curves(run) | numbers(run).keys())}
     return [
         f"{name!r} is no measure of these runs; the nearest: "
         + ", ".join(difflib.get_close_matches(name, known, n=3, cutoff=0.0))
@@ -134,7 +90,7 @@ def chosen_measures(study: StudyConfig, runs: list[Run]) -> tuple[str, ...]:
 
 def curves_among(measures: Iterable[str], runs: list[Run]) -> list[str]:
     """Those measures that change during a run; the return in training where there is none among them."""
-    columns = {name for run in runs for name in run.curves}
+    columns = {name for run in runs for name in curves(run)}
     return [name for name in measures if name in columns] or ["episode/mean_return"]
 
 
@@ -160,18 +116,6 @@ def summarise(measured: list[Measured]) -> list[dict[str, Any]]:
     return rows
 
 
-def interval(values: FloatArray) -> tuple[float, float]:
-    """95% interval of a mean by Student's t; NaN for one value, or where one is not finite.
-
-    mean ± t_{0.975, n − 1} s / √n,  s² = Σ (value − mean)² / (n − 1)
-    """
-    if len(values) < 2 or not np.isfinite(values).all():
-        return np.nan, np.nan
-    mean = float(values.mean())
-    half = float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values)))
-    return mean - half, mean + half
-
-
 def mean_of_known(values: FloatArray) -> float:
-    """Mean of what is there; NaN where nothing is."""
+    """Mean of the numbers that are not NaN; NaN if there are none."""
     return float(np.nanmean(values)) if not np.isnan(values).all() else float("nan")

@@ -1,4 +1,4 @@
-"""Runs side by side, each in a process of its own, so that what kills one leaves the others alone."""
+"""Several runs at a time, each in its own process, so that a run that is killed does not affect the others."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Generator, Hashable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from dualhead.config import RunConfig
 from dualhead.running.checkpoint import RunError
+from dualhead.running.results import last_steps
 from dualhead.storage import CheckpointError
 from dualhead.worlds.streams import UnavailableEnvironment
 
 OUTPUT = "output.txt"
-"""What a run said, in its directory."""
+"""File in the run directory with what the run printed."""
 _LONGEST_ANSWER = 10_000
 """Characters; the whole of it is in OUTPUT."""
 
@@ -36,8 +37,6 @@ _PRELOADED = [
     "tensorboard.summary.writer.record_writer",
 ]
 
-Key = TypeVar("Key", bound=Hashable)
-
 
 class _Worker(NamedTuple):
     process: Any
@@ -46,24 +45,23 @@ class _Worker(NamedTuple):
 
 
 def run_in_processes(
-    configs: Mapping[Key, RunConfig], *, jobs: int, label: Callable[[Key], str] = str
-) -> Generator[tuple[Key, str | None, float], None, None]:
-    """Trains, or goes on with, runs of which at most `jobs` are under way at a time.
+    configs: Mapping[str, RunConfig], *, jobs: int
+) -> Generator[tuple[str, str | None, float], None, None]:
+    """Trains runs, or resumes them, at most `jobs` at a time.
 
-    On Ctrl-C, and where this process ends in another way, the runs at hand end with a checkpoint; a second Ctrl-C ends
-    them at once.
+    When this process ends, by Ctrl-C or otherwise, the runs under way save a checkpoint and end. A second Ctrl-C kills
+    them.
 
     Args:
-        configs: of the runs, with their `run_dir`.
+        configs: settings of each run, with its `run_dir`, by what it is called on the terminal.
         jobs: number of processes.
-        label: what a run is called on the terminal.
 
     Yields:
-        As each ends: its key, what went wrong (None: nothing), and the seconds that it took.
+        When a run ends: its name, what went wrong (None: nothing), and the seconds that it took.
     """
     waiting = list(configs.items())
-    running: dict[Key, _Worker] = {}
-    with _progress(configs, label) as progress:
+    running: dict[str, _Worker] = {}
+    with _progress(configs) as show:
         try:
             while waiting or running:
                 while waiting and len(running) < jobs:
@@ -71,7 +69,7 @@ def run_in_processes(
                     running[key] = _start(config)
                 sentinels = [worker.process.sentinel for worker in running.values()]
                 multiprocessing.connection.wait(sentinels, timeout=1.0)
-                progress.show(list(running))
+                show(list(running))
                 for key in [key for key, worker in running.items() if not worker.process.is_alive()]:
                     worker = running.pop(key)
                     yield key, _outcome(worker, configs[key]), time.perf_counter() - worker.begun
@@ -80,7 +78,7 @@ def run_in_processes(
 
 
 def _start(config: RunConfig) -> _Worker:
-    # Forked from a process that has imported what runs need and done nothing else: a run begins at once.
+    # The fork server has imported what runs need and done nothing else, so a run starts immediately.
     context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
     if sys.platform == "linux":
         context.set_forkserver_preload(_PRELOADED)
@@ -94,7 +92,7 @@ def _start(config: RunConfig) -> _Worker:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Child processes begin with one thread for the libraries that read it from the environment."""
+    """Limits libraries in child processes to one thread; they read it from the environment."""
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"
     try:
@@ -134,7 +132,7 @@ def _stop(processes: list[Any]) -> None:
 
 
 def _work(config: RunConfig, answer: Connection) -> None:
-    """In the process of a run: trains, and answers with what went wrong, or None."""
+    """Runs in the child process: trains, and sends back what went wrong, or None."""
     if hasattr(os, "setsid"):
         os.setsid()  # Ctrl-C at the terminal reaches the parent alone, which tells its children to stop
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -146,12 +144,12 @@ def _work(config: RunConfig, answer: Connection) -> None:
     except Exception as error:
         traceback.print_exc()
         problem = f"{type(error).__name__}: {error}"
-    # Nobody reads before the process has ended, and a pipe takes no more than 64 kB meanwhile.
+    # The parent reads only after this process has ended, and a pipe holds 64 kB.
     answer.send(problem and problem[:_LONGEST_ANSWER])
 
 
 def _end_with_parent() -> None:
-    """A parent that was killed cannot tell its children: they end, with a checkpoint, when it is gone."""
+    """Ends this process, with a checkpoint, when its parent is gone: a killed parent cannot tell its children."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -177,44 +175,27 @@ def _train(config: RunConfig) -> str | None:
     return f"stopped after {summary['steps']} steps" if summary["stopped_early"] else None
 
 
-class _Bars:
-    """On a terminal: a bar for each run under way, and one for all."""
-
-    def __init__(self, progress: Progress, configs: Mapping[Any, RunConfig], label: Callable[[Any], str]) -> None:
-        self._progress, self._configs, self._label = progress, configs, label
-        total = sum(config.total_steps for config in configs.values())
-        self._steps: dict[Any, int] = {}
-        self._all = progress.add_task("all runs", total=total)
-        self._bars: dict[Any, Any] = {}
-
-    def show(self, running: list[Any]) -> None:
-        """Reads how far each run is."""
-        if self._progress.disable:
-            return
-        for key in running:
-            config = self._configs[key]
-            if key not in self._bars:
-                self._bars[key] = self._progress.add_task(self._label(key), total=config.total_steps)
-            self._steps[key] = min(_steps_so_far(config), config.total_steps)
-            self._progress.update(self._bars[key], completed=self._steps[key])
-        for key in self._bars.keys() - set(running):
-            self._progress.remove_task(self._bars.pop(key))
-        self._progress.update(self._all, completed=sum(self._steps.values()))
-
-
 @contextmanager
-def _progress(configs: Mapping[Any, RunConfig], label: Callable[[Any], str]) -> Iterator[_Bars]:
+def _progress(configs: Mapping[str, RunConfig]) -> Iterator[Callable[[list[str]], None]]:
+    """On a terminal: a bar for each run under way, and one for all. Call what it yields with the runs under way."""
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f}%"), TimeElapsedColumn())
     with Progress(*columns, transient=True, disable=not sys.stdout.isatty() or not configs) as progress:
-        yield _Bars(progress, configs, label)
+        together = progress.add_task("all runs", total=sum(config.total_steps for config in configs.values()))
+        bars: dict[str, Any] = {}
+        steps: dict[str, int] = {}
 
+        def show(running: list[str]) -> None:
+            if progress.disable:
+                return
+            for name in running:
+                run_dir, total = configs[name].run_dir, configs[name].total_steps
+                assert run_dir is not None
+                steps[name] = min(last_steps(Path(run_dir) / "metrics.csv"), total)
+                if name not in bars:
+                    bars[name] = progress.add_task(name, total=total)
+                progress.update(bars[name], completed=steps[name])
+            for name in bars.keys() - set(running):
+                progress.remove_task(bars.pop(name))
+            progress.update(together, completed=sum(steps.values()))
 
-def _steps_so_far(config: RunConfig) -> int:
-    """By the last row of its metrics."""
-    assert config.run_dir is not None
-    try:
-        contents = (Path(config.run_dir) / "metrics.csv").read_bytes()
-    except OSError:
-        return 0
-    steps = contents.rstrip().rpartition(b"\n")[2].partition(b",")[0]
-    return int(steps) if steps.isdigit() else 0
+        yield show

@@ -1,4 +1,4 @@
-"""Studies: conditions x environments x seeds from one file, trained side by side; tables with intervals, figures.
+"""Studies: trains conditions x environments x seeds from one file, and writes tables with intervals and figures.
 
 STUDY/                           --out, default runs/study-NAME
   study.json                     what was asked for
@@ -26,13 +26,13 @@ from typing import NamedTuple
 from dualhead.config import RunConfig, StudyConfig
 from dualhead.running.checkpoint import RunError, read_config, read_json, write_json
 from dualhead.running.machine import num_cores
+from dualhead.running.results import Run, read_run
 from dualhead.studies import commons_measures, tables
 from dualhead.studies.measures import (
     Measured,
     chosen_measures,
     curves_among,
     measure_all,
-    read_run,
     summarise,
     unknown_measures,
 )
@@ -111,19 +111,19 @@ def read_study(name: str) -> StudyConfig:
 
 
 def run_study(name: str, *, out: str | None = None, jobs: int | None = None) -> Path:
-    """Runs what is not finished yet, then writes tables and figures and prints the summary.
+    """Runs what is not finished yet, writes tables and figures, and prints the summary.
 
     Args:
         name: path or name of the study.
         out: its directory; None: runs/study-NAME.
-        jobs: runs side by side; None: as many as there are cores for.
+        jobs: number of runs at a time; None: as many as the cores allow.
 
     Returns:
         The directory.
 
     Raises:
         RunError: the study is not possible, its directory holds other runs, or some runs failed (the others finish).
-        KeyboardInterrupt: Ctrl-C; the runs at hand have saved checkpoints, and the same command goes on with them.
+        KeyboardInterrupt: Ctrl-C; the runs under way have saved checkpoints, and the same command resumes them.
     """
     study = read_study(name)
     if jobs is not None and jobs < 1:
@@ -132,7 +132,7 @@ def run_study(name: str, *, out: str | None = None, jobs: int | None = None) -> 
     planned = plan(study, folder)
     missing = {label: config for label, (_, config) in planned.items() if not _is_finished(config)}
     if importlib.util.find_spec("matplotlib") is None:
-        warnings.warn("there will be tables only: figures need pip install 'dualhead[plot]'", stacklevel=2)
+        warnings.warn("there will be tables only: figures need pip install -e '.[plot]' in the checkout", stacklevel=2)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -147,11 +147,11 @@ def run_study(name: str, *, out: str | None = None, jobs: int | None = None) -> 
 
 
 def plan(study: StudyConfig, folder: Path) -> dict[str, Planned]:
-    """All runs of a study, by what each is called on the terminal.
+    """All runs of a study, by their names on the terminal.
 
     Args:
         study: whose runs.
-        folder: of the study. Where it lists `environments`, each of them has a folder there.
+        folder: of the study. If it lists `environments`, each of them has its own folder there.
 
     Raises:
         RunError: two environments would share a folder.
@@ -176,7 +176,7 @@ def safe_name(env: str) -> str:
 
 
 def _write_versions(path: Path, command: str) -> None:
-    """Adds the versions at hand, unless the last call had the same ones.
+    """Adds the installed versions, unless the last call had the same ones.
 
     Raises:
         RunError: they cannot be written.
@@ -196,7 +196,7 @@ def _write_outcome(study: StudyConfig, planned: dict[str, Planned], folder: Path
     Raises:
         RunError: a run cannot be read, no run has one of the measures, or something cannot be written.
     """
-    runs = [read_run(condition, config) for condition, config in planned.values()]
+    runs = [_read(run) for run in planned.values()]
     if study.is_of_the_commons:
         measured = [Measured(run, commons_measures.measures(study, run)) for run in runs]
         tables.write_csv(folder / "results.csv", *commons_measures.results(study, runs))
@@ -206,7 +206,7 @@ def _write_outcome(study: StudyConfig, planned: dict[str, Planned], folder: Path
         tables.write_csv(folder / "results.csv", *tables.results(runs, curves_among(names, runs)))
     rows = summarise(measured)
     tables.write_csv(folder / "runs.csv", *tables.every_seed(measured))
-    # A figure needs matplotlib, which is an extra: all tables come first.
+    # Figures need matplotlib, which is an extra: the tables come first.
     if study.is_of_the_commons:
         tables.write_csv(folder / "summary.csv", rows, tables.SUMMARY[1:])
         commons_measures.print_summary(study, rows)
@@ -218,6 +218,19 @@ def _write_outcome(study: StudyConfig, planned: dict[str, Planned], folder: Path
     from dualhead.studies import figures
 
     return figures.draw_figures(study, measured, names, folder)
+
+
+def _read(planned: Planned) -> Run:
+    """A finished run.
+
+    Raises:
+        RunError: its files cannot be read.
+    """
+    assert planned.config.run_dir is not None
+    try:
+        return read_run(Path(planned.config.run_dir), condition=planned.condition)
+    except RunError as error:
+        raise RunError(f"{error}; remove this run, and the same command repeats it") from error
 
 
 def _run_missing(
@@ -244,8 +257,8 @@ def _run_missing(
                 ended = f"done in {seconds:.0f} s" if problem is None else f"failed after {seconds:.0f} s: {problem}"
                 print(f"[{num_done}/{len(planned)}] {label} {ended}", flush=True)
                 if problem is None and not measures_are_checked:
-                    # Another run may have what this one lacks: only a warning, so that a misspelt name shows early.
-                    for line in unknown_measures(study.measures, [read_run(*planned[label])]):
+                    # A warning only: another run may have the measure that this one lacks. A misspelt name shows early.
+                    for line in unknown_measures(study.measures, [_read(planned[label])]):
                         warnings.warn(f"measures: {line}", stacklevel=2)
                     measures_are_checked = True
     except KeyboardInterrupt:

@@ -18,8 +18,9 @@ from rich.text import Text
 
 from dualhead.config import StudyConfig
 from dualhead.running.checkpoint import RunError
+from dualhead.running.results import Run
 from dualhead.storage import write_bytes
-from dualhead.studies.measures import LAST_PART, Measured, Run
+from dualhead.studies.measures import LAST_PART, Measured, numbers
 
 Row = dict[str, Any]
 
@@ -59,7 +60,7 @@ def results(runs: list[Run], names: list[str]) -> tuple[list[Row], list[str]]:
 def every_seed(measured: list[Measured]) -> tuple[list[Row], list[str]]:
     """A row per run with its measures; and the table's columns."""
     rows = [
-        _key(run) | {"steps": int(run.steps[-1]), "seconds": run.numbers.get("seconds", math.nan)} | values
+        _key(run) | {"steps": int(run.steps[-1]), "seconds": numbers(run).get("seconds", math.nan)} | values
         for run, values in measured
     ]
     fixed = ["environment", "condition", "seed", "steps", "seconds"]

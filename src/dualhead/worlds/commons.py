@@ -21,7 +21,7 @@ import bisect
 import itertools
 import zlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,10 +35,7 @@ from dualhead.storage import CheckpointError, fill, with_prefix
 from dualhead.worlds import commons_view
 from dualhead.worlds.commons_actions import NO_VOTE, VOTE_DOWN, VOTE_UP, Actions
 from dualhead.worlds.commons_forage import Forage, Menus, Patches
-from dualhead.worlds.streams import StreamStep, UnavailableEnvironment
-
-if TYPE_CHECKING:
-    from dualhead.worlds.commons_parallel import CommonsParallelEnv
+from dualhead.worlds.streams import StreamStep
 
 _WHOLE = 1_000_000
 """The level's probability is kept as a whole number of millionths: votes up and down cancel exactly."""
@@ -443,27 +440,3 @@ class Commons:
             "totals": self._totals,
             **with_prefix("forage", self.forage.tensors()),
         }
-
-
-def parallel_env(
-    config: CommonsConfig | None = None, *, render_mode: str | None = None, **settings: Any
-) -> CommonsParallelEnv:
-    """One world as a PettingZoo `ParallelEnv`.
-
-    Args:
-        config: the rules; or give them as keyword arguments, `parallel_env(num_agents=4, form="bandit")`.
-        render_mode: None, "ansi" or "rgb_array".
-
-    Raises:
-        UnavailableEnvironment: PettingZoo is not installed.
-        ValueError: a setting is not possible, or came both ways.
-    """
-    if config is not None and settings:
-        raise ValueError(f"parallel_env: expected a config or settings, got both: {sorted(settings)}")
-    try:
-        from dualhead.worlds.commons_parallel import CommonsParallelEnv
-    except ModuleNotFoundError as error:
-        raise UnavailableEnvironment(
-            f"parallel_env() needs the package {error.name}: pip install 'dualhead[pettingzoo]'"
-        ) from error
-    return CommonsParallelEnv(config or CommonsConfig(**settings), render_mode=render_mode)

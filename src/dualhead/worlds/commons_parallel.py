@@ -1,4 +1,4 @@
-"""One world of the commons as a PettingZoo `ParallelEnv`; `dualhead.worlds.commons.parallel_env` makes it."""
+"""One world of the commons as a PettingZoo `ParallelEnv`: `parallel_env(num_agents=4)` makes it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,34 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
-from pettingzoo import ParallelEnv
 
 from dualhead.config import CommonsConfig
 from dualhead.worlds.commons import Commons
+from dualhead.worlds.streams import UnavailableEnvironment
+
+try:
+    from pettingzoo import ParallelEnv
+except ModuleNotFoundError as error:
+    raise UnavailableEnvironment(
+        f"the commons as a ParallelEnv needs the package {error.name}: pip install -e '.[pettingzoo]' in the checkout"
+    ) from error
+
+
+def parallel_env(
+    config: CommonsConfig | None = None, *, render_mode: str | None = None, **settings: Any
+) -> CommonsParallelEnv:
+    """One world as a PettingZoo `ParallelEnv`.
+
+    Args:
+        config: the rules; or give them as keyword arguments, `parallel_env(num_agents=4, form="bandit")`.
+        render_mode: None, "ansi" or "rgb_array".
+
+    Raises:
+        ValueError: a setting is not possible, or came both ways.
+    """
+    if config is not None and settings:
+        raise ValueError(f"parallel_env: expected a config or settings, got both: {sorted(settings)}")
+    return CommonsParallelEnv(config or CommonsConfig(**settings), render_mode=render_mode)
 
 
 class CommonsParallelEnv(ParallelEnv):

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: CSV, TensorBoard, W&B, MLflow, and a progress display or plain lines."""
+"""Where a run's metrics go: CSV, TensorBoard, W&B, MLflow, and the terminal."""
 
 from __future__ import annotations
 
@@ -14,135 +14,56 @@ import socket
 import sys
 import time
 import warnings
-from collections import deque
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol, TextIO, runtime_checkable
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from torch import Tensor
 
 from dualhead.config import RunConfig, flat
 from dualhead.running.checkpoint import RunError, write_json
+from dualhead.running.results import read_rows
 from dualhead.storage import write_bytes
-from dualhead.types import as_numpy
-from dualhead.worlds.streams import StreamStep
-
-EPISODE_WINDOW = 100
 
 
-class EpisodeTracker:
-    """Task return and length of running episodes, and of the last 100 that ended.
-
-    Args:
-        num_streams: B.
-    """
-
-    def __init__(self, num_streams: int) -> None:
-        self.running_returns = np.zeros(num_streams)
-        self.running_lengths = np.zeros(num_streams, dtype=np.int64)
-        self.returns: deque[float] = deque(maxlen=EPISODE_WINDOW)
-        self.lengths: deque[int] = deque(maxlen=EPISODE_WINDOW)
-        self.num_episodes = 0
-        self._waiting: list[tuple[Tensor, NDArray[np.bool_]]] = []
-
-    def step(self, step: StreamStep) -> None:
-        """Takes in the [B] rewards of a step and which episodes ended with it.
-
-        Rewards that lie on an accelerator are fetched later, many steps at once: the device is not waited for.
-        """
-        ended = as_numpy(step.terminated) | as_numpy(step.truncated)
-        if isinstance(step.rewards, Tensor) and step.rewards.device.type != "cpu":
-            self._waiting.append((step.rewards, ended))
-        else:
-            self._take(as_numpy(step.rewards), ended)
-
-    def _fetch(self) -> None:
-        if self._waiting:
-            rewards = as_numpy(torch.stack([rewards for rewards, _ in self._waiting]))
-            for rewards_of_step, (_, ended) in zip(rewards, self._waiting):
-                self._take(rewards_of_step, ended)
-            self._waiting = []
-
-    def _take(self, rewards: NDArray[Any], ended: NDArray[np.bool_]) -> None:
-        self.running_returns += rewards
-        self.running_lengths += 1
-        for stream in np.flatnonzero(ended):
-            self.returns.append(float(self.running_returns[stream]))
-            self.lengths.append(int(self.running_lengths[stream]))
-            self.num_episodes += 1
-        self.running_returns[ended] = 0.0
-        self.running_lengths[ended] = 0
-
-    def metrics(self) -> dict[str, float]:
-        """Means over the window (NaN before the first episode ends), and the count of all episodes."""
-        self._fetch()
-        return {
-            "episode/mean_return": float(np.mean(self.returns)) if self.returns else math.nan,
-            "episode/mean_length": float(np.mean(self.lengths)) if self.lengths else math.nan,
-            "episode/count": self.num_episodes,
-        }
-
-    def abandon_episodes(self, streams: NDArray[np.bool_] | None = None) -> None:
-        """Forgets the running episodes of some streams [B] bool, or of all: others begin in their place."""
-        self._fetch()
-        abandoned = slice(None) if streams is None else streams
-        self.running_returns[abandoned] = 0.0
-        self.running_lengths[abandoned] = 0
-
-    def state(self) -> dict[str, Any]:
-        """JSON that `restore` takes back."""
-        self._fetch()
-        return {
-            "running_returns": self.running_returns.tolist(),
-            "running_lengths": self.running_lengths.tolist(),
-            "returns": list(self.returns),
-            "lengths": list(self.lengths),
-            "num_episodes": self.num_episodes,
-        }
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Takes back what `state` gave.
-
-        Raises:
-            ValueError: it is of another number of streams.
-        """
-        running = np.array(state["running_returns"], dtype=np.float64)
-        if running.shape != self.running_returns.shape:
-            raise ValueError(f"episodes of {len(running)} streams, expected {len(self.running_returns)}")
-        self._waiting = []
-        self.running_returns = running
-        self.running_lengths = np.array(state["running_lengths"], dtype=np.int64)
-        self.returns = deque(map(float, state["returns"]), maxlen=EPISODE_WINDOW)
-        self.lengths = deque(map(int, state["lengths"]), maxlen=EPISODE_WINDOW)
-        self.num_episodes = int(state["num_episodes"])
-
-
+@runtime_checkable
 class Writer(Protocol):
-    """Takes a run's metrics, once per update."""
+    """Takes a run's metrics, once per update. Any object with these two methods is one."""
 
     def write(self, num_steps: int, metrics: Mapping[str, float]) -> None:
-        """Metrics after `num_steps` environment steps."""
+        """Takes the metrics after `num_steps` environment steps. A number may be NaN."""
 
     def close(self) -> None:
-        """Flushes what is not written yet."""
+        """Writes what is not written yet. Called once, also where the run fails."""
+
+
+def expect_writers(writers: Iterable[object]) -> list[Writer]:
+    """The same objects, as a list, if they are writers.
+
+    Raises:
+        TypeError: one is not; a class instead of its instance, say.
+    """
+    given = list(writers)
+    for writer in given:
+        if isinstance(writer, type) or not isinstance(writer, Writer):
+            raise TypeError(
+                f"expected a writer, with the methods write(num_steps, metrics) and close(), got {writer!r}"
+            )
+    return given  # type: ignore[return-value]
 
 
 def make_writers(
     config: RunConfig, run_dir: Path, *, resume_at: int | None = None, show_progress: bool = True
 ) -> list[Writer]:
-    """All that a run's metrics are written to, opened.
+    """Opens the writers of a run.
 
     Args:
         config: of the run.
         run_dir: of the run.
-        resume_at: environment steps of the checkpoint that the run goes on from; what was written after it gives way.
-        show_progress: on the terminal, too.
+        resume_at: environment steps of the checkpoint that the run resumes from; what was written after it is dropped.
+        show_progress: add the display on the terminal.
 
     Raises:
         RunError: a package is missing, or something cannot be opened or written.
@@ -163,32 +84,34 @@ def make_writers(
 
 
 def require_packages(config: RunConfig) -> None:
-    """Looks for the packages that the writers of a run need, without importing them.
+    """Checks that the packages which the writers of a run need are installed, without importing them.
 
     Raises:
         RunError: one is missing; the message says how to install it.
     """
     for name in config.log_to:
         if importlib.util.find_spec(name) is None:
-            raise RunError(f"log_to={name!r} needs a package that is not installed: pip install 'dualhead[{name}]'")
+            raise RunError(
+                f"log_to={name!r} needs a package that is not installed: pip install -e '.[{name}]' in the checkout"
+            )
 
 
 class CSVWriter:
     """A row per update, a column per metric; a metric that appears later adds a column.
 
-    A row is in the file whole or not at all, also where the disk is full.
+    A row is written whole or not at all, even when the disk is full.
 
     Args:
         run_dir: where the file lies.
         name: of the file.
-        resume_at: go on with the file that is there after this many environment steps; later rows, and one that was
-            cut off when its process was killed, are dropped. None: start a new file with the first row.
+        resume_at: keep the rows of the existing file up to this many environment steps; later rows, and a row that
+            was cut off when its process was killed, are dropped. None: the first row starts a new file.
 
     Attributes:
-        last_steps: environment steps of the last row; None where there is no row.
+        last_steps: environment steps of the last row; None if there is no row.
 
     Raises:
-        RunError: the file that is there is not one of these, or cannot be written.
+        RunError: the existing file is no file of metrics, or it cannot be written.
     """
 
     def __init__(self, run_dir: Path, *, name: str = "metrics.csv", resume_at: int | None = None) -> None:
@@ -210,11 +133,10 @@ class CSVWriter:
         added = [name for name in row if name not in self._columns]
         try:
             if added:
-                rows = self._rows()
-                self._columns += added
-                self._replace(rows)
+                rows = read_rows(self.path)[1] if self._columns else []
+                self._replace([*self._columns, *added], [old + [""] * len(added) for old in rows])
             assert self._file is not None
-            append_whole(self._file, self._lines([row]))
+            append_whole(self._file, _lines([[row.get(name, "") for name in self._columns]]))
         except OSError as error:
             raise self._failed(error) from error
         self.last_steps = num_steps
@@ -223,57 +145,39 @@ class CSVWriter:
         if self._file is not None:
             self._file.close()
 
-    def _rows(self) -> list[dict[str, str]]:
-        if not self._columns:
-            return []
-        with self.path.open(newline="", encoding="utf-8") as file:
-            return list(csv.DictReader(file))
-
-    def _lines(self, rows: Iterable[Mapping[str, Any]], *, header: bool = False) -> bytes:
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, self._columns, restval="")
-        if header:
-            writer.writeheader()
-        writer.writerows(rows)
-        return text.getvalue().encode()
-
-    def _replace(self, rows: Iterable[Mapping[str, Any]]) -> None:
+    def _replace(self, columns: list[str], rows: list[list[str]]) -> None:
+        write_bytes(self.path, _lines([columns, *rows]))
         self.close()
-        write_bytes(self.path, self._lines(rows, header=True))
-        self._file = io.FileIO(self.path, "a")
+        self._columns, self._file = columns, io.FileIO(self.path, "a")
 
     def _take_up(self, resume_at: int) -> None:
-        contents = self.path.read_bytes()
-        whole = contents[: contents.rfind(b"\n") + 1].decode(errors="replace")
-        try:
-            columns, *rows = csv.reader(io.StringIO(whole, newline="")) if whole else [[]]
-        except csv.Error as error:
-            raise RunError(f"cannot go on with {self.path}: {error}; mend it or move it away") from error
-        if not columns:
-            return
-        if columns[0] != "steps":
-            raise RunError(f"{self.path} is no file of metrics: its first column is {columns[0]!r}, expected 'steps'")
-        sound = [row for row in rows if len(row) == len(columns) and row[0].isdecimal()]
-        if len(sound) < len(rows):
-            warnings.warn(f"{self.path}: {len(rows) - len(sound)} damaged rows are left out", stacklevel=4)
-        kept = [row for row in sound if int(row[0]) <= resume_at]
-        self._columns = columns
-        self._replace(dict(zip(columns, row)) for row in kept)
+        columns, rows, num_damaged = read_rows(self.path)
+        if num_damaged:
+            warnings.warn(f"{self.path}: {num_damaged} damaged rows are left out", stacklevel=4)
+        kept = [row for row in rows if int(row[0]) <= resume_at]
+        if columns:
+            self._replace(columns, kept)
         self.last_steps = int(kept[-1][0]) if kept else None
 
     def _failed(self, error: OSError) -> RunError:
         return RunError(f"cannot write {self.path}: {error.strerror or error}; the rows before this one are there")
 
 
+def _lines(rows: Iterable[Iterable[Any]]) -> bytes:
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(rows)
+    return text.getvalue().encode()
+
+
 class TensorBoardWriter:
     """TensorBoard event files in the run directory; non-finite numbers are left out.
 
-    One record per update, written at once and whole. (`torch.utils.tensorboard` writes each number by itself from a
-    thread, where a full disk is an error that nobody catches.)
+    One record per update, written immediately and whole. (`torch.utils.tensorboard` writes every number separately
+    from a thread, in which nobody catches the error of a full disk.)
 
     Args:
         run_dir: of the run.
-        resume_at: TensorBoard forgets what an earlier part of this run logged after this many environment steps.
+        resume_at: TensorBoard drops what an earlier part of this run logged after this many environment steps.
 
     Raises:
         RunError: they cannot be written.
@@ -329,13 +233,13 @@ class TensorBoardWriter:
 class WandbWriter:
     """A run of Weights & Biases: `steps` is the horizontal axis, the settings are its config.
 
-    Its id stays in `wandb.json`, so that a resumed run goes on as the same one; what was logged after the checkpoint
+    `wandb.json` keeps its id, so that a resumed run continues the same W&B run; what was logged after the checkpoint
     is logged again. Project, entity and mode (`WANDB_MODE=offline`) are taken from W&B's own environment variables.
 
     Args:
         run_dir: of the run.
         config: of the run.
-        resume_at: not None to go on with the run that is there.
+        resume_at: not None to continue the existing run.
 
     Raises:
         RunError: W&B refuses; not logged in, most likely.
@@ -366,7 +270,7 @@ class WandbWriter:
         self._warned = False
 
     def write(self, num_steps: int, metrics: Mapping[str, float]) -> None:
-        """What W&B does not take is warned of once: metrics.csv has it, and the run goes on."""
+        """Warns once if W&B refuses metrics. The run continues, and metrics.csv has them."""
         try:
             self._run.log({"steps": num_steps, **finite(metrics)})
         except Exception as error:
@@ -381,9 +285,9 @@ class WandbWriter:
 class MLflowWriter:
     """A run of MLflow; the settings are its parameters.
 
-    It lies in `mlflow.db` in the run directory unless `MLFLOW_TRACKING_URI` says where else, in the experiment
-    `dualhead` unless `MLFLOW_EXPERIMENT_NAME` says which. Its id stays in `mlflow.json`, so that a resumed run goes on
-    as the same one; what was logged after the checkpoint is logged again.
+    It is stored in `mlflow.db` in the run directory, or at `MLFLOW_TRACKING_URI` if that is set, in the experiment
+    `dualhead` unless `MLFLOW_EXPERIMENT_NAME` names another. `mlflow.json` keeps its id, so that a resumed run
+    continues the same MLflow run; what was logged after the checkpoint is logged again.
 
     Args:
         run_dir: of the run.
@@ -421,7 +325,7 @@ class MLflowWriter:
         self._warned = False
 
     def write(self, num_steps: int, metrics: Mapping[str, float]) -> None:
-        """What MLflow does not take is warned of once: metrics.csv has it, and the run goes on."""
+        """Warns once if MLflow refuses metrics. The run continues, and metrics.csv has them."""
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
@@ -453,7 +357,7 @@ def append_whole(file: io.FileIO, contents: bytes) -> None:
     """
     size, left = os.fstat(file.fileno()).st_size, memoryview(contents)
     try:
-        while left:  # a disk that fills up takes a part of it before it refuses
+        while left:  # a disk that is nearly full accepts a part before it refuses the rest
             left = left[file.write(left) :]
     except BaseException:
         file.truncate(size)
@@ -461,7 +365,7 @@ def append_whole(file: io.FileIO, contents: bytes) -> None:
 
 
 def finite(metrics: Mapping[str, float]) -> dict[str, float]:
-    """The metrics that are numbers a curve can be drawn of."""
+    """The metrics that are finite numbers."""
     return {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
 
 
@@ -482,12 +386,12 @@ def _title(config: RunConfig) -> str:
 
 
 def _is_failing() -> bool:
-    """Writers are closed in a `finally`: whether an error is on its way through it."""
+    """Whether a writer is closed because of an error: writers are closed in a `finally`."""
     return sys.exc_info()[0] is not None
 
 
 class ProgressDisplay:
-    """A live line on a terminal, one plain line per update elsewhere.
+    """A live progress line on a terminal; elsewhere a plain line per update.
 
     Args:
         total_steps: of the run.
@@ -519,7 +423,7 @@ class ProgressDisplay:
             return
         left = max(0, self.total_steps - num_steps) / max(speed, 1e-9)
         shown = "-" if math.isnan(score) else f"{score:.3f}"  # no episode has ended yet
-        with suppress(OSError):  # nobody reads on, or the disk is full: no reason to lose the run
+        with suppress(OSError):  # the reader is gone or the disk is full: the run must not end for that
             print(
                 f"steps {num_steps:>9,} / {self.total_steps:,}  {speed:>8,.0f} steps/s  return {shown:>8}  "
                 f"left {left:>5.0f} s",
