@@ -7,16 +7,15 @@ from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from gymnasium.wrappers.vector import RecordEpisodeStatistics
 
+from dualhead.worlds.replay import legal_action
 from dualhead.worlds.streams import (
     GymnasiumStreams,
-    KeepsFinalObservation,
-    LeanSyncVectorEnv,
     UnavailableEnvironment,
     environment_ids,
-    legal_action,
     make_env,
     make_streams,
 )
+from dualhead.worlds.vectors import KeepsFinalObservation, LeanSyncVectorEnv
 
 
 class Counter(gym.Env):
