@@ -52,23 +52,30 @@ class LeanSyncVectorEnv(SyncVectorEnv):
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         infos: dict[str, Any] = {}
-        rows = self._observations
+        rows, plain = self._observations, self._plain
+        # Lists are filled faster than arrays.
+        rewards, terminations, truncations = [], [], []
         self._log.append(actions)
         for i, (env, action) in enumerate(zip(self.envs, iterate(self.action_space, actions))):
-            observation, self._rewards[i], terminated, truncated, _ = env.step(action)
-            self._terminations[i], self._truncations[i] = terminated, truncated
+            observation, reward, terminated, truncated, _ = env.step(action)
+            rewards.append(reward)
+            terminations.append(terminated)
+            truncations.append(truncated)
             if terminated or truncated:
                 if not infos:
                     infos["final_obs"] = np.full(self.num_envs, None, dtype=object)
-                infos["final_obs"][i] = copy.deepcopy(observation)  # reset() may write to the same arrays
+                # reset() may write to the same arrays.
+                is_array = type(observation) is np.ndarray
+                infos["final_obs"][i] = observation.copy() if is_array else copy.deepcopy(observation)
                 observation = self._beginnings[i].reset()
                 self._log.begin(i)
-            if self._plain:
+            if plain:
                 rows[i] = observation
             else:
                 self._env_obs[i] = observation
-        if not self._plain:
+        if not plain:
             concatenate(self.single_observation_space, self._env_obs, rows)
+        self._rewards[:], self._terminations[:], self._truncations[:] = rewards, terminations, truncations
         return rows, self._rewards, self._terminations, self._truncations, infos
 
     def episodes(self) -> list[Episode]:
