@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from dualhead.storage import CheckpointError, read_tensors, write_tensors
 from dualhead.worlds import vectors
 from dualhead.worlds.commons import Commons, CommonsConfig
-from dualhead.worlds.replay import ActionLog, CannotReplay, as_actions, why_not_replayed
+from dualhead.worlds.replay import ActionLog, CannotReplay, as_actions
+from dualhead.worlds.replay_trial import why_not_replayed
 from dualhead.worlds.streams import GymnasiumStreams, make_streams, restart
 
 # Environments.

@@ -30,7 +30,7 @@ from dualhead.running.session import Session
 from dualhead.running.trainer import resume, train
 from dualhead.storage import read_tensors
 from dualhead.worlds import streams
-from dualhead.worlds.replay import why_not_replayed
+from dualhead.worlds.replay_trial import why_not_replayed
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="runs are killed in forked processes")
 forks = pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU autograd does not survive a fork")

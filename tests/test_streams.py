@@ -7,7 +7,7 @@ from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from gymnasium.wrappers.vector import RecordEpisodeStatistics
 
-from dualhead.worlds.replay import legal_action
+from dualhead.worlds.replay_trial import legal_action
 from dualhead.worlds.streams import (
     GymnasiumStreams,
     UnavailableEnvironment,

@@ -8,22 +8,15 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import random
-import re
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
-import torch
 from gymnasium import spaces
 from gymnasium.vector.utils import batch_space, concatenate, create_empty_array, iterate
 from numpy.typing import NDArray
-from torch import Tensor
-
-from dualhead.storage import CheckpointError
 
 MAX_REPLAYED_STEPS = 100_000
 """Longer episodes begin again on resume. An Atari game has at most 27,000 steps, a MuJoCo task 1,000: only an endless
@@ -197,9 +190,6 @@ def _other_kind(name: str) -> str:
     return f"its generator is a {name}: only PCG64, which Gymnasium makes, can be saved"
 
 
-# Actions.
-
-
 class ActionLog:
     """The actions of the episodes in progress, of all environments that step together.
 
@@ -216,7 +206,7 @@ class ActionLog:
         self._starts = [0] * num_envs
         self._length = 0
         self._arrays = [  # [time, B, ...]
-            np.empty((64, *(space.shape or ())), stored_dtype(space)) for space in _leaf_spaces(action_space)
+            np.empty((64, *(space.shape or ())), stored_dtype(space)) for space in leaf_spaces(action_space)
         ]
 
     def append(self, actions: Any) -> None:
@@ -283,13 +273,13 @@ def as_actions(space: gym.Space, actions: Any) -> Any:
 
 def stored_dtype(space: gym.Space) -> np.dtype:
     """Of a leaf of an action space: one byte where that is enough, else the space's own."""
-    low, high = _bounds(space)
+    low, high = bounds_of(space)
     if np.issubdtype(space.dtype, np.integer) and np.min(low) >= 0 and np.max(high) <= 255:
         return np.dtype(np.uint8)
     return np.dtype(space.dtype)
 
 
-def _bounds(space: gym.Space) -> tuple[Any, Any]:
+def bounds_of(space: gym.Space) -> tuple[Any, Any]:
     if isinstance(space, spaces.Discrete):
         return space.start, space.start + space.n - 1
     if isinstance(space, spaces.MultiDiscrete):
@@ -300,16 +290,22 @@ def _bounds(space: gym.Space) -> tuple[Any, Any]:
     return space.low, space.high
 
 
+def are_inside(space: gym.Space, actions: NDArray[Any]) -> bool:
+    """Whether all actions [n, ...] of a leaf lie within its space; NaN does not."""
+    low, high = bounds_of(space)
+    return bool(np.all((actions >= low) & (actions <= high)))
+
+
 def _parts(space: gym.Space) -> tuple[gym.Space, ...]:
     if isinstance(space, spaces.Dict):
         return tuple(part for _, part in sorted(space.items()))  # spaces and actions do not keep one order of keys
     return tuple(space.spaces) if isinstance(space, spaces.Tuple) else ()
 
 
-def _leaf_spaces(space: gym.Space) -> list[gym.Space]:
+def leaf_spaces(space: gym.Space) -> list[gym.Space]:
     """The arrays that an action consists of; none where a part is of another kind, whose actions cannot be saved."""
     if isinstance(space, spaces.Dict | spaces.Tuple):
-        found = [_leaf_spaces(part) for part in _parts(space)]
+        found = [leaf_spaces(part) for part in _parts(space)]
         return [leaf for part in found for leaf in part] if all(found) else []
     known = isinstance(space, spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary | spaces.Box)
     return [space] if known else []
@@ -336,8 +332,8 @@ def episode_of(beginnings: Beginnings, log: ActionLog, env: int, row: Any) -> Ep
         CannotReplay: it cannot be saved.
     """
     actions = [leaf.copy() for leaf in log.of(env)]
-    for space, leaf in zip(_leaf_spaces(beginnings.env.action_space), actions):
-        if not _are_inside(space, leaf):
+    for space, leaf in zip(leaf_spaces(beginnings.env.action_space), actions):
+        if not are_inside(space, leaf):
             raise CannotReplay(f"environment {env} got an action outside {space}")
     return Episode(beginnings.start(), actions, beginnings.fingerprint(row))
 
@@ -384,270 +380,3 @@ def leaves(value: Any) -> Iterator[NDArray[Any]]:
             yield from leaves(part)
     else:
         yield np.asarray(value)
-
-
-# In a checkpoint.
-
-
-def pack(episodes: list[Episode]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and JSON of an episode for each environment."""
-    tensors = {
-        f"actions/{n}": torch.from_numpy(np.concatenate(parts))
-        for n, parts in enumerate(zip(*(episode.actions for episode in episodes)))
-    }
-    said = [
-        {**start._asdict(), "num_steps": len(actions[0]), "fingerprint": fingerprint}
-        for start, actions, fingerprint in episodes
-    ]
-    return tensors, {"episodes": said}
-
-
-def unpack(
-    tensors: Mapping[str, Tensor], metadata: Any, action_space: gym.Space, num_envs: int, *, source: str
-) -> list[Episode]:
-    """The inverse of `pack`; everything is checked before anything is used.
-
-    Args:
-        tensors, metadata: from a file.
-        action_space: of one environment.
-        num_envs: how many there are.
-        source: what errors call the file.
-
-    Raises:
-        CheckpointError: it is no such state, or of other actions or another number of environments.
-    """
-
-    def expect(holds: bool, what: str) -> None:
-        if not holds:
-            raise CheckpointError(f"{source} holds no state of these environments: {what}")
-
-    said = metadata.get("episodes") if isinstance(metadata, dict) else None
-    expect(isinstance(said, list), "it has no list of episodes")
-    assert isinstance(said, list)
-    expect(len(said) == num_envs, f"it is of {len(said)} environments, expected num_envs={num_envs}")
-    starts = []
-    for env, one in enumerate(said):
-        where = f"environment {env}: "
-        expect(isinstance(one, dict), where + "no episode")
-        for name, end in (("root", 2**64), ("number", 2**63), ("num_steps", MAX_REPLAYED_STEPS + 1)):
-            expect(_is_whole(one.get(name), end), f"{where}expected {name} in [0, {end}), got {one.get(name)!r}")
-        given = one.get("fingerprint")
-        is_digest = isinstance(given, str) and re.fullmatch("[0-9a-f]{64}", given) is not None
-        expect(is_digest, f"{where}expected a fingerprint of 64 hexadecimal digits, got {given!r:.80}")
-        given = one.get("generators")
-        expect(
-            isinstance(given, list) and all(map(_is_generator_state, given)), f"{where}wrong states of its generators"
-        )
-        starts.append(Start(one["root"], one["number"], [tuple(state) for state in one["generators"]]))
-    lengths = [one["num_steps"] for one in said]
-    leaf_spaces = _leaf_spaces(action_space)
-    expect(bool(leaf_spaces), f"actions of {action_space} cannot be saved")
-    names = {f"actions/{n}" for n in range(len(leaf_spaces))}
-    expect(tensors.keys() == names, f"it has {sorted(tensors)}, expected {sorted(names)}")
-    parts = []
-    for n, space in enumerate(leaf_spaces):
-        tensor = tensors[f"actions/{n}"]
-        wanted = torch.from_numpy(np.empty(0, stored_dtype(space))).dtype
-        shape = (sum(lengths), *(space.shape or ()))
-        expect(
-            tensor.dtype == wanted and tuple(tensor.shape) == shape,
-            f"its actions are {tensor.dtype} {list(tensor.shape)}, expected {wanted} {list(shape)}",
-        )
-        array = tensor.numpy()
-        expect(_are_inside(space, array), f"an action is outside {space}")
-        parts.append(np.split(array, np.cumsum(lengths)[:-1]))
-    actions = [list(of_env) for of_env in zip(*parts)]
-    return [Episode(start, acted, one["fingerprint"]) for start, acted, one in zip(starts, actions, said)]
-
-
-def _are_inside(space: gym.Space, actions: NDArray[Any]) -> bool:
-    """Whether all actions [n, ...] of a leaf lie within its space; NaN does not."""
-    low, high = _bounds(space)
-    return bool(np.all((actions >= low) & (actions <= high)))
-
-
-def _is_whole(value: Any, end: int) -> bool:
-    return type(value) is int and 0 <= value < end
-
-
-def _is_generator_state(given: Any) -> bool:
-    ends = (2**128, 2**128, 2, 2**32)
-    is_four = isinstance(given, list | tuple) and len(given) == 4
-    return is_four and all(map(_is_whole, given, ends)) and given[1] % 2 == 1
-
-
-# The process's own generators.
-
-
-def global_randomness() -> tuple[Any, ...]:
-    """State of `random` and of NumPy's global generator."""
-    return random.getstate(), np.random.get_state()  # noqa: NPY002
-
-
-def set_global_randomness(state: tuple[Any, ...]) -> None:
-    """Takes back what `global_randomness` gave."""
-    random.setstate(state[0])
-    np.random.set_state(state[1])  # noqa: NPY002
-
-
-def pack_randomness() -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and JSON of `global_randomness`."""
-    (_, words, gauss), (_, key, position, has_gauss, cached) = global_randomness()
-    tensors = {"python": torch.tensor(words), "numpy": torch.from_numpy(np.append(key.astype(np.int64), position))}
-    return tensors, {"python": gauss, "numpy": [has_gauss, float(cached)]}
-
-
-def unpack_randomness(tensors: Mapping[str, Tensor], metadata: Any, *, source: str) -> tuple[Any, ...]:
-    """The inverse of `pack_randomness`, for `set_global_randomness`.
-
-    Raises:
-        CheckpointError: it is no such state.
-    """
-    states = []
-    for name in ("python", "numpy"):
-        words = tensors.get(name)
-        is_state = words is not None and words.dtype == torch.int64 and tuple(words.shape) == (625,)
-        if words is None or not is_state or words.min() < 0 or words.max() >= 2**32 or words[-1] > 624:
-            raise CheckpointError(f"{source} holds no state of {name}'s global generator")
-        states.append(words.tolist())
-    try:
-        gauss, (has_gauss, cached) = metadata["python"], metadata["numpy"]
-        if not (gauss is None or type(gauss) is float) or type(cached) is not float or has_gauss not in (0, 1):
-            raise TypeError
-    except (KeyError, TypeError, ValueError):
-        raise CheckpointError(f"{source} holds no state of the global generators: {metadata!r:.200}") from None
-    of_numpy = ("MT19937", np.array(states[1][:-1], np.uint32), states[1][-1], int(has_gauss), cached)
-    return (3, tuple(states[0]), gauss), of_numpy
-
-
-# Whether an environment can be replayed.
-
-
-def why_not_replayed(
-    make_env: Callable[[], gym.Env], *, min_steps: int = 20, max_steps: int = 300, seconds: float = 0.1
-) -> str | None:
-    """Tries whether an episode that is played again in a fresh environment is the same to the bit.
-
-    Plays a little with random legal actions, begins another episode and plays that in a fresh environment as well,
-    across a reset at least. Global generators are left as they were.
-
-    Args:
-        make_env: makes the environment.
-        min_steps, max_steps: of the comparison.
-        seconds: after which it ends once `min_steps` are done; it takes this twice.
-
-    Returns:
-        None if every observation, reward and flag agreed, else the reason in words.
-    """
-    before = global_randomness()
-    made: list[gym.Env] = []
-    try:
-        return _compare(make_env, made, min_steps=min_steps, max_steps=max_steps, seconds=seconds)
-    except CannotReplay as error:
-        return str(error)
-    except Exception as error:  # whatever an environment may raise: it only costs the exact resume
-        return f"trying it raised {type(error).__name__}: {error}"
-    finally:
-        for env in made:
-            env.close()
-        set_global_randomness(before)
-
-
-def _compare(
-    make_env: Callable[[], gym.Env], made: list[gym.Env], *, min_steps: int, max_steps: int, seconds: float
-) -> str | None:
-    env, other = make_env(), make_env()
-    made += [env, other]
-    if not _leaf_spaces(env.action_space):
-        return f"actions of {env.action_space} cannot be saved"
-    action_space = copy.deepcopy(env.action_space)
-    action_space.seed(0)
-    _seed_globally(0)
-    beginnings = Beginnings(env)
-    observation = beginnings.reset(seed=0)
-    for _ in range(7):
-        observation, _, terminated, truncated, _ = env.step(legal_action(action_space, observation))
-        if terminated or truncated:
-            observation = beginnings.reset()
-
-    beginnings.reset()  # `again` resets twice: not the same number of times
-    observation = beginnings.reset()
-    start = beginnings.start()
-    actions: list[Any] = []
-    seen: list[Any] = [_bits(observation)]
-    ends_at = time.perf_counter() + seconds
-    while len(actions) < min_steps or (len(actions) < max_steps and time.perf_counter() < ends_at):
-        actions.append(legal_action(action_space, observation))
-        observation = _step(beginnings, actions[-1], seen)
-    observation = beginnings.reset()
-    actions.append(legal_action(action_space, observation))
-    seen.append(_bits(observation))
-    observation = _step(beginnings, actions[-1], seen)
-    seen.append(beginnings.fingerprint(as_row(env.observation_space, observation)))
-
-    _seed_globally(1)  # what an environment draws from there must not agree
-    beginnings = Beginnings(other)
-    again: list[Any] = [_bits(beginnings.again(start))]
-    for number, action in enumerate(actions, 1):
-        if number == len(actions):
-            again.append(_bits(beginnings.reset()))
-        observation = _step(beginnings, action, again)
-        if again != seen[: len(again)]:
-            return (
-                f"an episode that was played again differed at step {number}: it keeps state beyond an episode, or "
-                f"draws from other generators than its np_random"
-            )
-    again.append(beginnings.fingerprint(as_row(other.observation_space, observation)))
-    return None if again == seen else "an episode that was played again left a generator in another state"
-
-
-def _step(beginnings: Beginnings, action: Any, seen: list[Any]) -> Any:
-    """One step, and the reset that it may ask for; appends what is to be compared."""
-    observation, reward, terminated, truncated, _ = beginnings.env.step(copy.deepcopy(action))
-    seen.append((_bits(observation), _bits(reward), bool(terminated), bool(truncated)))
-    if terminated or truncated:
-        observation = beginnings.reset()
-        seen.append(_bits(observation))
-    return observation
-
-
-def _bits(value: Any) -> list[Any]:
-    return [(leaf.dtype.str, leaf.shape, leaf.tobytes()) for leaf in leaves(value)]
-
-
-def _seed_globally(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002
-
-
-def legal_action(space: gym.Space, observation: Any) -> Any:
-    """A random action of the space that the observation's `action_mask` allows, where it has one.
-
-    Args:
-        space: of the actions; its generator is drawn from.
-        observation: of one environment. Its mask is one array with an entry for each choice of each head, or a Dict of
-            one array per head.
-    """
-    mask = observation.get("action_mask") if isinstance(observation, Mapping) else None
-    if mask is None:
-        return space.sample()
-    by_name = {name: np.asarray(part, np.int8) for name, part in mask.items()} if isinstance(mask, Mapping) else None
-    flat = np.zeros(0, np.int8) if by_name is not None else np.asarray(mask, np.int8).ravel()
-
-    def take(name: str, n: int) -> NDArray[np.int8]:
-        nonlocal flat
-        if by_name is not None:
-            return by_name.get(name, np.ones(n, np.int8))
-        head, flat = flat[:n], flat[n:]
-        return head
-
-    def masks(part: gym.Space, name: str) -> Any:
-        if isinstance(part, spaces.Discrete):
-            return take(name, int(part.n))
-        if isinstance(part, spaces.MultiDiscrete):
-            return tuple(take(f"{name}_{i}", int(n)) for i, n in enumerate(part.nvec))
-        if isinstance(part, spaces.Dict):
-            return {key: masks(inner, key) for key, inner in part.items()}
-        return None
-
-    return space.sample(mask=masks(space, "head" if isinstance(space, spaces.MultiDiscrete) else "action"))

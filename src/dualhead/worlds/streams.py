@@ -23,16 +23,9 @@ import dualhead.worlds.tasks  # noqa: F401  (registers dualhead/...)
 from dualhead.config import COMMONS
 from dualhead.norms import NormEvents
 from dualhead.storage import with_prefix, without_prefix
-from dualhead.worlds.replay import (
-    CannotReplay,
-    as_actions,
-    pack,
-    pack_randomness,
-    set_global_randomness,
-    unpack,
-    unpack_randomness,
-    why_not_replayed,
-)
+from dualhead.worlds.replay import CannotReplay, as_actions
+from dualhead.worlds.replay_files import pack, pack_randomness, set_global_randomness, unpack, unpack_randomness
+from dualhead.worlds.replay_trial import why_not_replayed
 from dualhead.worlds.vectors import LeanSyncVectorEnv, ReplayingAsyncVectorEnv, with_final_observations
 
 _EXTRAS = {"popgym": ("popgym-",), "minigrid": ("MiniGrid-", "BabyAI-")}

@@ -21,9 +21,9 @@ from dualhead.worlds.replay import (
     as_row,
     episode_of,
     leaves,
-    legal_action,
     play_again,
 )
+from dualhead.worlds.replay_trial import legal_action
 
 
 class LeanSyncVectorEnv(SyncVectorEnv):
