@@ -185,6 +185,18 @@ def test_processes_give_what_this_process_gives():
         there.close()
 
 
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+def test_two_seeds_have_no_environment_in_common(vectorization):
+    streams = make_streams("CartPole-v1", 4, vectorization=vectorization)
+    try:
+        seen = [tuple(row) for seed in range(4) for row in streams.reset(seed=seed)]
+        assert len(set(seen)) == len(seen)
+        again = [tuple(row) for row in streams.reset(seed=2)]
+    finally:
+        streams.close()
+    assert again == seen[8:12]
+
+
 def test_filler_steps_are_refused():
     with pytest.raises(ValueError, match="SAME_STEP") as refused:
         GymnasiumStreams(gym.make_vec("CartPole-v1", 2))

@@ -160,9 +160,8 @@ class GymnasiumStreams:
         Returns:
             Observations [B, ...].
         """
-        if seed is None:
-            seed = int(np.random.SeedSequence().generate_state(1)[0])
-        seeds: Any = [seed + number for number in range(self.num_streams)]
+        # Gymnasium's `seed + i` for environment i would give seeds 0 and 1 all environments but one in common.
+        seeds: Any = (np.random.SeedSequence(seed).generate_state(self.num_streams) >> 1).tolist()
         self._observations, _ = self.envs.reset(seed=seeds)
         return self._observations
 
