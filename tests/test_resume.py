@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from gymnasium.envs.classic_control.pendulum import PendulumEnv
 from settings import spec_segments
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -24,11 +25,12 @@ from dualhead.cli import main
 from dualhead.config import CommonsConfig, NetworkConfig, RunConfig, TurnoverConfig
 from dualhead.running import checkpoint, metrics, trainer
 from dualhead.running.checkpoint import RunError, checkpoints, locked
+from dualhead.running.evaluation import evaluate_run
 from dualhead.running.session import Session
 from dualhead.running.trainer import resume, train
 from dualhead.storage import read_tensors
 from dualhead.worlds import streams
-from dualhead.worlds.snapshots import can_snapshot
+from dualhead.worlds.replay_trial import why_not_replayed
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="runs are killed in forked processes")
 forks = pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU autograd does not survive a fork")
@@ -36,8 +38,8 @@ forks = pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a G
 
 @pytest.fixture(autouse=True)
 def quick_look_at_environments(monkeypatch):
-    """Each life of a run tries out for more than half a second whether its environment can be saved."""
-    monkeypatch.setattr(streams, "can_snapshot", functools.partial(can_snapshot, min_steps=5, seconds=0.0))
+    """Each life of a run tries out whether its environment can be played again."""
+    monkeypatch.setattr(streams, "why_not_replayed", functools.partial(why_not_replayed, min_steps=5, seconds=0.0))
 
 
 # Runs.
@@ -443,32 +445,34 @@ def test_what_cannot_be_resumed_says_why_and_stays_as_it_is(tmp_path, capsys):
 # Environments that cannot be saved.
 
 
-class HoldsGenerator(gym.Env):
-    """Counts the steps of all its episodes by a Python generator, which nothing can take apart."""
+class CountsEpisodes(gym.Env):
+    """Keeps a number from one episode to the next, which its rewards show."""
 
     observation_space = spaces.Box(-np.inf, np.inf, (1,), np.float32)
     action_space = spaces.Discrete(2)
+    episodes = 0
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        self.numbers = iter(n for n in range(10**6))
+        self.episodes += 1
+        self.time = 0
         return self._see(), {}
 
     def step(self, action):
-        seen = self._see()
-        return seen, float(action), False, seen[0] == 30, {}
+        self.time += 1
+        return self._see(), float(action) + self.episodes, False, self.time == 30, {}
 
     def _see(self):
-        return np.array([next(self.numbers)], np.float32)
+        return np.array([self.time], np.float32)
 
 
-gym.register("test/HoldsGenerator-v0", HoldsGenerator)
-CANNOT = r"test/HoldsGenerator-v0: .*numbers.* cannot be taken apart.*A resumed run will begin new episodes"
-NOT_KEPT = "the state of test/HoldsGenerator-v0 was not kept: its episodes begin again, with recurrent states reset"
+gym.register("test/CountsEpisodes-v0", CountsEpisodes)
+CANNOT = r"test/CountsEpisodes-v0: .* keeps state beyond an episode.*A resumed run will begin new episodes"
+BEGIN_AGAIN = "the episodes of test/CountsEpisodes-v0 begin again, with recurrent states reset"
 
 
 def test_an_environment_that_cannot_be_saved_begins_its_episodes_again(tmp_path, monkeypatch):
-    run, config = tmp_path / "run", config_of("test/HoldsGenerator-v0", eval_every=0)
+    run, config = tmp_path / "run", config_of("test/CountsEpisodes-v0", eval_every=0)
     call_at_step(monkeypatch, 80, press_ctrl_c)  # 160 steps: two rollouts of 64, and 32 that were not learned from
     with pytest.warns(UserWarning, match=CANNOT):
         assert run_in(run, config)["steps"] == 160
@@ -491,7 +495,7 @@ def test_an_environment_that_cannot_be_saved_begins_its_episodes_again(tmp_path,
         return real(self)
 
     monkeypatch.setattr(Session, "step", step)
-    forgotten = f"^{NOT_KEPT}, and 32 steps that were not learned from yet are forgotten$"
+    forgotten = f"^{BEGIN_AGAIN}: their state was not saved, and 32 steps that were not learned from yet are forgotten$"
     with pytest.warns(UserWarning, match=CANNOT), pytest.warns(UserWarning, match=forgotten):
         summary = resume(run, show_progress=False)
     assert seen == [(128, 0, 0), [0.0, 0.0], [0.0, 0.0], [True, True], [0.0, 0.0], [0, 0], True]
@@ -501,6 +505,16 @@ def test_an_environment_that_cannot_be_saved_begins_its_episodes_again(tmp_path,
     # The end lies in the middle of a rollout, whose steps would be forgotten: it is the end all the same.
     with pytest.raises(RunError, match="is complete"):
         resume(run, show_progress=False)
+
+
+def test_an_episode_that_leads_elsewhere_begins_again(tmp_path, monkeypatch):
+    """As when another version of an environment was installed meanwhile."""
+    run = tmp_path / "run"
+    call_at_step(monkeypatch, 40, press_ctrl_c)
+    run_in(run, config_of("Pendulum-v1", eval_every=0))
+    monkeypatch.setattr(PendulumEnv, "step", lambda self, u, step=PendulumEnv.step: step(self, 0.5 * u))
+    with pytest.warns(UserWarning, match="episodes of Pendulum-v1 begin again.*: environment 0: its last observation"):
+        assert resume(run, show_progress=False)["steps"] == 420
 
 
 # Evaluation on the way.
@@ -535,6 +549,21 @@ def test_evaluation_on_the_way_leaves_training_alone_and_keeps_the_best(tmp_path
     assert not (tmp_path / "without" / "checkpoints" / "best.safetensors").exists()
 
 
+def test_the_best_checkpoint_is_chosen_on_other_episodes_than_eval_reports(tmp_path, monkeypatch):
+    seeds, real = [], streams.GymnasiumStreams.reset
+
+    def reset(self, *, seed=None):
+        seeds.append(seed)
+        return real(self, seed=seed)
+
+    monkeypatch.setattr(streams.GymnasiumStreams, "reset", reset)
+    run_in(tmp_path / "run", config_of())
+    while_training = set(seeds)
+    assert len(while_training) == 2  # the run's own, and that of its evaluations
+    evaluate_run(tmp_path / "run", episodes=1)
+    assert seeds[-1] not in while_training
+
+
 class GlobalNoise(gym.Env):
     """Draws what it shows from the generators that everything in a process shares."""
 
@@ -557,11 +586,9 @@ gym.register("test/GlobalNoise-v0", GlobalNoise)
 
 def test_evaluation_draws_nothing_from_the_generators_that_training_uses(tmp_path):
     config = config_of("test/GlobalNoise-v0")
-    with pytest.warns(
-        UserWarning, match="it has state that was not found"
-    ):  # torch's generator is not an environment's
+    with pytest.warns(UserWarning, match="draws from other generators"):  # torch's generator is not an environment's
         run_in(tmp_path / "with", config)
-    with pytest.warns(UserWarning, match="it has state that was not found"):
+    with pytest.warns(UserWarning, match="draws from other generators"):
         run_in(tmp_path / "without", config, eval_every=0, eval_episodes=0)
     ours, theirs = (read_tensors(checkpoints(tmp_path / name)[0])[0] for name in ("with", "without"))
     assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []

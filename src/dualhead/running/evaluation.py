@@ -18,6 +18,8 @@ from dualhead.worlds.streams import Streams
 
 EVALUATION_ENVS = 20
 EVALUATION_SEED = 10_000
+SELECTION_SEED = 20_000
+"""Of evaluations while training, which choose the best checkpoint; `dualhead eval` reports other episodes."""
 
 
 class Evaluation(NamedTuple):

@@ -17,8 +17,8 @@ from dualhead.population import IndependentLearners, Learner, Turnover, strength
 from dualhead.running.checkpoint import RunError, save_checkpoint
 from dualhead.running.episodes import EpisodeTracker
 from dualhead.storage import RUN_PREFIX, CheckpointError, with_prefix, without_prefix
-from dualhead.worlds.object_graph import CannotSnapshot
 from dualhead.worlds.registry import open_streams
+from dualhead.worlds.replay import CannotReplay
 from dualhead.worlds.streams import Streams, StreamStep, restart
 
 
@@ -113,7 +113,7 @@ class Session:
             try:
                 of_streams, run["streams"] = self.streams.state()
                 kept |= with_prefix("streams", of_streams)
-            except CannotSnapshot as error:  # they could be saved when the run began
+            except CannotReplay as error:  # they could be saved when the run began
                 warnings.warn(f"{self.config.env} is not saved with this checkpoint: {error}", stacklevel=2)
         return tensors | with_prefix(RUN_PREFIX, kept), metadata | {RUN_PREFIX: run}
 
@@ -144,14 +144,18 @@ class Session:
             torch.set_rng_state(kept["rng"])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{source} lacks a part of the run: {error!r}") from error
+        why_not = "their state was not saved"
         if of_streams is not None:
-            self.observations = self.streams.restore(without_prefix("streams", kept), of_streams, source=source)
-            return
+            try:
+                self.observations = self.streams.restore(without_prefix("streams", kept), of_streams, source=source)
+                return
+            except CannotReplay as error:
+                why_not = str(error)
         forgotten = self.learner.abandon_rollout()
         self.tracker.abandon_episodes()
         self.observations = restart(self.streams, seed=self.config.seed, num_steps=self.learner.num_steps)
         warnings.warn(
-            f"the state of {self.config.env} was not kept: its episodes begin again, with recurrent states reset"
+            f"the episodes of {self.config.env} begin again, with recurrent states reset: {why_not}"
             + (f", and {forgotten} steps that were not learned from yet are forgotten" if forgotten else ""),
             stacklevel=2,
         )

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import importlib
 import importlib.util
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
 import gymnasium as gym
 import numpy as np
-import torch
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import concatenate, create_empty_array, iterate
 from numpy.typing import NDArray
 from torch import Tensor
@@ -23,12 +22,17 @@ from torch import Tensor
 import dualhead.worlds.tasks  # noqa: F401  (registers dualhead/...)
 from dualhead.config import COMMONS
 from dualhead.norms import NormEvents
-from dualhead.storage import CheckpointError
-from dualhead.worlds.object_graph import CannotSnapshot, Snapshot
-from dualhead.worlds.snapshots import SnapshotWrapper, can_snapshot, capture_process, restore_process, seed_spaces
+from dualhead.storage import with_prefix, without_prefix
+from dualhead.worlds.replay import CannotReplay, as_actions
+from dualhead.worlds.replay_files import pack, pack_randomness, set_global_randomness, unpack, unpack_randomness
+from dualhead.worlds.replay_trial import why_not_replayed
+from dualhead.worlds.vectors import LeanSyncVectorEnv, ReplayingAsyncVectorEnv, with_final_observations
 
-_EXTRAS = {"popgym": "popgym", "minigrid": "MiniGrid"}
-"""Package and extra of the same name -> prefix of its environment ids."""
+_EXTRAS = {"popgym": ("popgym-",), "minigrid": ("MiniGrid-", "BabyAI-")}
+"""Package and extra of the same name -> prefixes of its environment ids."""
+
+
+_CANNOT_REACH = "the environments inside {} cannot be reached: make_streams makes some that can"
 
 
 class UnavailableEnvironment(RuntimeError):
@@ -84,10 +88,19 @@ class Streams(Protocol):
         """Numbers for the log since the last call."""
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Everything that the coming steps depend on: tensors by name, and JSON metadata."""
+        """Everything that the coming steps depend on: tensors by name, and JSON metadata.
+
+        Raises:
+            CannotReplay: it cannot be saved at this moment.
+        """
 
     def restore(self, tensors: dict[str, Tensor], metadata: dict[str, Any], *, source: str = "checkpoint") -> Any:
-        """Takes back what `state` gave, in streams made in the same way; the observations [B, ...] of that moment."""
+        """Takes back what `state` gave, in streams made in the same way; the observations [B, ...] of that moment.
+
+        Raises:
+            CheckpointError: it is no state of these streams.
+            CannotReplay: its episodes cannot go on; new ones can be begun by `restart`.
+        """
 
     def close(self) -> None:
         """Frees what the environments hold."""
@@ -96,15 +109,27 @@ class Streams(Protocol):
 class GymnasiumStreams:
     """A Gymnasium vector environment in SAME_STEP mode, one stream per sub-environment.
 
+    An environment may write every observation to the same array. Gymnasium keeps a reference to the final observation
+    while it resets the environment, so that the reset overwrites it. The environments of a plain `SyncVectorEnv` are
+    stepped by a `LeanSyncVectorEnv` instead; those of one inside a vector wrapper are wrapped in
+    `KeepsFinalObservation`. Those of an `AsyncVectorEnv` live in other processes and cannot be wrapped afterwards: one
+    more environment of the first kind is made and tried.
+
     Raises:
-        ValueError: another autoreset mode (its filler steps would be learned from).
+        ValueError: another autoreset mode (its filler steps would be learned from), or an `AsyncVectorEnv` of
+            environments that overwrite their final observation.
     """
 
     def __init__(self, envs: VectorEnv) -> None:
         mode = envs.metadata.get("autoreset_mode")
         if mode != AutoresetMode.SAME_STEP:
-            raise ValueError(f"expected a vector environment with autoreset_mode=SAME_STEP, got {mode}")
-        self.envs = envs
+            raise ValueError(
+                f"expected a vector environment in autoreset mode SAME_STEP, got {mode}, whose filler steps would be "
+                f"learned from. Make it by make_streams(id, num_envs), or by gym.make_vec(id, num_envs, "
+                f"vectorization_mode='sync', "
+                f"vector_kwargs={{'autoreset_mode': gym.vector.AutoresetMode.SAME_STEP}})"
+            )
+        self.envs = with_final_observations(envs)
         self.num_streams = envs.num_envs
         self._observations: Any = None
 
@@ -122,24 +147,26 @@ class GymnasiumStreams:
 
         It is found by playing two more environments of the first kind for a moment, once.
         """
-        if not isinstance(self.envs, SyncVectorEnv | AsyncVectorEnv):
-            return f"the environments inside {type(self.envs).__name__} cannot be reached"
-        make_one = self.envs.env_fns[0]
-        if isinstance(self.envs, AsyncVectorEnv):
-            one = make_one()
-            one.close()
-            if not isinstance(one, SnapshotWrapper):
-                return "environments in processes of their own must be wrapped in SnapshotWrapper (make_streams does)"
-        return can_snapshot(make_one)
+        if not isinstance(self.envs, LeanSyncVectorEnv | ReplayingAsyncVectorEnv):
+            return _CANNOT_REACH.format(type(self.envs).__name__)
+        return why_not_replayed(self.envs.makers[0])
 
     def reset(self, *, seed: int | None = None) -> Any:
-        self._observations, _ = self.envs.reset(seed=seed)
-        if seed is not None and isinstance(self.envs, SyncVectorEnv):
-            for number, env in enumerate(self.envs.envs):
-                seed_spaces(env, seed + number)
+        """Begins an episode in every stream.
+
+        Args:
+            seed: of all randomness of the environments; None: from the system.
+
+        Returns:
+            Observations [B, ...].
+        """
+        # Gymnasium's `seed + i` for environment i would give seeds 0 and 1 all environments but one in common.
+        seeds: Any = (np.random.SeedSequence(seed).generate_state(self.num_streams) >> 1).tolist()
+        self._observations, _ = self.envs.reset(seed=seeds)
         return self._observations
 
     def step(self, actions: Any) -> StreamStep:
+        actions = as_actions(self.envs.action_space, actions)
         observations, rewards, terminated, truncated, infos = self.envs.step(actions)
         self._observations = observations
         final = None
@@ -148,65 +175,41 @@ class GymnasiumStreams:
         return StreamStep(observations, rewards, terminated, truncated, final)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Every environment, the observations to act on next, and the processes' global generators.
-
-        The vector environment itself keeps nothing from one step to the next: each step overwrites its arrays.
+        """How the episodes in progress began, the actions since, and the process's global generators; see `replay`.
 
         Returns:
-            tensors: uint8, structure and data of a snapshot each. They are of this process; with processes for the
-                environments there is one more for each of them.
+            tensors: actions of all environments, one environment after the other, and global generators.
             metadata: JSON.
 
         Raises:
-            CannotSnapshot: see `resumable`.
+            CannotReplay: see `resumable`, or an episode is too long.
             RuntimeError: there was no `reset()` yet.
         """
         if self._observations is None:
             raise RuntimeError("state() needs streams that have begun: call reset() first")
-        if isinstance(self.envs, AsyncVectorEnv):
-            snapshots = [capture_process(observations=self._observations)]
-            for number, given in enumerate(self.envs.call("take_snapshot")):
-                if isinstance(given, str):
-                    raise CannotSnapshot(f"environment {number}: {given}")
-                snapshots.append(given)
-        elif isinstance(self.envs, SyncVectorEnv):
-            snapshots = [capture_process(envs=self.envs.envs, observations=self._observations)]
-        else:
-            raise CannotSnapshot(f"the environments inside {type(self.envs).__name__} cannot be reached")
-        tensors = {}
-        for number, snapshot in enumerate(snapshots):
-            for part, contents in snapshot._asdict().items():
-                tensors[f"{number}/{part}"] = torch.from_numpy(np.frombuffer(bytearray(contents), np.uint8))
-        return tensors, {"num_streams": self.num_streams, "num_snapshots": len(snapshots)}
+        if not isinstance(self.envs, LeanSyncVectorEnv | ReplayingAsyncVectorEnv):
+            raise CannotReplay(_CANNOT_REACH.format(type(self.envs).__name__))
+        tensors, metadata = pack(self.envs.episodes())
+        randomness, metadata["randomness"] = pack_randomness()
+        return tensors | with_prefix("randomness", randomness), metadata
 
     def restore(self, tensors: dict[str, Tensor], metadata: dict[str, Any], *, source: str = "checkpoint") -> Any:
-        """Takes back what `state` gave, and the global generators of `random` and NumPy with it.
+        """Plays the episodes that `state` gave again, and takes back the process's global generators.
 
         Returns:
             The observations [B, ...] that were to be acted on.
 
         Raises:
-            CheckpointError: it is of other environments, another number of them, or another vectorization; the
-                environments must be reset then.
+            CheckpointError: it is no such state, or of other environments.
+            CannotReplay: an episode led elsewhere when it was played again; the streams must be reset then.
         """
-        num_snapshots = 1 + self.num_streams if isinstance(self.envs, AsyncVectorEnv) else 1
-        ours = {"num_streams": self.num_streams, "num_snapshots": num_snapshots}
-        if metadata != ours:
-            raise CheckpointError(
-                f"{source} is of other streams: {metadata}, expected {ours}; resume with the same num_envs and "
-                f"vectorization"
-            )
-        try:
-            saved = {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
-            snapshots = [Snapshot(saved[f"{n}/structure"], saved[f"{n}/data"]) for n in range(num_snapshots)]
-        except KeyError as error:
-            raise CheckpointError(f"{source} lacks the state of an environment: {error}") from error
-        parts: dict[str, Any] = {"observations": self.envs.reset(seed=0)[0]}
-        if isinstance(self.envs, AsyncVectorEnv):
-            self.envs.set_attr("snapshot", snapshots[1:])
-        elif isinstance(self.envs, SyncVectorEnv):
-            parts["envs"] = self.envs.envs
-        self._observations = restore_process(snapshots[0], source=source, **parts).observations
+        if not isinstance(self.envs, LeanSyncVectorEnv | ReplayingAsyncVectorEnv):
+            raise CannotReplay(_CANNOT_REACH.format(type(self.envs).__name__))
+        actions = {name: tensor for name, tensor in tensors.items() if not name.startswith("randomness/")}
+        episodes = unpack(actions, metadata, self.action_space, self.num_streams, source=source)
+        randomness = unpack_randomness(without_prefix("randomness", tensors), metadata.get("randomness"), source=source)
+        self._observations = self.envs.replay(episodes)
+        set_global_randomness(randomness)
         return self._observations
 
     def _join(self, observations: Any, final: NDArray[np.object_]) -> Any:
@@ -233,42 +236,14 @@ class GymnasiumStreams:
         self.envs.close()
 
 
-class LeanSyncVectorEnv(SyncVectorEnv):
-    """Gymnasium's SyncVectorEnv in SAME_STEP mode without what learning does not use.
-
-    Infos carry only `final_obs`, and returned arrays are overwritten by the next step: on small environments those
-    two cost more than the environments themselves.
-    """
-
-    def __init__(self, env_fns: list[Callable[[], gym.Env]]) -> None:
-        super().__init__(env_fns, copy=False, autoreset_mode=AutoresetMode.SAME_STEP)
-        self._plain = isinstance(self.single_observation_space, gym.spaces.Box | gym.spaces.Discrete)
-
-    def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
-        infos: dict[str, Any] = {}
-        rows = self._observations
-        for i, (env, action) in enumerate(zip(self.envs, iterate(self.action_space, actions))):
-            observation, self._rewards[i], terminated, truncated, _ = env.step(action)
-            self._terminations[i], self._truncations[i] = terminated, truncated
-            if terminated or truncated:
-                if not infos:
-                    infos["final_obs"] = np.full(self.num_envs, None, dtype=object)
-                infos["final_obs"][i] = copy.deepcopy(observation)  # reset() may write to the same arrays
-                observation, _ = env.reset()
-            if self._plain:
-                rows[i] = observation
-            else:
-                self._env_obs[i] = observation
-        if not self._plain:
-            concatenate(self.single_observation_space, self._env_obs, rows)
-        return rows, self._rewards, self._terminations, self._truncations, infos
-
-
-def make_streams(env: str, num_envs: int, *, vectorization: str = "sync", **kwargs: Any) -> GymnasiumStreams:
-    """Streams of a registered Gymnasium environment.
+def make_streams(
+    env: str | Callable[[], gym.Env], num_envs: int, *, vectorization: str = "sync", **kwargs: Any
+) -> GymnasiumStreams:
+    """Streams of a Gymnasium environment.
 
     Args:
-        env: a Gymnasium id; `popgym-...` and `MiniGrid-...` load their package.
+        env: a Gymnasium id (`popgym-...`, `MiniGrid-...` and `BabyAI-...` load their package), or what makes one
+            environment.
         num_envs: B.
         vectorization: `sync` in this process, `async` one process per environment.
         kwargs: for the environment.
@@ -278,13 +253,12 @@ def make_streams(env: str, num_envs: int, *, vectorization: str = "sync", **kwar
     """
 
     def one() -> gym.Env:
-        return make_env(env, **kwargs)
+        return make_env(env, **kwargs) if isinstance(env, str) else env(**kwargs)
 
     if vectorization == "async":
-        make_env(env, **kwargs).close()  # its errors are clearer from this process
-        wrapped = [lambda: SnapshotWrapper(one())] * num_envs
+        one().close()  # its errors are clearer from this process
         with _ignored_by_children(signal.SIGINT):
-            return GymnasiumStreams(AsyncVectorEnv(wrapped, autoreset_mode=AutoresetMode.SAME_STEP))
+            return GymnasiumStreams(ReplayingAsyncVectorEnv([one] * num_envs))
     return GymnasiumStreams(LeanSyncVectorEnv([one] * num_envs))
 
 
@@ -318,7 +292,7 @@ def make_env(env: str, **kwargs: Any) -> gym.Env:
         raise UnavailableEnvironment(f"environment {env!r} needs a package that is missing: {error}") from error
     except (gym.error.Error, ImportError, TypeError) as error:
         raise UnavailableEnvironment(f"cannot make environment {env!r}: {error}") from error
-    return _without_mission(made) if env.startswith("MiniGrid") else made
+    return _without_mission(made, env) if env.startswith(_EXTRAS["minigrid"]) else made
 
 
 def restart(streams: Streams, *, seed: int, num_steps: int) -> Any:
@@ -345,8 +319,8 @@ def environment_ids() -> list[str]:
 
 
 def _import_extra(env: str) -> None:
-    for package, prefix in _EXTRAS.items():
-        if not env.startswith(prefix):
+    for package, prefixes in _EXTRAS.items():
+        if not env.startswith(prefixes):
             continue
         try:
             importlib.import_module(package)
@@ -356,14 +330,20 @@ def _import_extra(env: str) -> None:
             ) from error
 
 
-def _without_mission(env: gym.Env) -> gym.Env:
-    """MiniGrid for a network: one-hot cells and the direction; the mission text is left out."""
+def _without_mission(env: gym.Env, name: str) -> gym.Env:
+    """MiniGrid for a network: one-hot cells and the direction; the mission text is left out.
+
+    Where the mission differs between episodes a warning says so: part of the task cannot be seen then.
+    """
     from gymnasium.wrappers import TransformObservation
     from minigrid.wrappers import OneHotPartialObsWrapper
 
     one_hot = OneHotPartialObsWrapper(env)
     spaces = one_hot.observation_space
     assert isinstance(spaces, gym.spaces.Dict)
+    mission = env.unwrapped.observation_space["mission"]  # type: ignore[index]
+    if name.startswith("BabyAI") or mission.ordered_placeholders:
+        warnings.warn(f"{name} says in words what is to be done; the agent does not see them", stacklevel=2)
     shape = spaces["image"].shape
     assert shape is not None
     space = gym.spaces.Dict(image=gym.spaces.Box(0, 1, shape, np.uint8), direction=spaces["direction"])

@@ -1,0 +1,553 @@
+"""Episodes in progress are played again to the same bits, or refused; their files are not trusted."""
+
+import copy
+import random
+import re
+from itertools import count
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from gymnasium.vector.utils import batch_space
+from gymnasium.wrappers import FrameStackObservation, NormalizeObservation, TimeLimit
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dualhead.storage import CheckpointError, read_tensors, write_tensors
+from dualhead.worlds import vectors
+from dualhead.worlds.commons import Commons, CommonsConfig
+from dualhead.worlds.replay import ActionLog, CannotReplay, as_actions
+from dualhead.worlds.replay_trial import why_not_replayed
+from dualhead.worlds.streams import GymnasiumStreams, make_streams, restart
+
+# Environments.
+
+
+class Walk(gym.Env):
+    """A random walk pushed by the actions; episodes of `length` steps."""
+
+    observation_space = spaces.Box(-np.inf, np.inf, (1,), np.float64)
+
+    def __init__(self, action_space=None, *, length=10):
+        self.action_space, self.length = action_space or spaces.Discrete(2), length
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.time, self.place = 0, self.noise()
+        return self._see(), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action)
+        self.time += 1
+        # Every part of the action counts, and so does its place.
+        parts = np.concatenate([np.ravel(part).astype(float) for part in numbers_in(action)])
+        self.place = 0.9 * self.place + self.noise() + float(parts @ np.arange(1, len(parts) + 1))
+        return self._see(), self.place, self.time == self.length, False, {}
+
+    def noise(self):
+        return self.np_random.normal()
+
+    def _see(self):
+        return np.array([self.place])
+
+
+def numbers_in(action):
+    """The parts of an action by name or place."""
+    if isinstance(action, dict):
+        action = tuple(action[key] for key in sorted(action))
+    return [number for part in action for number in numbers_in(part)] if isinstance(action, tuple) else [action]
+
+
+class SamplesItsSpaces(Walk):
+    def noise(self):
+        return float(self.observation_space.sample()[0]) + float(self.action_space.sample())
+
+
+class CountsEpisodes(Walk):
+    episodes = 0
+
+    def reset(self, *, seed=None, options=None):
+        self.episodes += 1
+        return super().reset(seed=seed)
+
+    def noise(self):
+        return float(self.episodes)
+
+
+class HoldsGenerator(Walk):
+    """What no copy could take apart: a running Python generator."""
+
+    def reset(self, *, seed=None, options=None):
+        self.numbers = count()
+        return super().reset(seed=seed)
+
+    def noise(self):
+        return float(next(self.numbers))
+
+
+class OwnGenerator(Walk):
+    def reset(self, *, seed=None, options=None):
+        if seed is not None:
+            self.own = np.random.default_rng(seed)
+        return super().reset(seed=seed)
+
+    def noise(self):
+        return self.own.normal()
+
+
+class LikeAtari(OwnGenerator):
+    """A generator that cannot be read and that `reset(seed=...)` seeds, in a package that is known for it."""
+
+
+LikeAtari.__module__ = "ale_py.env"
+
+
+class GlobalGenerators(Walk):
+    def noise(self):
+        return random.random() + np.random.random()  # noqa: NPY002
+
+
+class OtherBits(Walk):
+    def reset(self, *, seed=None, options=None):
+        if seed is not None:
+            self.np_random = np.random.Generator(np.random.MT19937(seed))
+        return super().reset()
+
+
+class Masked(gym.Env):
+    """Asserts that each action is the one that its mask allows."""
+
+    action_space = spaces.Discrete(4)
+    observation_space = spaces.Dict(seen=spaces.Box(0, 99, (1,)), action_mask=spaces.MultiBinary(4))
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.time = 0
+        return self._see(), {}
+
+    def step(self, action):
+        assert action == self.legal
+        self.time += 1
+        return self._see(), 0.0, False, self.time == 15, {}
+
+    def _see(self):
+        self.legal = self.np_random.integers(4)
+        return {"seen": np.array([self.time], np.float32), "action_mask": np.eye(4, dtype=np.int8)[self.legal]}
+
+
+# Going on.
+
+
+def bits(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: bits(part) for key, part in value.items()}
+    if isinstance(value, tuple):
+        return tuple(map(bits, value))
+    return None if value is None else (np.asarray(value).dtype.str, np.shape(value), np.asarray(value).tobytes())
+
+
+def watch(streams, num_steps, seed):
+    """Everything seen in so many random steps."""
+    sampled = batch_space(streams.action_space, streams.num_streams)
+    sampled.seed(seed)
+    return [bits(tuple(streams.step(sampled.sample()))) for _ in range(num_steps)]
+
+
+def assert_goes_on(make, tmp_path, *, num_before=37, num_after=60):
+    """Saved after some steps, through a file, streams made afresh give what the first ones give."""
+    streams, resumed = make(), make()
+    try:
+        assert streams.resumable is None
+        streams.reset(seed=3)
+        watch(streams, num_before, seed=1)
+        saved = streams.state()
+        write_tensors(tmp_path / "state", *saved)
+        resumed.reset(seed=11)
+        watch(resumed, 5, seed=1)  # what was done before does not matter
+        going_on = resumed.restore(*read_tensors(tmp_path / "state"))
+        assert bits(going_on) == bits(streams._observations)
+        tensors, metadata = resumed.state()
+        assert metadata == saved[1]
+        assert all(tensors[name].equal(saved[0][name]) for name in saved[0])
+        assert watch(resumed, num_after, seed=2) == watch(streams, num_after, seed=2)
+    finally:
+        streams.close()
+        resumed.close()
+
+
+ENVS = [
+    *("CartPole-v1", "Pendulum-v1", "MountainCar-v0", "MountainCarContinuous-v0", "Acrobot-v1", "FrozenLake-v1"),
+    *("CliffWalking-v1", "Taxi-v4", "Blackjack-v1", "dualhead/CartPoleNoVel-v1", "dualhead/PendulumNoVel-v1"),
+    *("dualhead/RecallCue-v0", "popgym-RepeatPreviousEasy-v0", "popgym-RepeatFirstMedium-v0"),
+    *("popgym-AutoencodeEasy-v0", "popgym-MineSweeperEasy-v0", "popgym-BattleshipEasy-v0"),
+    *("popgym-CountRecallEasy-v0", "popgym-ConcentrationEasy-v0", "popgym-HigherLowerEasy-v0"),
+    *("popgym-MultiarmedBanditEasy-v0", "popgym-NoisyPositionOnlyPendulumEasy-v0", "MiniGrid-DoorKey-5x5-v0"),
+    *("MiniGrid-MemoryS7-v0", "MiniGrid-FourRooms-v0", "MiniGrid-Dynamic-Obstacles-6x6-v0"),
+]
+
+
+@pytest.mark.parametrize("name", ENVS)
+def test_environments_go_on(name, tmp_path):
+    assert_goes_on(lambda: make_streams(name, 2), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("package", "name"),
+    [
+        ("Box2D", "LunarLander-v3"),
+        ("mujoco", "InvertedPendulum-v5"),
+        ("mujoco", "Hopper-v5"),
+        ("ale_py", "ALE/Pong-v5"),
+    ],
+)
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+def test_environments_in_c_go_on(package, name, vectorization, tmp_path):
+    module = pytest.importorskip(package)
+    if package == "ale_py":
+        gym.register_envs(module)
+    assert_goes_on(lambda: make_streams(name, 2, vectorization=vectorization), tmp_path, num_before=300)
+
+
+ACTION_SPACES = [
+    spaces.Discrete(300, start=-7),
+    spaces.MultiDiscrete([3, 4], start=[2, 0]),
+    spaces.MultiBinary(3),
+    spaces.Box(-2, 2, (2, 2), np.float32),
+    spaces.Box(-2, 2, (3,), np.float64),
+    spaces.Dict(what=spaces.Discrete(3), go=spaces.Dict(b=spaces.Discrete(2), a=spaces.Box(0, 1, (2,)))),
+    spaces.Tuple((spaces.Discrete(2), spaces.MultiDiscrete([3, 2]))),
+]
+
+
+class Nested(Walk):
+    """The same with observations of several parts."""
+
+    observation_space = spaces.Dict(
+        place=Walk.observation_space, also=spaces.Tuple((spaces.Discrete(99), spaces.Box(-9, 9, (2,), np.float32)))
+    )
+
+    def _see(self):
+        return {"also": (self.time, np.full(2, self.time / 7, np.float32)), "place": np.array([self.place])}
+
+
+@pytest.mark.parametrize("action_space", ACTION_SPACES, ids=lambda space: type(space).__name__)
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+def test_actions_and_observations_of_every_kind_go_on(action_space, vectorization, tmp_path):
+    kind = Nested if isinstance(action_space, spaces.Dict) else Walk
+    make = lambda: make_streams(lambda: kind(action_space, length=23), 2, vectorization=vectorization)  # noqa: E731
+    assert_goes_on(make, tmp_path)
+
+
+@pytest.mark.parametrize("kind", [SamplesItsSpaces, HoldsGenerator, LikeAtari, Masked])
+def test_unusual_environments_go_on(kind, tmp_path):
+    if kind is not Masked:
+        assert_goes_on(lambda: make_streams(kind, 2), tmp_path)
+    assert why_not_replayed(kind) is None
+
+
+def test_wrappers_go_on(tmp_path):
+    assert_goes_on(lambda: make_streams(lambda: FrameStackObservation(TimeLimit(Walk(), 7), 3), 2), tmp_path)
+
+
+@pytest.mark.parametrize("num_before", [0, 10, 13])
+def test_the_first_episode_and_the_first_step_go_on(num_before, tmp_path):
+    assert_goes_on(lambda: make_streams(Walk, 2), tmp_path, num_before=num_before)
+
+
+def test_plain_vector_environments_of_gymnasium_go_on(tmp_path):
+    def make():
+        return GymnasiumStreams(SyncVectorEnv([Walk] * 2, autoreset_mode=AutoresetMode.SAME_STEP))
+
+    assert_goes_on(make, tmp_path)
+
+
+def test_streams_that_were_never_reset_have_no_state():
+    with pytest.raises(RuntimeError, match="reset"):
+        make_streams(Walk, 2).state()
+
+
+def test_global_generators_go_on():
+    streams = make_streams(Walk, 1)
+    streams.reset(seed=0)
+    random.gauss(0, 1)
+    np.random.standard_normal()  # noqa: NPY002  (each keeps the second of a pair)
+    saved = streams.state()
+    expected = random.gauss(0, 1), random.random(), *np.random.standard_normal(3)  # noqa: NPY002
+    make_streams(Walk, 1).restore(*saved)
+    assert (random.gauss(0, 1), random.random(), *np.random.standard_normal(3)) == expected  # noqa: NPY002
+
+
+def test_the_commons_keep_the_same_convention():
+    streams, resumed = (Commons(CommonsConfig(num_agents=2, form="bandit"), num_worlds=2) for _ in range(2))
+    assert streams.resumable is None
+    streams.reset(seed=0)
+    step = streams.step(np.zeros((4, 2), int))
+    observations = resumed.restore(*streams.state())
+    assert observations.keys() == step.observations.keys()
+    for name, part in step.observations.items():
+        assert part.equal(observations[name]), name
+
+
+def test_a_restart_is_no_repetition():
+    streams = make_streams("CartPole-v1", 2)
+    first = bits(streams.reset(seed=0))
+    again = [
+        bits(restart(streams, seed=seed, num_steps=steps)) for seed, steps in ((0, 64), (0, 128), (1, 64), (0, 64))
+    ]
+    assert again[0] == again[3]
+    assert len({str(observations) for observations in (first, *again)}) == 4
+
+
+# Not going on.
+
+BEYOND = "keeps state beyond an episode, or draws from other generators"
+
+
+class Impatient(Walk):
+    def step(self, action):
+        raise OSError("the simulator has gone")
+
+
+class ForgetsAtReset(CountsEpisodes):
+    """Differs only after a reset, which 300 steps would not bring about by themselves."""
+
+    def step(self, action):
+        return *super().step(action)[:2], False, False, {}
+
+
+def words():
+    return Walk(spaces.Text(5))
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (CountsEpisodes, BEYOND),
+        (ForgetsAtReset, BEYOND),
+        (OwnGenerator, BEYOND),
+        (GlobalGenerators, BEYOND),
+        (lambda: NormalizeObservation(Walk()), BEYOND),
+        (OtherBits, "its generator is a MT19937"),
+        (Impatient, "trying it raised OSError: the simulator has gone"),
+        (words, "actions of Text.* cannot be saved"),
+    ],
+)
+def test_environments_that_would_not_go_on_are_found_out(kind, reason):
+    random_before, numpy_before = random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    said = why_not_replayed(lambda: TimeLimit(kind(), 100))
+    assert re.search(reason, str(said))
+    assert random.getstate() == random_before
+    assert np.random.get_state()[1].tolist() == numpy_before  # noqa: NPY002
+
+
+def test_the_trial_stops_in_time():
+    steps = []
+
+    class Slow(Walk):
+        def step(self, action):
+            steps.append(1)
+            return super().step(action)
+
+    assert why_not_replayed(Slow, min_steps=5, max_steps=1000, seconds=0.0) is None
+    assert len(steps) == 7 + 2 * (5 + 1)
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+def test_an_episode_that_leads_elsewhere_is_refused_and_new_ones_can_begin(vectorization):
+    """Whoever did not listen to `resumable`."""
+    streams, resumed = (make_streams(CountsEpisodes, 2, vectorization=vectorization) for _ in range(2))
+    try:
+        assert BEYOND in streams.resumable
+        streams.reset(seed=0)
+        watch(streams, 24, seed=1)
+        with pytest.raises(CannotReplay, match="environment 0: its last observation or a generator differed after 4"):
+            resumed.restore(*streams.state())
+        assert restart(resumed, seed=0, num_steps=28).shape == (2, 1)
+        assert len(watch(resumed, 12, seed=1)) == 12
+    finally:
+        streams.close()
+        resumed.close()
+
+
+def test_an_environment_that_ends_or_fails_while_it_is_played_again_is_refused():
+    streams = make_streams(lambda: Walk(length=20), 1)
+    streams.reset(seed=0)
+    watch(streams, 14, seed=1)
+    with pytest.raises(CannotReplay, match="ended after 10 of 14 steps"):
+        make_streams(Walk, 1).restore(*streams.state())
+    with pytest.raises(CannotReplay, match="raised OSError"):
+        make_streams(Impatient, 1).restore(*streams.state())
+
+
+def test_vector_environments_whose_insides_cannot_be_reached():
+    envs = SyncVectorEnv([Walk] * 2, autoreset_mode=AutoresetMode.SAME_STEP)
+    streams = GymnasiumStreams(gym.wrappers.vector.RecordEpisodeStatistics(envs))
+    streams.reset(seed=0)
+    assert "RecordEpisodeStatistics cannot be reached" in streams.resumable
+    with pytest.raises(CannotReplay, match="cannot be reached"):
+        streams.state()
+
+
+# The log of actions.
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 3), st.integers(5, 90), st.lists(st.integers(0, 40), max_size=400), st.integers(0, 2**32))
+def test_the_log_holds_what_lists_would(num_envs, max_steps, events, seed):
+    """Episodes begin at random; a list for each environment says what must come out."""
+    rng = np.random.default_rng(seed)
+    log = ActionLog(batch_space(spaces.Discrete(300), num_envs), num_envs, max_steps=max_steps)
+    kept = [[] for _ in range(num_envs)]
+    for event in events:
+        actions = rng.integers(300, size=num_envs)
+        log.append(actions)
+        for env in range(num_envs):
+            kept[env].append(actions[env])
+            if event == env:
+                log.begin(env)
+                kept[env] = []
+    for env in range(num_envs):
+        if len(kept[env]) > max_steps:
+            with pytest.raises(CannotReplay, match=f"environment {env} is more than {max_steps} steps into"):
+                log.of(env)
+        else:
+            assert log.of(env)[0].tolist() == kept[env]
+
+
+def test_endless_episodes_do_not_grow_without_bound():
+    log = ActionLog(batch_space(spaces.Discrete(4), 8), 8, max_steps=100)
+    for _ in range(5000):
+        log.append(np.ones(8, int))
+    (array,) = log._arrays
+    assert array.nbytes <= 4 * 100 * 8  # a byte for each action, and room to grow
+
+
+def test_an_episode_that_is_too_long_is_not_saved(monkeypatch):
+    monkeypatch.setattr(vectors, "ActionLog", lambda space, n: ActionLog(space, n, max_steps=5))
+    streams = make_streams(Walk, 2)
+    streams.reset(seed=0)
+    watch(streams, 6, seed=0)
+    with pytest.raises(CannotReplay, match="environment 0 is more than 5 steps into its episode"):
+        streams.state()
+    watch(streams, 6, seed=0)  # the next episode is two steps old
+    assert streams.state()[1]["episodes"][0]["num_steps"] == 2
+
+
+def test_actions_are_given_as_they_are_recorded():
+    space = batch_space(spaces.Dict(a=spaces.Box(0, 1, (1,), np.float32), b=spaces.Discrete(3)), 2)
+    given_as = as_actions(space, {"a": np.full((2, 1), 0.3), "b": [1, 2]})
+    assert given_as["a"].dtype == np.float32
+    assert given_as["b"].dtype == np.int64
+    with pytest.raises(TypeError):
+        as_actions(space, {"a": np.zeros((2, 1)), "b": np.array([0.5, 1.0])})
+
+
+def test_an_action_outside_its_space_is_not_saved():
+    streams = make_streams("Pendulum-v1", 1)  # clips its actions
+    streams.reset(seed=0)
+    streams.step(np.full((1, 1), 2.5))
+    with pytest.raises(CannotReplay, match="environment 0 got an action outside Box"):
+        streams.state()
+
+
+# A file is not trusted.
+
+
+def two_heads():
+    return Walk(spaces.Dict(box=spaces.Box(-1, 1, (2,), np.float32), n=spaces.Discrete(3)))
+
+
+def first(metadata):
+    return metadata["episodes"][0]
+
+
+def change(tensors, name, edit):
+    tensors[name] = edit(tensors[name])
+
+
+def put(tensor, value):
+    changed = tensor.clone()
+    changed.view(-1)[0] = value
+    return changed
+
+
+TAMPERED = {
+    "no episodes": lambda t, m: m.clear(),
+    "not a list": lambda t, m: m.update(episodes={"0": 1}),
+    "fewer environments": lambda t, m: m["episodes"].pop(),
+    "not an episode": lambda t, m: m["episodes"].__setitem__(0, None),
+    "no root": lambda t, m: first(m).pop("root"),
+    "negative root": lambda t, m: first(m).update(root=-1),
+    "root of a float": lambda t, m: first(m).update(root=1.0),
+    "root of a bool": lambda t, m: first(m).update(root=True),
+    "huge number": lambda t, m: first(m).update(number=2**70),
+    "more steps": lambda t, m: first(m).update(num_steps=first(m)["num_steps"] + 1),
+    "very many steps": lambda t, m: first(m).update(num_steps=10**9),
+    "no fingerprint": lambda t, m: first(m).update(fingerprint="x"),
+    "a short state of a generator": lambda t, m: first(m).update(generators=[[1]]),
+    "an even increment": lambda t, m: first(m).update(generators=[[1, 2, 0, 0]]),
+    "a generator of words": lambda t, m: first(m).update(generators=[["os", "system", 0, 0]]),
+    "no actions": lambda t, m: t.pop("actions/0"),
+    "more actions": lambda t, m: t.update({"actions/2": torch.zeros(3)}),
+    "wrong dtype": lambda t, m: change(t, "actions/0", torch.Tensor.double),
+    "wrong length": lambda t, m: change(t, "actions/1", lambda a: a[:-1]),
+    "wrong shape": lambda t, m: change(t, "actions/0", lambda a: a[:, :1]),
+    "NaN": lambda t, m: change(t, "actions/0", lambda a: put(a, float("nan"))),
+    "outside the box": lambda t, m: change(t, "actions/0", lambda a: put(a, 1.5)),
+    "no such choice": lambda t, m: change(t, "actions/1", lambda a: put(a, 3)),
+    "no randomness": lambda t, m: m.pop("randomness"),
+    "randomness of words": lambda t, m: m.update(randomness={"python": "x", "numpy": [0, 0.0]}),
+    "no generator": lambda t, m: t.pop("randomness/numpy"),
+    "a short generator": lambda t, m: change(t, "randomness/python", lambda a: a[:9]),
+    "a position beyond": lambda t, m: t["randomness/numpy"].__setitem__(-1, 10**6),
+}
+
+
+@pytest.mark.parametrize("how", TAMPERED)
+def test_a_tampered_state_is_refused_before_anything_is_used(how):
+    streams = make_streams(two_heads, 2)
+    streams.reset(seed=0)
+    watch(streams, 14, seed=1)
+    tensors, metadata = copy.deepcopy(streams.state())
+    TAMPERED[how](tensors, metadata)
+    before = bits(streams._observations), random.getstate()
+    with pytest.raises(CheckpointError, match="holds no state"):
+        streams.restore(tensors, metadata)
+    assert (bits(streams._observations), random.getstate()) == before
+    streams.step({"box": np.zeros((2, 2), np.float32), "n": np.zeros(2, int)})
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        lambda t, m: change(t, "actions/1", lambda a: put(a, (int(a[0]) + 1) % 3)),
+        lambda t, m: first(m).update(fingerprint="0" * 64),
+        lambda t, m: first(m).update(root=first(m)["root"] + 1, number=0, generators=first(m)["generators"][:-1]),
+        lambda t, m: first(m).update(generators=[]),
+    ],
+)
+def test_a_wrong_but_well_formed_state_leads_elsewhere(how):
+    streams = make_streams(two_heads, 2)
+    streams.reset(seed=0)
+    watch(streams, 14, seed=1)
+    tensors, metadata = copy.deepcopy(streams.state())
+    how(tensors, metadata)
+    with pytest.raises(CannotReplay, match="environment 0"):
+        streams.restore(tensors, metadata)
+
+
+def test_the_state_of_other_environments_is_refused():
+    streams = make_streams("CartPole-v1", 2)
+    streams.reset(seed=0)
+    watch(streams, 9, seed=0)
+    saved = streams.state()
+    with pytest.raises(CheckpointError, match="expected num_envs=3"):
+        make_streams("CartPole-v1", 3).restore(*saved)
+    with pytest.raises(CheckpointError, match="actions are"):
+        make_streams("Pendulum-v1", 2).restore(*saved)
+    with pytest.raises(CannotReplay):
+        make_streams("Acrobot-v1", 2).restore(*saved)
