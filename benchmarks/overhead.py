@@ -26,8 +26,8 @@ from pathlib import Path
 import torch
 from workloads import Workload, add_options, chosen_workloads, run_config
 
-from dualhead.config import RunConfig
 from dualhead.running.checkpoint import checkpoints, new_run_dir
+from dualhead.running.config import RunConfig
 from dualhead.running.machine import keep_freed_memory
 from dualhead.running.session import Session
 from dualhead.running.trainer import Evaluator, run_loop

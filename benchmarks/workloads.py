@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from gymnasium import spaces
 
-from dualhead.config import NetworkConfig, PPOConfig, RunConfig
+from dualhead.config import NetworkConfig, PPOConfig
 from dualhead.running.checkpoint import new_run_dir
+from dualhead.running.config import RunConfig
 from dualhead.running.session import Session
 from dualhead.running.trainer import Evaluator, run_loop
 from dualhead.running.writers import make_writers

@@ -8,14 +8,16 @@ from pretended_device import DEVICE, DeviceTensor, pretended_device
 from settings import spec_segments
 
 from dualhead.agent import DualHeadRecurrentPPO
-from dualhead.config import CommonsConfig, NetworkConfig, NormConfig, RunConfig, TurnoverConfig
+from dualhead.config import NetworkConfig, NormConfig, TurnoverConfig
 from dualhead.networks.encoders import ObservationSpec
 from dualhead.norms import NormEvents
+from dualhead.running.config import RunConfig
 from dualhead.running.episodes import EpisodeTracker
 from dualhead.running.playing import Player
 from dualhead.running.session import Session
 from dualhead.types import DataError, on_device
-from dualhead.worlds.commons import Commons
+from dualhead.worlds.commons.config import CommonsConfig
+from dualhead.worlds.commons.world import Commons
 from dualhead.worlds.streams import StreamStep
 
 B = 3
@@ -262,7 +264,7 @@ def commons_run(policies, **settings):
         total_steps=1000,
         policies=policies,
         enforce_norms=True,
-        commons=settings,
+        world=settings,
         network=NetworkConfig.spec(hidden_size=8, encoder_sizes=(8,)),
         ppo=spec_segments(rollout_length=6, sequence_length=3, batch_size=9, num_epochs=2),
         turnover=TurnoverConfig(first_turn=6, every_turns=6, num_agents=1),

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dualhead.config import RunConfig
+from dualhead.running.config import RunConfig
 from dualhead.running.trainer import train
 
 pytestmark = pytest.mark.slow

@@ -10,7 +10,7 @@ from saved_runs import randomize, save_run
 
 import dualhead
 from dualhead import DataError, Player, load_policy
-from dualhead.config import CommonsConfig, NetworkConfig
+from dualhead.config import NetworkConfig
 from dualhead.networks.encoders import ObservationSpec
 from dualhead.networks.heads import ActionSpec
 from dualhead.networks.policy import RecurrentPolicy
@@ -20,7 +20,8 @@ from dualhead.running.session import make_learner
 from dualhead.running.video import _frames, _frames_of_commons
 from dualhead.storage import CheckpointError
 from dualhead.types import as_numpy
-from dualhead.worlds.commons import Commons
+from dualhead.worlds.commons.config import CommonsConfig
+from dualhead.worlds.commons.world import Commons
 from dualhead.worlds.streams import make_streams
 
 

@@ -21,13 +21,15 @@ from settings import spec_segments
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dualhead.cli import main
-from dualhead.config import CommonsConfig, NetworkConfig, RunConfig, TurnoverConfig
+from dualhead.config import NetworkConfig, TurnoverConfig
 from dualhead.running import checkpoint, metrics, trainer
 from dualhead.running.checkpoint import RunError, checkpoints, locked
+from dualhead.running.config import RunConfig
 from dualhead.running.session import Session
 from dualhead.running.trainer import resume, train
 from dualhead.storage import read_tensors
 from dualhead.worlds import streams
+from dualhead.worlds.commons.config import CommonsConfig
 from dualhead.worlds.snapshots import can_snapshot
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="runs are killed in forked processes")
@@ -79,7 +81,7 @@ def commons(form, **changes):
         "checkpoint_every": 190,
         "eval_every": 380,
         "eval_episodes": 6,
-        "commons": rules,
+        "world": rules,
         "enforce_norms": True,
         "turnover": TurnoverConfig(first_turn=40, every_turns=50, selection="random"),
     }

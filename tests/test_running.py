@@ -24,10 +24,11 @@ from gymnasium import spaces
 from settings import spec_segments
 
 from dualhead import DualHeadRecurrentPPO
-from dualhead.cli import _parse, main
-from dualhead.config import NetworkConfig, PPOConfig, RunConfig
+from dualhead.cli import main, parse_train
+from dualhead.config import NetworkConfig, PPOConfig
 from dualhead.running import machine
 from dualhead.running.checkpoint import RunError, checkpoints, locked, new_run_dir, read_config, read_newest
+from dualhead.running.config import RunConfig
 from dualhead.running.episodes import EpisodeTracker
 from dualhead.running.trainer import train
 from dualhead.running.writers import CSVWriter, ProgressDisplay
@@ -291,16 +292,16 @@ def test_a_preset_for_an_environment_that_has_none_is_refused(capsys):
 
 @pytest.mark.parametrize("form", [["--run-dir", "commons"], ["--run_dir", "commons"], ["--run_dir=commons"]])
 def test_where_a_run_goes_chooses_no_preset(form):
-    command = _parse(["train", *form, "CartPole-v1"])
+    command = parse_train([*form, "CartPole-v1"])
     assert (command.env, command.preset, command.run_dir) == ("CartPole-v1", "default", "commons")
 
 
 def test_only_the_option_makes_policies_independent():
     """A directory of that name leaves the tuned minibatch as it is."""
-    assert _parse(["train", "commons", "--run-dir", "runs/independent"]).ppo.batch_size == 500
-    assert _parse(["train", "commons", "--policies", "independent", "--policies", "shared"]).ppo.batch_size == 500
+    assert parse_train(["commons", "--run-dir", "runs/independent"]).ppo.batch_size == 500
+    assert parse_train(["commons", "--policies", "independent", "--policies", "shared"]).ppo.batch_size == 500
     for form in (["--policies", "independent"], ["--policies=independent"]):
-        assert _parse(["train", *form, "commons"]).ppo.batch_size == 64
+        assert parse_train([*form, "commons"]).ppo.batch_size == 64
 
 
 def test_independent_policies_fit_the_tuned_settings(tmp_path):

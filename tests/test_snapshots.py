@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from dualhead.storage import CheckpointError, read_tensors, write_tensors
-from dualhead.worlds.commons import Commons, CommonsConfig
+from dualhead.worlds.commons.world import Commons, CommonsConfig
 from dualhead.worlds.object_graph import CannotSnapshot, Snapshot, capture, restore
 from dualhead.worlds.snapshots import can_snapshot, capture_process, restore_process
 from dualhead.worlds.streams import GymnasiumStreams, LeanSyncVectorEnv, make_env, make_streams, restart

@@ -16,7 +16,9 @@ from typing import Any
 from pydantic import ValidationError
 from torch import Tensor
 
-from dualhead.config import RunConfig, explain
+from dualhead.config import SettingsError, problems
+from dualhead.errors import RunError, RunInUseError
+from dualhead.running.config import RunConfig
 from dualhead.storage import CheckpointError, read_tensors, remove_temporaries, write_bytes, write_tensors
 
 try:
@@ -28,14 +30,6 @@ BEST = "best.safetensors"
 _LOCK = ".lock"
 _held: set[int] = set()
 """Descriptors of the locks this process holds."""
-
-
-class RunError(RuntimeError):
-    """A run that cannot go on or be read; the message says why and what to do."""
-
-
-class RunInUseError(RunError):
-    """Another process is writing the run directory."""
 
 
 @contextmanager
@@ -169,7 +163,9 @@ def read_config(run_dir: str | os.PathLike[str]) -> RunConfig:
             f"{run_dir} holds no run: cannot read {path.name} ({error.strerror}); expected the directory of one"
         ) from error
     except ValidationError as error:
-        raise RunError(f"{path} is no configuration of this version of dualhead: {explain(error)}") from error
+        raise RunError(
+            f"{path} is no configuration of this version of dualhead: {SettingsError(problems(error))}"
+        ) from error
 
 
 def save_checkpoint(run_dir: Path, tensors: dict[str, Tensor], metadata: dict[str, Any], *, keep: int) -> Path:

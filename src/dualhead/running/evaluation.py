@@ -8,16 +8,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dualhead.config import RunConfig
 from dualhead.running.checkpoint import RunError, read_config
+from dualhead.running.config import EVALUATION_SEED, RunConfig
+from dualhead.running.environment import open_streams
 from dualhead.running.playing import Player, Policy, load_weights, run_directory
 from dualhead.running.results import interval
 from dualhead.types import DataError, as_numpy
-from dualhead.worlds.registry import open_streams
 from dualhead.worlds.streams import Streams
 
 EVALUATION_ENVS = 20
-EVALUATION_SEED = 10_000
 
 
 class Evaluation(NamedTuple):

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from dualhead.networks.heads import DiagonalGaussian, FactoredCategorical
 from dualhead.networks.policy import RecurrentPolicy
 from dualhead.running.checkpoint import RunError, read_config, write_json
+from dualhead.running.environment import open_streams
 from dualhead.running.playing import load_weights, run_directory
 from dualhead.spaces import ACTION_MASK, WHOLE, ActionSpec, Leaf, ObservationSpec, torch_dtype
 from dualhead.storage import write_bytes
 from dualhead.types import RecurrentState
-from dualhead.worlds.registry import open_streams
 
 FORMAT, FORMAT_VERSION = "dualhead-onnx-policy", 1
 OPSET = 17

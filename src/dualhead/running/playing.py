@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dualhead.config import RunConfig
 from dualhead.networks.policy import RecurrentPolicy
 from dualhead.population import IndependentPolicies
 from dualhead.running.checkpoint import RunError, read_config, read_newest
+from dualhead.running.config import RunConfig
+from dualhead.running.environment import open_streams
 from dualhead.spaces import ActionSpec, ObservationSpec, all_finite, as_tensor
 from dualhead.storage import fill, read_tensors, without_prefix
 from dualhead.types import DataError, RecurrentState, on_device
-from dualhead.worlds.registry import open_streams
 
 Policy = RecurrentPolicy | IndependentPolicies
 
@@ -168,7 +168,7 @@ def load_weights(
     run: str | os.PathLike[str], config: RunConfig, observation_space: gym.Space, action_space: gym.Space
 ) -> tuple[Policy, Path, dict[str, Any]]:
     """The policy of a run's newest whole checkpoint (or of the checkpoint file given), that file and its metadata."""
-    num_policies = config.commons.num_agents if config.policies == "independent" else 1
+    num_policies = config.world.num_agents if config.policies == "independent" else 1
     policies = [
         RecurrentPolicy(
             ObservationSpec(observation_space),

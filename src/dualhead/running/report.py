@@ -14,9 +14,9 @@ from typing import Any, NamedTuple, get_args
 
 import numpy as np
 
-from dualhead.config import Config, RunConfig, flat, preset_settings
+from dualhead.config import Config, flat
 from dualhead.running.checkpoint import RunError
-from dualhead.running.evaluation import EVALUATION_SEED
+from dualhead.running.config import EVALUATION_SEED, RunConfig, preset_settings
 from dualhead.running.report_figures import DASHES, NUM_COLORS, NUM_MEANS, Figure, curves, draw, number
 from dualhead.running.results import Run, read_run
 from dualhead.storage import CheckpointError

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from dualhead.agent import DualHeadRecurrentPPO
-from dualhead.config import RunConfig
 from dualhead.population import IndependentLearners, Learner, Turnover, strengths_by_agent
 from dualhead.running.checkpoint import RunError, save_checkpoint
+from dualhead.running.config import RunConfig
+from dualhead.running.environment import open_streams
 from dualhead.running.episodes import EpisodeTracker
 from dualhead.storage import RUN_PREFIX, CheckpointError, with_prefix, without_prefix
 from dualhead.worlds.object_graph import CannotSnapshot
-from dualhead.worlds.registry import open_streams
 from dualhead.worlds.streams import Streams, StreamStep, restart
 
 
@@ -83,11 +83,11 @@ class Session:
         metrics = self.learner.learn(self.observations)
         metrics |= self.tracker.metrics() | self.streams.statistics()
         if self.turnover is not None:
-            metrics |= self.turnover.metrics(strengths_by_agent(self.learner, self.config.commons.num_agents))
+            metrics |= self.turnover.metrics(strengths_by_agent(self.learner, self.config.world.num_agents))
             turn = self.learner.num_steps // self.streams.num_streams
             while self.turnover.is_due(turn):
                 newcomers = self.turnover.replace(self.learner, turn)
-                places = np.arange(self.streams.num_streams) % self.config.commons.num_agents
+                places = np.arange(self.streams.num_streams) % self.config.world.num_agents
                 self.tracker.abandon_episodes(np.isin(places, newcomers))
         return metrics
 
@@ -173,11 +173,11 @@ def choose_device(config: RunConfig) -> str:
 def make_learner(config: RunConfig, streams: Streams, *, device: str = "cpu") -> Learner:
     """The agent, or independent agents, that a configuration asks for."""
     ppo, norms = config.ppo, None
-    num_learners = config.commons.num_agents if config.policies == "independent" else 1
+    num_learners = config.world.num_agents if config.policies == "independent" else 1
     if ppo.learning_rate_schedule == "linear" and ppo.learning_rate_decay_steps is None:
         ppo = ppo.model_copy(update={"learning_rate_decay_steps": math.ceil(config.total_steps / num_learners)})
     if config.enforce_norms:
-        norms = config.norms.model_copy(update={"resources": config.commons.resources})
+        norms = config.norms.model_copy(update={"resources": config.world.resources})
 
     def make(seed: int) -> DualHeadRecurrentPPO:
         return DualHeadRecurrentPPO(
@@ -202,8 +202,8 @@ def make_turnover(config: RunConfig) -> Turnover | None:
         return None
     return Turnover(
         config.turnover,
-        resources=config.commons.resources,
-        num_agents=config.commons.num_agents,
+        resources=config.world.resources,
+        num_agents=config.world.num_agents,
         num_worlds=config.num_envs,
         seed=config.seed,
     )

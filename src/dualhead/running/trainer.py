@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from dualhead.config import EVAL_EPISODES, RunConfig
 from dualhead.running.checkpoint import (
     RunError,
     checkpoints,
@@ -29,12 +28,13 @@ from dualhead.running.checkpoint import (
     save_best,
     write_json,
 )
+from dualhead.running.config import EVAL_EPISODES, RunConfig
+from dualhead.running.environment import open_streams
 from dualhead.running.evaluation import evaluate, evaluation_size
 from dualhead.running.machine import CoreUse, keep_freed_memory
 from dualhead.running.session import Session
 from dualhead.running.writers import CSVWriter, Writer, make_writers, require_packages
 from dualhead.types import DataError, DivergedError
-from dualhead.worlds.registry import open_streams
 
 SECONDS_OF_LOOKING = 2.0
 """After so long a run looks, once, whether others fight with it for the cores."""

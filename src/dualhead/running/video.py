@@ -16,12 +16,12 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
-from dualhead.config import COMMONS
 from dualhead.running.checkpoint import RunError, read_config
-from dualhead.running.evaluation import EVALUATION_SEED
+from dualhead.running.config import EVALUATION_SEED
 from dualhead.running.playing import Player, load_weights, run_directory
 from dualhead.types import DataError
-from dualhead.worlds.commons import Commons
+from dualhead.worlds.commons.config import CommonsConfig
+from dualhead.worlds.commons.world import Commons
 from dualhead.worlds.streams import make_env
 
 DEFAULT_FPS = 30
@@ -64,7 +64,9 @@ def record_video(
         raise RunError(f"max_steps: expected at least 1, got {max_steps}")
     _imageio(out)
     config = read_config(run_directory(run_dir))
-    env: gym.Env | Commons = Commons(config.commons) if config.env == COMMONS else _renderable(config.env)
+    env: gym.Env | Commons = (
+        Commons(config.world) if isinstance(config.world, CommonsConfig) else _renderable(config.env)
+    )
     try:
         policy, _, _ = load_weights(run_dir, config, env.observation_space, env.action_space)
         player = Player(policy, env.observation_space, env.action_space, seed=seed)

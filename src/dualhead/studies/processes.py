@@ -18,8 +18,8 @@ from typing import Any, NamedTuple, TypeVar
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from dualhead.config import RunConfig
 from dualhead.running.checkpoint import RunError
+from dualhead.running.config import RunConfig
 from dualhead.running.results import last_steps
 from dualhead.storage import CheckpointError
 from dualhead.worlds.streams import UnavailableEnvironment

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import dualhead.worlds.tasks  # noqa: F401  (registers dualhead/...)
-from dualhead.config import COMMONS
+from dualhead.errors import UnavailableEnvironment
 from dualhead.norms import NormEvents
 from dualhead.storage import CheckpointError
 from dualhead.worlds.object_graph import CannotSnapshot, Snapshot
@@ -29,10 +29,6 @@ from dualhead.worlds.snapshots import SnapshotWrapper, can_snapshot, capture_pro
 
 _EXTRAS = {"popgym": "popgym", "minigrid": "MiniGrid"}
 """Package and extra of the same name -> prefix of its environment ids."""
-
-
-class UnavailableEnvironment(RuntimeError):
-    """An environment that is unknown, not installed, or cannot be made; the message says what to do."""
 
 
 class StreamStep(NamedTuple):
@@ -335,13 +331,13 @@ def restart(streams: Streams, *, seed: int, num_steps: int) -> Any:
     return streams.reset(seed=int(np.random.SeedSequence([seed, num_steps]).generate_state(1)[0] >> 1))
 
 
-def environment_ids() -> list[str]:
-    """Every name that can be trained here: ours, Gymnasium's, and those of installed extras."""
+def gymnasium_ids() -> list[str]:
+    """Ids of Gymnasium's environments, ours and those of installed extras among them."""
     for package in _EXTRAS:
         if importlib.util.find_spec(package) is not None:
             importlib.import_module(package)
     own = "phys2d", "tabular", "GymV21", "GymV26"
-    return sorted([COMMONS, *(name for name in gym.registry if not name.startswith(own))])
+    return [name for name in gym.registry if not name.startswith(own)]
 
 
 def _import_extra(env: str) -> None:
