@@ -22,9 +22,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dualhead.cli import main
 from dualhead.config import NetworkConfig, TurnoverConfig
-from dualhead.running import checkpoint, metrics, trainer
+from dualhead.running import checkpoint, trainer
 from dualhead.running.checkpoint import RunError, checkpoints, locked
 from dualhead.running.config import RunConfig
+from dualhead.running.evaluation import evaluate_run
 from dualhead.running.session import Session
 from dualhead.running.trainer import resume, train
 from dualhead.storage import read_tensors
@@ -535,6 +536,21 @@ def test_evaluation_on_the_way_leaves_training_alone_and_keeps_the_best(tmp_path
     assert not [name for name in best if name.startswith("run/")]  # a policy, and nothing of the run
     assert not (tmp_path / "without" / "evaluations.csv").exists()
     assert not (tmp_path / "without" / "checkpoints" / "best.safetensors").exists()
+
+
+def test_the_best_checkpoint_is_chosen_on_other_episodes_than_eval_reports(tmp_path, monkeypatch):
+    seeds, real = [], streams.GymnasiumStreams.reset
+
+    def reset(self, *, seed=None):
+        seeds.append(seed)
+        return real(self, seed=seed)
+
+    monkeypatch.setattr(streams.GymnasiumStreams, "reset", reset)
+    run_in(tmp_path / "run", config_of())
+    while_training = set(seeds)
+    assert len(while_training) == 2  # the run's own, and that of its evaluations
+    evaluate_run(tmp_path / "run", episodes=1)
+    assert seeds[-1] not in while_training
 
 
 class GlobalNoise(gym.Env):

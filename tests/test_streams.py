@@ -4,13 +4,16 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium import spaces
-from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
+from gymnasium.wrappers.vector import RecordEpisodeStatistics
 
 from dualhead.worlds.streams import (
     GymnasiumStreams,
+    KeepsFinalObservation,
     LeanSyncVectorEnv,
     UnavailableEnvironment,
     environment_ids,
+    legal_action,
     make_env,
     make_streams,
 )
@@ -78,6 +81,64 @@ def test_final_observations_of_one_stream_are_not_the_next_ones(reuses):
     assert step.final_observations.tolist() == [[2], [2]]
 
 
+def reusing():
+    return Counter(2, reuses=True)
+
+
+@pytest.mark.parametrize("kind", ["ours async", "sync", "sync inside a wrapper", "async"])
+def test_an_environment_that_reuses_its_array_keeps_its_final_observation_in_every_vector_environment(kind):
+    if kind == "ours async":
+        gym.register("test/Reusing-v0", reusing)
+        streams = make_streams("test/Reusing-v0", 2, vectorization="async")
+    elif kind == "async":
+        wrapped = [lambda: KeepsFinalObservation(reusing())] * 2
+        streams = GymnasiumStreams(AsyncVectorEnv(wrapped, autoreset_mode=AutoresetMode.SAME_STEP))
+    else:
+        envs = SyncVectorEnv([reusing] * 2, autoreset_mode=AutoresetMode.SAME_STEP)
+        streams = GymnasiumStreams(RecordEpisodeStatistics(envs) if "wrapper" in kind else envs)
+    try:
+        streams.reset(seed=0)
+        streams.step(np.zeros(2, int))
+        step = streams.step(np.zeros(2, int))
+        assert step.final_observations.tolist() == [[2], [2]]
+        assert step.observations.tolist() == [[0], [0]]
+    finally:
+        streams.close()
+
+
+def test_processes_whose_final_observations_would_be_overwritten_are_refused():
+    envs = AsyncVectorEnv([reusing] * 2, autoreset_mode=AutoresetMode.SAME_STEP)
+    try:
+        with pytest.raises(ValueError, match="KeepsFinalObservation"):
+            GymnasiumStreams(envs)
+    finally:
+        envs.close()
+    envs = AsyncVectorEnv([lambda: Counter(2)] * 2, autoreset_mode=AutoresetMode.SAME_STEP)
+    GymnasiumStreams(envs).close()
+
+
+@pytest.mark.parametrize(
+    ("space", "mask", "allowed"),
+    [
+        (spaces.Discrete(3, start=5), [0, 1, 0], {6}),
+        (spaces.Discrete(3), {"action": [0, 0, 1]}, {2}),
+        (spaces.MultiDiscrete([2, 3]), [0, 1, 0, 0, 1], {(1, 2)}),
+        (spaces.Dict(go=spaces.Discrete(2), say=spaces.Discrete(2)), {"go": [1, 0], "say": [0, 1]}, {(0, 1)}),
+        (spaces.Dict(go=spaces.Discrete(2), say=spaces.Discrete(2)), {"say": [0, 1]}, {(0, 1), (1, 1)}),
+    ],
+)
+def test_legal_actions_are_those_of_the_mask(space, mask, allowed):
+    arrays = {k: np.array(v) for k, v in mask.items()} if isinstance(mask, dict) else np.array(mask)
+    space.seed(0)
+    seen = set()
+    for _ in range(20):
+        action = legal_action(space, {"seen": 0, "action_mask": arrays})
+        assert space.contains(action)
+        parts = list(action.values()) if isinstance(action, dict) else np.atleast_1d(action)
+        seen.add(tuple(map(int, parts)) if len(parts) > 1 else int(parts[0]))
+    assert seen == allowed
+
+
 @pytest.mark.parametrize("reuses", [False, True])
 def test_nested_final_observations(reuses):
     streams = GymnasiumStreams(LeanSyncVectorEnv([lambda: Counter(2, nested=True, reuses=reuses)] * 2))
@@ -126,8 +187,12 @@ def test_processes_give_what_this_process_gives():
 
 
 def test_filler_steps_are_refused():
-    with pytest.raises(ValueError, match="SAME_STEP"):
-        GymnasiumStreams(SyncVectorEnv([lambda: Counter(2)], autoreset_mode=AutoresetMode.NEXT_STEP))
+    with pytest.raises(ValueError, match="SAME_STEP") as refused:
+        GymnasiumStreams(gym.make_vec("CartPole-v1", 2))
+    # The remedy that the message names works as it stands there.
+    remedy = str(refused.value).partition("by ")[2].partition("or by ")[2]
+    envs = eval(remedy, {"gym": gym, "id": "CartPole-v1", "num_envs": 2})
+    assert GymnasiumStreams(envs).reset(seed=0).shape == (2, 4)
 
 
 @pytest.mark.parametrize("env", ["NoSuch-v0", "dualhead/NoSuch-v0", "CartPole-v99"])
@@ -149,6 +214,13 @@ def test_minigrid_comes_without_its_mission():
     assert set(np.unique(observations["image"])) == {0, 1}
     assert sorted(streams.observation_space.keys()) == ["direction", "image"]
     streams.close()
+
+
+def test_babyai_can_be_made_and_says_that_its_mission_is_left_out():
+    with pytest.warns(UserWarning, match="BabyAI-GoToObj-v0 says in words what is to be done"):
+        streams = make_streams("BabyAI-GoToObj-v0", 1)
+    assert sorted(streams.reset(seed=0)) == ["direction", "image"]
+    assert "BabyAI-GoToObj-v0" in environment_ids()
 
 
 def test_listing_holds_ours_and_the_extras():

@@ -17,6 +17,8 @@ from dualhead.types import DataError, as_numpy
 from dualhead.worlds.streams import Streams
 
 EVALUATION_ENVS = 20
+SELECTION_SEED = 20_000
+"""Of evaluations while training, which choose the best checkpoint; `dualhead eval` reports other episodes."""
 
 
 class Evaluation(NamedTuple):

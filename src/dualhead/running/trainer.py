@@ -30,7 +30,7 @@ from dualhead.running.checkpoint import (
 )
 from dualhead.running.config import EVAL_EPISODES, RunConfig
 from dualhead.running.environment import open_streams
-from dualhead.running.evaluation import evaluate, evaluation_size
+from dualhead.running.evaluation import SELECTION_SEED, evaluate, evaluation_size
 from dualhead.running.machine import CoreUse, keep_freed_memory
 from dualhead.running.session import Session
 from dualhead.running.writers import CSVWriter, Writer, make_writers, require_packages
@@ -237,7 +237,8 @@ class Evaluator:
             if self._streams is None:
                 self._streams = open_streams(session.config, num_envs=self._num_envs)
             try:
-                summary = evaluate(session.learner.policy, self._streams, episodes=self._episodes).summary()
+                played = evaluate(session.learner.policy, self._streams, episodes=self._episodes, seed=SELECTION_SEED)
+                summary = played.summary()
             except DataError as error:
                 raise DataError(f"in an evaluation, {error}") from error
         if self._writer.last_steps != num_steps:  # a run that was killed after this evaluation makes it once more

@@ -8,7 +8,8 @@ import importlib
 import importlib.util
 import signal
 import threading
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
@@ -27,8 +28,8 @@ from dualhead.storage import CheckpointError
 from dualhead.worlds.object_graph import CannotSnapshot, Snapshot
 from dualhead.worlds.snapshots import SnapshotWrapper, can_snapshot, capture_process, restore_process, seed_spaces
 
-_EXTRAS = {"popgym": "popgym", "minigrid": "MiniGrid"}
-"""Package and extra of the same name -> prefix of its environment ids."""
+_EXTRAS = {"popgym": ("popgym-",), "minigrid": ("MiniGrid-", "BabyAI-")}
+"""Package and extra of the same name -> prefixes of its environment ids."""
 
 
 class StreamStep(NamedTuple):
@@ -92,14 +93,36 @@ class Streams(Protocol):
 class GymnasiumStreams:
     """A Gymnasium vector environment in SAME_STEP mode, one stream per sub-environment.
 
+    An environment may write every observation to the same array. Gymnasium keeps a reference to the final observation
+    while it resets the environment, so that the reset overwrites it. Environments inside a `SyncVectorEnv` are wrapped
+    in `KeepsFinalObservation`. Those of an `AsyncVectorEnv` live in other processes and cannot be wrapped afterwards:
+    one more environment of the first kind is made and tried.
+
     Raises:
-        ValueError: another autoreset mode (its filler steps would be learned from).
+        ValueError: another autoreset mode (its filler steps would be learned from), or an `AsyncVectorEnv` of
+            environments that overwrite their final observation.
     """
 
     def __init__(self, envs: VectorEnv) -> None:
         mode = envs.metadata.get("autoreset_mode")
         if mode != AutoresetMode.SAME_STEP:
-            raise ValueError(f"expected a vector environment with autoreset_mode=SAME_STEP, got {mode}")
+            raise ValueError(
+                f"expected a vector environment in autoreset mode SAME_STEP, got {mode}, whose filler steps would be "
+                f"learned from. Make it by make_streams(id, num_envs), or by gym.make_vec(id, num_envs, "
+                f"vectorization_mode='sync', "
+                f"vector_kwargs={{'autoreset_mode': gym.vector.AutoresetMode.SAME_STEP}})"
+            )
+        inner = envs.unwrapped
+        if isinstance(inner, SyncVectorEnv) and not isinstance(inner, LeanSyncVectorEnv):
+            for number, env in enumerate(inner.envs):
+                if not isinstance(env, KeepsFinalObservation):
+                    inner.envs[number] = KeepsFinalObservation(env)
+        elif isinstance(inner, AsyncVectorEnv) and _overwrites_final_observation(inner.env_fns[0]):
+            raise ValueError(
+                "the reset of these environments overwrites the observation that their last step returned, and "
+                "AsyncVectorEnv copies it too late: wrap each environment in "
+                "dualhead.worlds.streams.KeepsFinalObservation, or use make_streams(..., vectorization='async')"
+            )
         self.envs = envs
         self.num_streams = envs.num_envs
         self._observations: Any = None
@@ -229,6 +252,83 @@ class GymnasiumStreams:
         self.envs.close()
 
 
+class KeepsFinalObservation(gym.Wrapper):
+    """Copies the observation that ends an episode, so that a reset which writes to the same arrays leaves it alone."""
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        if terminated or truncated:
+            observation = copy.deepcopy(observation)
+        return observation, reward, terminated, truncated, info
+
+
+def _overwrites_final_observation(make_one: Callable[[], gym.Env]) -> bool:
+    """Whether a reset returns arrays in the memory of those that the step before it returned."""
+    env = make_one()
+    try:
+        if _has_layer(env, KeepsFinalObservation):
+            return False
+        action_space = copy.deepcopy(env.action_space)
+        action_space.seed(0)
+        before, _ = env.reset(seed=0)
+        before = env.step(legal_action(action_space, before))[0]
+        after, _ = env.reset()
+        return any(np.shares_memory(a, b) for a, b in zip(_arrays(before), _arrays(after)))
+    finally:
+        env.close()
+
+
+def _has_layer(env: gym.Env, kind: type[gym.Wrapper]) -> bool:
+    while isinstance(env, gym.Wrapper):
+        if isinstance(env, kind):
+            return True
+        env = env.env
+    return False
+
+
+def _arrays(observation: Any) -> Iterator[NDArray[Any]]:
+    if isinstance(observation, dict):
+        observation = tuple(observation.values())
+    if isinstance(observation, tuple):
+        for part in observation:
+            yield from _arrays(part)
+    else:
+        yield np.asarray(observation)
+
+
+def legal_action(space: gym.Space, observation: Any) -> Any:
+    """A random action of the space that the observation's `action_mask` allows, where it has one.
+
+    Args:
+        space: of the actions; its generator is drawn from.
+        observation: of one environment. Its mask is one array with an entry for each choice of each head, or a Dict of
+            one array per head.
+    """
+    mask = observation.get("action_mask") if isinstance(observation, Mapping) else None
+    if mask is None:
+        return space.sample()
+    by_name = {name: np.asarray(part, np.int8) for name, part in mask.items()} if isinstance(mask, Mapping) else None
+    flat = np.zeros(0, np.int8) if by_name is not None else np.asarray(mask, np.int8).ravel()
+
+    def take(name: str, n: int) -> NDArray[np.int8]:
+        nonlocal flat
+        if by_name is not None:
+            return by_name.get(name, np.ones(n, np.int8))
+        head, flat = flat[:n], flat[n:]
+        return head
+
+    def masks(part: gym.Space, name: str) -> Any:
+        if isinstance(part, gym.spaces.Discrete):
+            return take(name, int(part.n))
+        if isinstance(part, gym.spaces.MultiDiscrete):
+            return tuple(take(f"{name}_{i}", int(n)) for i, n in enumerate(part.nvec))
+        if isinstance(part, gym.spaces.Dict):
+            return {key: masks(inner, key) for key, inner in part.items()}
+        return None
+
+    return space.sample(mask=masks(space, "head" if isinstance(space, gym.spaces.MultiDiscrete) else "action"))
+
+
 class LeanSyncVectorEnv(SyncVectorEnv):
     """Gymnasium's SyncVectorEnv in SAME_STEP mode without what learning does not use.
 
@@ -264,7 +364,7 @@ def make_streams(env: str, num_envs: int, *, vectorization: str = "sync", **kwar
     """Streams of a registered Gymnasium environment.
 
     Args:
-        env: a Gymnasium id; `popgym-...` and `MiniGrid-...` load their package.
+        env: a Gymnasium id; `popgym-...`, `MiniGrid-...` and `BabyAI-...` load their package.
         num_envs: B.
         vectorization: `sync` in this process, `async` one process per environment.
         kwargs: for the environment.
@@ -278,7 +378,7 @@ def make_streams(env: str, num_envs: int, *, vectorization: str = "sync", **kwar
 
     if vectorization == "async":
         make_env(env, **kwargs).close()  # its errors are clearer from this process
-        wrapped = [lambda: SnapshotWrapper(one())] * num_envs
+        wrapped = [lambda: SnapshotWrapper(KeepsFinalObservation(one()))] * num_envs
         with _ignored_by_children(signal.SIGINT):
             return GymnasiumStreams(AsyncVectorEnv(wrapped, autoreset_mode=AutoresetMode.SAME_STEP))
     return GymnasiumStreams(LeanSyncVectorEnv([one] * num_envs))
@@ -314,7 +414,7 @@ def make_env(env: str, **kwargs: Any) -> gym.Env:
         raise UnavailableEnvironment(f"environment {env!r} needs a package that is missing: {error}") from error
     except (gym.error.Error, ImportError, TypeError) as error:
         raise UnavailableEnvironment(f"cannot make environment {env!r}: {error}") from error
-    return _without_mission(made) if env.startswith("MiniGrid") else made
+    return _without_mission(made, env) if env.startswith(_EXTRAS["minigrid"]) else made
 
 
 def restart(streams: Streams, *, seed: int, num_steps: int) -> Any:
@@ -341,8 +441,8 @@ def gymnasium_ids() -> list[str]:
 
 
 def _import_extra(env: str) -> None:
-    for package, prefix in _EXTRAS.items():
-        if not env.startswith(prefix):
+    for package, prefixes in _EXTRAS.items():
+        if not env.startswith(prefixes):
             continue
         try:
             importlib.import_module(package)
@@ -352,14 +452,20 @@ def _import_extra(env: str) -> None:
             ) from error
 
 
-def _without_mission(env: gym.Env) -> gym.Env:
-    """MiniGrid for a network: one-hot cells and the direction; the mission text is left out."""
+def _without_mission(env: gym.Env, name: str) -> gym.Env:
+    """MiniGrid for a network: one-hot cells and the direction; the mission text is left out.
+
+    Where the mission differs between episodes a warning says so: part of the task cannot be seen then.
+    """
     from gymnasium.wrappers import TransformObservation
     from minigrid.wrappers import OneHotPartialObsWrapper
 
     one_hot = OneHotPartialObsWrapper(env)
     spaces = one_hot.observation_space
     assert isinstance(spaces, gym.spaces.Dict)
+    mission = env.unwrapped.observation_space["mission"]  # type: ignore[index]
+    if name.startswith("BabyAI") or mission.ordered_placeholders:
+        warnings.warn(f"{name} says in words what is to be done; the agent does not see them", stacklevel=2)
     shape = spaces["image"].shape
     assert shape is not None
     space = gym.spaces.Dict(image=gym.spaces.Box(0, 1, shape, np.uint8), direction=spaces["direction"])
