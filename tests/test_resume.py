@@ -147,7 +147,7 @@ PLACES = {
     "fsync": (os, "fsync"),
     "replace": (os, "replace"),
     "unlink": (checkpoint.Path, "unlink"),
-    "append": (metrics, "append_whole"),
+    "append": (writers, "append_whole"),
 }
 """Moments of a run's life: before and after each call of these."""
 
