@@ -39,5 +39,5 @@ def randomize(policy, seed=0):
         for parameter in policy.parameters():
             fan_in = max(1, parameter[0].numel())
             parameter += 0.3 * fan_in**-0.5 * torch.randn(parameter.shape, generator=generator)
-        for normalizer in policy.encoder.normalizers.values():
+        for normalizer in policy.normalizer.of_leaf:
             normalizer.update(1.0 + 2.0 * torch.randn(50, *normalizer.mean.shape, generator=generator))

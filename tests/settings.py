@@ -1,4 +1,4 @@
-"""Settings that tests share."""
+"""Settings and small helpers that tests share."""
 
 from dualhead import PPOConfig
 
@@ -6,3 +6,9 @@ from dualhead import PPOConfig
 def spec_segments(**changes):
     """The specification's PPO on segments of 16 steps, with refreshed states and a bootstrapped end of rollouts."""
     return PPOConfig.spec(**{"sequence_length": 16, "state_refresh": "epoch", "bootstrap_last": True} | changes)
+
+
+def act_in_heads(agent, observations):
+    """Acts, and returns what the policy chose in its own terms: head indices [B, K], or [B, D] before scaling."""
+    agent.act(observations)
+    return agent.rollout_memory.actions[agent.rollout_memory.length].numpy().copy()

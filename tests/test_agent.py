@@ -8,7 +8,7 @@ import pytest
 import torch
 from gymnasium import spaces
 from safetensors.torch import save_file
-from settings import spec_segments
+from settings import act_in_heads, spec_segments
 
 from dualhead import (
     CheckpointError,
@@ -87,7 +87,7 @@ class World:
         """So many steps, learning whenever a rollout is full: actions and metrics."""
         happened = []
         for _ in range(num_steps):
-            happened.append(agent.act(self.now).tolist())
+            happened.append(act_in_heads(agent, self.now).tolist())
             positional, by_name = self.answer(agent)
             agent.record(*positional, **by_name)
             if agent.rollout_is_ready:
@@ -390,29 +390,16 @@ def test_a_final_observation_needs_no_legal_action():
 
 def test_tensors_give_tensors_and_arrays_arrays():
     agent = make_agent()
-    assert isinstance(agent.act(masked(X)), np.ndarray)
+    assert all(isinstance(part, np.ndarray) for part in agent.act(masked(X)).values())
     agent.record(np.ones(B), NOBODY, NOBODY)
     actions = agent.act({name: torch.from_numpy(part) for name, part in masked(X).items()})
-    assert isinstance(actions, torch.Tensor)
-    assert (actions.shape, actions.dtype) == ((B, 2), torch.int64)
+    assert {(type(part), part.shape, part.dtype) for part in actions.values()} == {(torch.Tensor, (B,), torch.int64)}
     agent.record(torch.ones(B), torch.zeros(B, dtype=torch.bool), torch.zeros(B, dtype=torch.bool))
-    in_env_form = agent.to_env(actions)
-    assert {name: part.tolist() for name, part in in_env_form.items()} == {
-        "move": actions[:, 0].tolist(),
-        "vote": actions[:, 1].tolist(),
+    heads = agent.rollout_memory.actions[1]
+    assert {name: part.tolist() for name, part in actions.items()} == {
+        "move": heads[:, 0].tolist(),
+        "vote": heads[:, 1].tolist(),
     }
-
-
-def test_deterministic_actions_are_the_likeliest_and_draw_nothing():
-    agent = make_agent()
-    before = agent._sampling.get_state()
-    state = agent.policy.initial_state(B)
-    x = np.random.default_rng(0).normal(size=(B, 2))
-    actions = agent.act(masked(x), deterministic=True)
-    tensors = {"x": torch.from_numpy(x).float(), "action_mask": torch.ones(B, 5)}
-    output, _ = agent.policy.step(tensors, state)
-    assert actions.tolist() == torch.stack([p.argmax(1) for p in output.distribution.logits], dim=1).tolist()
-    assert torch.equal(before, agent._sampling.get_state())
 
 
 def test_acting_and_shuffling_draw_from_generators_of_their_own():
@@ -589,7 +576,7 @@ def test_guilt_in_action_mode_looks_at_the_action_just_taken():
     agent = make_agent(norms=norms, rollout_length=20)
     votes = []
     for _ in range(20):
-        votes.append(agent.act(masked(X))[:, 1])
+        votes.append(agent.act(masked(X))["vote"])
         agent.record(np.zeros(B), NOBODY, NOBODY, events=NormEvents(~NOBODY))
     strengths = np.minimum(np.arange(1, 21), 10)[:, None]
     assert agent.rollout_memory.guilt.tolist() == np.where(np.stack(votes) == 1, -strengths, 0).tolist()
@@ -611,7 +598,7 @@ def test_observation_statistics_take_in_every_step_once():
                 each.record(*positional, **by_name)
             metrics = each.learn(world.now)
             assert each is tailed or metrics["policy/first_ratio_error"] < 1e-10
-            normalizer = each.policy.encoder.normalizers["x"]
+            normalizer = each.policy.normalizer.of_leaf[each.policy.normalizer.names.index("x")]
             everything = np.concatenate(seen)
             assert normalizer.count.item() == len(everything)
             np.testing.assert_allclose(normalizer.mean, everything.mean(0), rtol=1e-10)
@@ -627,7 +614,7 @@ def test_continuous_actions():
         for _ in range(4):
             actions = agent.act(rng.normal(size=(B, 2)))
             assert actions.shape == (B, 2)
-            assert all(space.contains(action) for action in agent.to_env(actions))
+            assert all(space.contains(action) for action in actions)
             agent.record(rng.normal(size=B), NOBODY, NOBODY)
         metrics = agent.learn(rng.normal(size=(B, 2)))
         assert metrics["policy/first_ratio_error"] < 1e-12

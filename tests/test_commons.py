@@ -25,14 +25,13 @@ from commons_worlds import (
     slots,
 )
 
-from dualhead.worlds.commons import view
 from dualhead.worlds.commons.actions import (
     NO_VOTE,
     VOTE_DOWN,
     VOTE_UP,
 )
 from dualhead.worlds.commons.config import CommonsConfig, Phase
-from dualhead.worlds.commons.world import Commons
+from dualhead.worlds.commons.world import Commons, view
 
 # The numbers of the design.
 

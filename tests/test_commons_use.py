@@ -200,7 +200,7 @@ def test_an_agent_learns_from_it_with_norms(form, coding):
     metrics = agent.learn(observations)
     assert all(math.isfinite(value) for value in metrics.values())
     assert "norms/strength/A" in metrics
-    worlds.step(agent.to_env(agent.act(observations)))  # NumPy, in the form of the action space
+    worlds.step(agent.act(observations))  # NumPy, in the form of the action space
 
 
 @pytest.mark.filterwarnings("ignore:The old environment creation API")  # PettingZoo's own, on importing its tests

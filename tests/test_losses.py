@@ -114,8 +114,7 @@ def play(agent, rng):
 
 def forward(policy, observations, kind):
     """Distributions of both heads and values [T, B], the sequences undivided and from zero states."""
-    features = torch.relu(policy.encoder.joined[0](observations)).transpose(0, 1)
-    h = getattr(policy.memory, kind)(features)[0].transpose(0, 1)
+    h = getattr(policy.memory, kind)(torch.relu(policy.encoder.joined[0](observations)))[0]
     distributions = [torch.distributions.Categorical(logits=linear(h)) for linear in policy.heads.linears]
     return distributions, policy.critic(h)[..., 0]
 

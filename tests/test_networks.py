@@ -14,23 +14,23 @@ from torch.distributions import Categorical, Normal, kl_divergence
 
 import dualhead.networks.linear
 from dualhead import DataError, NetworkConfig
-from dualhead.learning.segments import lay_out
-from dualhead.networks.encoders import Encoder, ObservationSpec, RunningNormalizer, all_finite
-from dualhead.networks.heads import ActionSpec, DiagonalGaussian, FactoredCategorical, Heads
+from dualhead.networks.blocks import lay_out
+from dualhead.networks.encoders import JoinedEncoder, vectors
+from dualhead.networks.heads import DiagonalGaussian, FactoredCategorical, Heads
 from dualhead.networks.memory import NoMemory, RecurrentMemory
+from dualhead.networks.normalizer import ObservationNormalizer, RunningNormalizer
 from dualhead.networks.policy import RecurrentPolicy
+from dualhead.spaces import ActionSpec, ObservationSpec, all_finite
 from dualhead.types import RecurrentState, SegmentBatch
 
 CPU = torch.device("cpu")
 quick = settings(max_examples=40, deadline=None)
 
 
-def make_encoder(space, *, sizes=(), image_encoder="auto", image_layout="auto", normalize=False):
+def make_encoder(space, *, sizes=(), image_encoder="auto", image_layout="auto"):
     """Without joining layers what comes out are the parts' features side by side."""
     spec = ObservationSpec(space)
-    encoder = Encoder(
-        spec, encoder_sizes=sizes, image_encoder=image_encoder, image_layout=image_layout, normalize=normalize
-    )
+    encoder = JoinedEncoder(spec, encoder_sizes=sizes, image_encoder=image_encoder, image_layout=image_layout)
     return spec, encoder.double()
 
 
@@ -38,7 +38,7 @@ def encode(space, observations, batch, **settings):
     spec, encoder = make_encoder(space, **settings)
     with torch.no_grad():
         tensors = spec.to_tensors(observations, batch, device=CPU, dtype=torch.float64)
-        features = encoder(tensors, torch.float64)
+        features = encoder(tensors)
     assert features.shape == (batch, encoder.num_features)
     return features.tolist()
 
@@ -99,7 +99,7 @@ def test_a_sampled_nested_observation_fits_its_own_space():
 def test_joining_layers_are_relu_of_linear():
     spec, encoder = make_encoder(BOX, sizes=(5, 4))
     x = np.array([[1.0, -2.0], [0.5, 3.0]])
-    ours = encoder(spec.to_tensors(x, 2, device=CPU, dtype=torch.float64), torch.float64)
+    ours = encoder(spec.to_tensors(x, 2, device=CPU, dtype=torch.float64))
     for layer in (encoder.joined[0], encoder.joined[2]):
         x = np.maximum(x @ layer.weight.detach().numpy().T + layer.bias.detach().numpy(), 0)
     np.testing.assert_allclose(ours.detach(), x, rtol=1e-12)
@@ -120,7 +120,7 @@ def test_image_layouts_give_the_same_features(layout):
         kept = encoder.state_dict()
         assert spec.leaves[0].space.dtype == np.uint8
         with torch.no_grad():
-            features = encoder(spec.to_tensors(images, 2, device=CPU, dtype=torch.float64), torch.float64)
+            features = encoder(spec.to_tensors(images, 2, device=CPU, dtype=torch.float64))
             expected = encoder.parts[0].convolutions(torch.from_numpy(pixels / 255)).flatten(1)
         torch.testing.assert_close(features, expected, rtol=0, atol=1e-12)
     assert expected.shape == (2, 64 * 8 * 7)
@@ -137,7 +137,7 @@ def test_image_layouts_give_the_same_features(layout):
         # 3x3 with padding 1 keeps the pixels
         ((5, 11, 11), np.float32, 5, 64 * 121),
         ((11, 11, 5), np.float32, 5, 64 * 121),
-        ((4, 5), np.float32, 1, 64 * 20),
+        ((4, 5), np.uint8, 1, 64 * 20),
     ],
 )
 def test_sizes_of_image_encoders(shape, dtype, channels, num_features):
@@ -146,13 +146,36 @@ def test_sizes_of_image_encoders(shape, dtype, channels, num_features):
     assert encoder.num_features == num_features
 
 
-def test_float_images_are_not_rescaled():
+@pytest.mark.parametrize(
+    ("low", "high", "divisor"),
+    [(0, 255, 255.0), (0, 1, 1.0), (-255, 255, 1.0), (0, np.inf, 1.0), (0, np.finfo(np.float32).max, 1.0)],
+)
+def test_float_images_of_pixels_are_scaled(low, high, divisor):
+    """From 0 to a bound they are pixels; other bounds say nothing about brightness."""
     image = np.full((1, 1, 3, 3), 200.0, np.float32)
-    spec, encoder = make_encoder(spaces.Box(0, 255, (1, 3, 3), np.float32))
+    spec, encoder = make_encoder(spaces.Box(low, high, (1, 3, 3), np.float32))
     with torch.no_grad():
-        features = encoder(spec.to_tensors(image, 1, device=CPU, dtype=torch.float64), torch.float64)
-        expected = encoder.parts[0].convolutions(torch.full((1, 1, 3, 3), 200.0).double()).flatten(1)
-    torch.testing.assert_close(features, expected, rtol=0, atol=0)
+        features = encoder(spec.to_tensors(image, 1, device=CPU, dtype=torch.float64))
+        expected = encoder.parts[0].convolutions(torch.full((1, 1, 3, 3), 200.0 / divisor).double()).flatten(1)
+    torch.testing.assert_close(features, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("space", "image_encoder"),
+    [
+        (spaces.Box(-1, 1, (4, 5), np.float32), "auto"),  # a stack of vectors
+        (spaces.Box(0, 255, (10, 1), np.int64), "auto"),
+        (spaces.Box(0, 255, (4, 5), np.uint8), "flat"),
+        (spaces.Box(0, 255, (3, 2, 2), np.uint8), "flat"),
+    ],
+)
+def test_two_axes_are_an_image_only_as_uint8(space, image_encoder):
+    spec, encoder = make_encoder(space, image_encoder=image_encoder)
+    assert encoder.num_features == np.prod(space.shape)
+    assert [leaf.name for leaf in vectors(spec, image_encoder)] == ["observation"]
+    x = space.sample()[None]
+    features = encoder(spec.to_tensors(x, 1, device=CPU, dtype=torch.float64))
+    np.testing.assert_array_equal(features, x.reshape(1, -1))
 
 
 def test_nature_refuses_images_too_small_for_it():
@@ -237,9 +260,9 @@ def test_running_normaliser_against_numpy(dtype):
     # Far from zero and narrow: what cancels catastrophically in float32, or in E[x²] − E[x]².
     batches = [rng.normal([1000, 0, -5], [0.1, 1, 30], size=(n, 3)) for n in (1, 50, 7, 200)]
     for batch in batches:
-        policy.encoder.update_normalizers({"observation": torch.from_numpy(batch)})
+        policy.normalizer.update({"observation": torch.from_numpy(batch)})
     everything = np.concatenate(batches)
-    normalizer = policy.encoder.normalizers["observation"]
+    (normalizer,) = policy.normalizer.of_leaf
     np.testing.assert_allclose(normalizer.mean, everything.mean(0), rtol=1e-12)
     np.testing.assert_allclose(normalizer.variance, everything.var(0), rtol=1e-9)
     assert normalizer.count.item() == 258
@@ -254,16 +277,34 @@ def test_a_normaliser_without_statistics_passes_on_what_it_sees():
     torch.testing.assert_close(RunningNormalizer((2,)).double()(x), x, rtol=1e-7, atol=0)
 
 
-def test_only_vectors_of_floats_are_normalised():
+def test_vectors_of_floats_and_integers_are_normalised():
     space = spaces.Dict(
         flags=spaces.MultiBinary(2),
         image=spaces.Box(0, 1, (1, 5, 5), np.float32),
         index=spaces.Discrete(3),
         ints=spaces.Box(0, 9, (2,), np.int64),
+        stack=spaces.Box(-1, 1, (3, 2), np.float32),
         vector=BOX,
+        number=spaces.Box(-1, 1, (), np.float32),
     )
-    _, encoder = make_encoder(space, normalize=True)
-    assert list(encoder.normalizers) == ["vector"]
+    spec = ObservationSpec(space)
+    normalizer = ObservationNormalizer(vectors(spec))
+    assert normalizer.names == ("ints", "stack", "vector", "number")
+    seen = spec.to_tensors(space_batch(space, 50), 50, device=CPU, dtype=torch.float64)
+    normalizer.update(seen)
+    scaled = normalizer(seen, torch.float64)
+    for name, leaf in seen.items():
+        x = leaf.numpy().astype(np.float64)
+        expected = (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-8) if name in normalizer.names else x
+        np.testing.assert_allclose(scaled[name], expected, rtol=1e-9, atol=1e-12, err_msg=name)
+        assert scaled[name].shape == leaf.shape
+
+
+def space_batch(space, number):
+    """Samples of a Dict space, one batch for each part."""
+    space.seed(0)
+    samples = [space.sample() for _ in range(number)]
+    return {name: np.stack([sample[name] for sample in samples]) for name in space.spaces}
 
 
 def slow_unroll(memory, x, state):
@@ -277,7 +318,7 @@ def slow_unroll(memory, x, state):
         for layer in range(memory.num_layers)
     ]
     h = state.h.numpy().copy()
-    c = np.zeros_like(h) if state.c is None else state.c.numpy().copy()
+    c = np.zeros_like(h) if "c" not in state.parts else state.c.numpy().copy()
     outputs = []
     for inputs in x:
         for layer, layer_weights in enumerate(weights):
@@ -320,7 +361,7 @@ def test_steps_of_a_memory_equal_numpy(kind, num_layers, num_streams):
     if kind == "lstm":
         np.testing.assert_allclose(state.c, c, rtol=0, atol=1e-12)
     else:
-        assert state.c is None
+        assert list(state.parts) == ["h"]
 
 
 @every_memory
@@ -361,7 +402,7 @@ def test_gradients_flow_through_all_steps_of_a_segment():
 def test_the_memoryless_control_is_a_relu_layer_without_state():
     memory = NoMemory(3, hidden_size=4).double()
     state = memory.initial_state(2, device=CPU, dtype=torch.float64)
-    assert (state.h.shape, state.c) == ((1, 2, 0), None)
+    assert {name: part.shape for name, part in state.parts.items()} == {"h": (1, 2, 0)}
     x = np.random.default_rng(0).normal(size=(2, 3))
     output, after = memory.step(torch.from_numpy(x), state)
     expected = np.maximum(x @ memory.linear.weight.detach().numpy().T + memory.linear.bias.detach().numpy(), 0)
@@ -485,8 +526,12 @@ def test_recurrent_state():
     assert torch.equal(h, torch.arange(12.0).view(2, 3, 2))
     assert state.select(torch.tensor([2, 0])).c.tolist() == [[[-4, -5], [0, -1]], [[-10, -11], [-6, -7]]]
     assert state.select(torch.tensor([False, True, False])).h.tolist() == [[[2, 3]], [[8, 9]]]
-    assert RecurrentState(h, None).reset_where(torch.tensor([True] * 3)).c is None
-    assert not RecurrentState(h.requires_grad_(), None).detach().h.requires_grad
+    assert list(RecurrentState(h).reset_where(torch.tensor([True] * 3)).parts) == ["h"]
+    assert not RecurrentState(h.requires_grad_()).detach().h.requires_grad
+    matrices = RecurrentState(matrix=torch.ones(1, 3, 2, 2), count=torch.ones(1, 3, dtype=torch.int64))
+    halved = matrices.reset_where(torch.tensor([False, True, True])).select(slice(0, 2))
+    assert halved.parts["matrix"].sum((0, 2, 3)).tolist() == [4, 0]
+    assert halved.parts["count"].tolist() == [[1, 0]]
     assert RecurrentState(h, -h).to("cpu").c is not None
 
 
@@ -521,7 +566,7 @@ def test_heads_and_their_actions_in_the_environment_s_form(case):
     spec = ActionSpec(space)
     assert sorted(zip(spec.names, spec.nvec)) == sorted(zip(names, nvec))
     columns = [names.index(name) for name in spec.names]
-    given = spec.to_env(np.array(indices)[:, columns])
+    given = spec.to_env(torch.tensor(indices)[:, columns], numpy=True)
     assert as_lists(given) == expected
     for stream in range(2):
         one = {k: v[stream] for k, v in given.items()} if isinstance(given, dict) else given[stream]
@@ -533,7 +578,7 @@ def test_box_actions_are_scaled_where_bounded():
     space = spaces.Box(low, high)
     spec = ActionSpec(space)
     assert (spec.names, spec.num_columns, spec.is_continuous) == (("action",), 3, True)
-    actions = spec.to_env(np.array([[0.5, 0.5, 0.5], [-9.0, 9.0, 9.0], [0.0, -1.0, -7.5]]))
+    actions = spec.to_env(torch.tensor([[0.5, 0.5, 0.5], [-9.0, 9.0, 9.0], [0.0, -1.0, -7.5]]), numpy=True)
     assert actions.tolist() == [[1, 7.5, 0.5], [-2, 10, 9], [0, 0, -7.5]]
     assert actions.dtype == np.float32
     assert all(space.contains(action) for action in actions)
@@ -548,12 +593,12 @@ def test_box_actions_are_scaled_where_bounded():
 def test_scaled_actions_never_leave_a_bounded_box(low, span, actions):
     space = spaces.Box(np.float32(low), np.float32(low) + np.float32(span), (1,), np.float32)
     for action in [*actions, 1.0, -1.0]:
-        assert space.contains(ActionSpec(space).to_env(np.array([[action]], np.float32))[0])
+        assert space.contains(ActionSpec(space).to_env(torch.tensor([[action]], dtype=torch.float32), numpy=True)[0])
 
 
 def test_a_half_bounded_box_is_not_left():
     space = spaces.Box(np.array([0.0, -np.inf], np.float32), np.array([np.inf, 2.0], np.float32))
-    assert space.contains(ActionSpec(space).to_env(np.array([[-5.0, 5.0]]))[0])
+    assert space.contains(ActionSpec(space).to_env(torch.tensor([[-5.0, 5.0]]), numpy=True)[0])
 
 
 @pytest.mark.parametrize(

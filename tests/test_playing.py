@@ -11,13 +11,12 @@ from saved_runs import randomize, save_run
 import dualhead
 from dualhead import DataError, Player, load_policy
 from dualhead.config import NetworkConfig
-from dualhead.networks.encoders import ObservationSpec
-from dualhead.networks.heads import ActionSpec
 from dualhead.networks.policy import RecurrentPolicy
 from dualhead.running.checkpoint import RunError, checkpoints, read_config
 from dualhead.running.evaluation import Evaluation, evaluate
 from dualhead.running.session import make_learner
 from dualhead.running.video import _frames, _frames_of_commons
+from dualhead.spaces import ActionSpec, ObservationSpec
 from dualhead.storage import CheckpointError
 from dualhead.types import as_numpy
 from dualhead.worlds.commons.config import CommonsConfig
@@ -75,7 +74,7 @@ def test_a_loaded_policy_acts_as_the_agent_that_was_saved(tmp_path, memory):
     player = load_policy(run, seed=0)  # samples with the numbers that the agent's seed gives
     observations, starts = streams.reset(seed=5), np.ones(3, bool)
     for _ in range(50):  # two episodes of 22 steps and a part of the third
-        wanted = agent.to_env(agent.act(observations))
+        wanted = agent.act(observations)
         actions = player.act(observations, starts, deterministic=False)
         for head in ("where", "what"):
             np.testing.assert_array_equal(actions[head], wanted[head])

@@ -17,6 +17,7 @@ from dualhead import (
     Player,
 )
 from dualhead.config import TurnoverConfig
+from dualhead.networks.heads import FactoredCategorical
 from dualhead.population import IndependentLearners, IndependentPolicies, Turnover, strengths_by_agent
 from dualhead.running.config import RunConfig
 from dualhead.running.evaluation import evaluate, evaluation_size
@@ -77,7 +78,8 @@ def test_independent_learners_are_single_agents_on_their_own_streams():
     for _ in range(20):
         actions = learners.act(observations)
         for number, single in enumerate(singles):
-            assert torch.equal(single.act(rows(observations, number)), actions[number::3])
+            for name, part in single.act(rows(observations, number)).items():
+                assert torch.equal(part, actions[name][number::3])
         step = worlds.step(actions)
         final = step.final_observations
         learners.record(step.rewards, step.terminated, step.truncated, final_observations=final, events=step.events)
@@ -127,7 +129,7 @@ def test_policies_played_together_are_the_policies_alone(memory, critic_memory):
             observations = world.step(output.distribution.mode()).observations
 
 
-def test_a_player_of_many_policies_shows_each_its_own_step_before():
+def test_a_player_of_many_policies_shows_each_its_own_step_before(monkeypatch):
     """Against the learners that they are of, over ends of episodes."""
     network = NETWORK.model_copy(update={"previous_action": True, "previous_reward": True, "critic_memory": "gru"})
     learners = IndependentLearners(
@@ -139,13 +141,13 @@ def test_a_player_of_many_policies_shows_each_its_own_step_before():
     )
     worlds = Commons(RULES, num_worlds=2)
     player = Player(learners.policy, worlds.observation_space, worlds.action_space)
+    monkeypatch.setattr(FactoredCategorical, "sample", lambda self, generator: self.mode())
     rng = np.random.default_rng(0)
     observations, rewards, starts = worlds.reset(seed=1), None, np.ones(6, bool)
     for _ in range(30):
-        actions = learners.act(observations, deterministic=True)
+        actions = learners.act(observations)
         played = player.act(observations, starts, rewards=rewards)
-        wanted = learners.to_env(actions)
-        for name, part in wanted.items():
+        for name, part in actions.items():
             np.testing.assert_array_equal(played[name], part)
         observations = worlds.step(actions).observations
         rewards, starts = 9 * rng.normal(size=6).astype(np.float32), rng.random(6) < 0.2

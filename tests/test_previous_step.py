@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from settings import spec_segments
+from settings import act_in_heads, spec_segments
 from slow_policy import SlowPolicy, log_softmax
 
 import dualhead.agent
+import dualhead.networks.blocks
+import dualhead.networks.memory
 from dualhead import DataError, DualHeadRecurrentPPO, NetworkConfig, NormConfig, NormEvents, Player, PPOConfig
+from dualhead.learning.minibatch import gather
 from dualhead.learning.segments import cut
-from dualhead.learning.update import gather
 
 B, T = 3, 20
 HEADS = spaces.MultiDiscrete([3, 2], start=[5, 0])
@@ -81,7 +83,7 @@ class Play:
         self.log_probs = np.zeros((*shape, len(agent.action_spec.names)))
         self.truncated = np.zeros(shape, bool)
         for t in range(num_steps):
-            actions = agent.act(self.now)
+            actions = act_in_heads(agent, self.now)
             for b, slow in enumerate(self.slow):
                 outputs, self.values[t, b] = slow.step(self.now[b])
                 self.log_probs[t, b] = self.of_actions(outputs, actions[b])
@@ -359,7 +361,7 @@ def test_a_player_sees_what_the_agent_saw(action_space):
     rewards, starts = None, np.ones(B, bool)
     for _ in range(60):
         seen = rng.normal(size=(B, 3))
-        wanted = agent.to_env(agent.act(seen))
+        wanted = agent.act(seen)
         actions = player.act(seen, starts, rewards=rewards, deterministic=False)
         np.testing.assert_array_equal(actions, wanted)
         rewards, starts = rng.normal(size=B), rng.random(B) < 0.1
@@ -452,11 +454,12 @@ def test_minibatches_are_laid_out_at_the_price_of_their_memories(memory, critic_
     play = Play(agent)
     play.rollout()
     asked = []
-    lay_out = dualhead.learning.rollout.lay_out
+    lay_out = dualhead.networks.blocks.lay_out
     monkeypatch.setattr(
-        dualhead.learning.rollout, "lay_out", lambda *given, **prices: asked.append(prices) or lay_out(*given, **prices)
+        dualhead.networks.memory, "lay_out", lambda *given, **prices: asked.append(prices) or lay_out(*given, **prices)
     )
     agent.learn(play.now)
-    paid = [prices["step_cost"] for prices in asked if prices["block_cost"] > 0]
+    paid = [prices["step_cost"] > 0 for prices in asked if prices["block_cost"] > 0]
     assert len(paid) >= 3
-    assert all((price > 0) == ("gru" in (memory, critic_memory)) for price in paid)
+    kinds = [memory] if critic_memory == "shared" else [memory, critic_memory]
+    assert paid == [kind == "gru" for kind in kinds] * (len(paid) // len(kinds))

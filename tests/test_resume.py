@@ -22,7 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dualhead.cli import main
 from dualhead.config import NetworkConfig, TurnoverConfig
-from dualhead.running import checkpoint, trainer
+from dualhead.running import checkpoint, trainer, writers
 from dualhead.running.checkpoint import RunError, checkpoints, locked
 from dualhead.running.config import RunConfig
 from dualhead.running.evaluation import evaluate_run

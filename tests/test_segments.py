@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dualhead.learning.rollout import Rollout
-from dualhead.learning.segments import cut, lay_out, minibatches, run_starts
+from dualhead.learning.segments import cut, minibatches, run_starts
+from dualhead.networks.blocks import lay_out
 from dualhead.types import ActionSample, RecurrentState
 
 quick = settings(max_examples=60, deadline=None)
@@ -150,7 +151,7 @@ def fill_blocks(segment, step, layout):
     """Reads a layout as `types.Layout` describes it: for each block row (segment, step in segment, is it real)."""
     rows = []
     first_segment = 0
-    for num_segments, num_steps in layout.blocks:
+    for num_segments, num_steps in layout.sizes:
         rows += [(first_segment + s, t) for t in range(num_steps) for s in range(num_segments)]
         first_segment += num_segments
     filled_by = range(len(rows)) if layout.padding is None else layout.padding.tolist()
@@ -169,16 +170,16 @@ def test_a_layout_places_every_step(lengths, block_cost):
     lengths = np.array(sorted(lengths, reverse=True))
     segment, step, layout = lay_out(lengths, block_cost=block_cost)
     assert sorted(zip(segment.tolist(), step.tolist())) == [(s, t) for s, n in enumerate(lengths) for t in range(n)]
-    assert sum(num_segments for num_segments, _ in layout.blocks) == len(lengths)
+    assert sum(num_segments for num_segments, _ in layout.sizes) == len(lengths)
     rows = fill_blocks(segment, step, layout)
     for s, t, is_real in rows:
         assert is_real == (t < lengths[s])
     num_padded = len(rows) - lengths.sum()
     assert (layout.padding is None) == (layout.real is None) == (num_padded == 0)
     if block_cost == 0.0:
-        assert [num_steps for _, num_steps in layout.blocks] == sorted(set(lengths.tolist()), reverse=True)
+        assert [num_steps for _, num_steps in layout.sizes] == sorted(set(lengths.tolist()), reverse=True)
     if block_cost == 1e6:
-        assert len(layout.blocks) == 1
+        assert len(layout.sizes) == 1
 
 
 @given(
@@ -194,17 +195,17 @@ def test_no_other_layout_is_cheaper(lengths, block_cost, step_cost):
 
     inner = range(1, len(lengths))
     cheapest = min(price(cuts) for n in range(len(lengths)) for cuts in itertools.combinations(inner, n))
-    ours = sum(block_cost + num_steps * (step_cost + num_segments) for num_segments, num_steps in layout.blocks)
+    ours = sum(block_cost + num_steps * (step_cost + num_segments) for num_segments, num_steps in layout.sizes)
     assert ours == cheapest
 
 
 def test_a_layout_drawn_by_hand():
     # Segments of 3, 3, 2 and 1 steps: one block takes 3 rows of padding, three take none and two calls more.
     segment, step, layout = lay_out(np.array([3, 3, 2, 1]), block_cost=0.9)
-    assert layout.blocks == ((2, 3), (1, 2), (1, 1))
+    assert layout.sizes == ((2, 3), (1, 2), (1, 1))
     assert list(zip(segment, step)) == [(0, 0), (1, 0), (0, 1), (1, 1), (0, 2), (1, 2), (2, 0), (2, 1), (3, 0)]
     segment, step, layout = lay_out(np.array([3, 3, 2, 1]), block_cost=4.0)
-    assert layout.blocks == ((4, 3),)
+    assert layout.sizes == ((4, 3),)
     assert list(zip(segment, step)) == [(0, 0), (1, 0), (2, 0), (3, 0), (0, 1), (1, 1), (2, 1), (0, 2), (1, 2)]
     assert layout.real.tolist() == [0, 1, 2, 3, 4, 5, 6, 8, 9]
     assert [layout.padding[row].item() for row in layout.real] == list(range(9))
@@ -216,7 +217,7 @@ def empty_rollout(rollout_length, num_streams, burn_in):
         num_streams,
         burn_in=burn_in,
         observations={"observation": ((), torch.float64)},
-        state=RecurrentState(torch.zeros(1, 1, 2), torch.zeros(1, 1, 2)),
+        state=RecurrentState(*torch.zeros(2, 1, 1, 2, dtype=torch.float64)),
         num_action_columns=1,
         action_dtype=torch.int64,
         num_heads=1,

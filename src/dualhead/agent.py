@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from typing import Any
 
@@ -10,6 +9,7 @@ import gymnasium as gym
 import torch
 from torch import Tensor, nn
 
+from dualhead import snapshot
 from dualhead.config import NetworkConfig, NormConfig, PPOConfig
 from dualhead.learning.advantages import RewardScale, generalized_advantages
 from dualhead.learning.rollout import Rollout
@@ -27,11 +27,8 @@ from dualhead.spaces import (
     non_finite_message,
     torch_dtype,
 )
-from dualhead.storage import RUN_PREFIX, CheckpointError, check_fit, fill, read_tensors, with_prefix, write_tensors
+from dualhead.storage import write_tensors
 from dualhead.types import ActionSample, DataError, Observations, RecurrentState, on_device
-
-_SHAPING_SETTINGS = ("rollout_length", "burn_in", "normalize_observations", "normalize_rewards")
-"""Settings that decide which tensors a checkpoint holds; the others may differ between save and load."""
 
 
 class DualHeadRecurrentPPO:
@@ -110,12 +107,12 @@ class DualHeadRecurrentPPO:
                 memory=memory,
             ).to(self.device, dtype)
         self.optimizer = torch.optim.Adam(
-            _learning(self.policy).values(), lr=self.config.learning_rate, eps=self.config.adam_eps, fused=True
+            self.policy.trainable().values(), lr=self.config.learning_rate, eps=self.config.adam_eps, fused=True
         )
         self.reward_scale = (
             RewardScale(num_streams, gamma=self.config.gamma).to(self.device) if self.config.normalize_rewards else None
         )
-        self.norms = None
+        self.norms, self.norm_config = None, norms
         if norms is not None:
             self.norms = NormEnforcer(num_streams, **norms.model_dump()).to(self.device)
         self._sampling = torch.Generator(self.device).manual_seed(seed)
@@ -508,21 +505,16 @@ class DualHeadRecurrentPPO:
             RuntimeError: a step is not recorded yet.
         """
         self._expect_no_pending("save()")
-        memory = self.rollout_memory
-        tensors = {name: tensor.detach().clone() for name, tensor in self._tensors_to_save().items()}
-        return tensors, {
-            "network": self.network.model_dump(),
-            "config": self.config.model_dump(),
-            "observation_space": str(self.observation_spec.space),
-            "action_space": str(self.action_spec.space),
-            "num_streams": self.num_streams,
-            "dtype": str(self.policy.dtype),
-            "device": self.device.type,
-            "num_steps": self.num_steps,
-            "num_updates": self.num_updates,
-            "rollout": [memory.length, memory.tail_length],
-            "num_skipped": self._num_skipped,
-        }
+        return snapshot.take(self)
+
+    def check(self, tensors: dict[str, Tensor], metadata: dict[str, Any], *, source: str = "checkpoint") -> None:
+        """Whether `restore` would take this; the agent stays as it is.
+
+        Raises:
+            CheckpointError: it was made by another architecture, for other spaces or another number of streams, or
+                something is missing in it or of the wrong kind.
+        """
+        snapshot.check(self, tensors, metadata, source=source)
 
     def restore(self, tensors: dict[str, Tensor], metadata: dict[str, Any], *, source: str = "checkpoint") -> None:
         """Takes back what `state` gave; nothing changes where it does not fit.
@@ -532,54 +524,8 @@ class DualHeadRecurrentPPO:
         Raises:
             CheckpointError: as `check`.
         """
-        self.check(tensors, metadata, source=source)
-        if metadata["device"] != self.device.type:
-            tensors = {**tensors, "rng/sampling": self._sampling.get_state()}
-        fill(self._tensors_to_save(), tensors, what=source)
-        self._sampling.set_state(tensors["rng/sampling"])
-        self._shuffling.set_state(tensors["rng/shuffling"])
-        memory = self.rollout_memory
-        self.num_steps, self.num_updates, self._num_skipped, memory.length, memory.tail_length = _counters(
-            metadata, memory, source=source
-        )
+        snapshot.restore(self, tensors, metadata, source=source)
         self._step_is_pending = False
-
-    def check(self, tensors: dict[str, Tensor], metadata: dict[str, Any], *, source: str = "checkpoint") -> None:
-        """Whether `restore` would take this; the agent stays as it is.
-
-        Raises:
-            CheckpointError: it was made by another architecture, for other spaces or another number of streams, or
-                something is missing in it or of the wrong kind.
-        """
-        ours = {
-            "network": self.network.model_dump(),
-            "observation_space": str(self.observation_spec.space),
-            "action_space": str(self.action_spec.space),
-            "num_streams": self.num_streams,
-            "dtype": str(self.policy.dtype),
-            "config": {name: getattr(self.config, name) for name in _SHAPING_SETTINGS},
-        }
-        for name, mine in ours.items():
-            given = metadata.get(name)
-            if name == "config" and isinstance(given, dict):
-                given = {key: given.get(key) for key in _SHAPING_SETTINGS}
-            # As JSON, where a tuple is a list and 1 is not True.
-            if json.dumps(given, sort_keys=True) != json.dumps(mine, sort_keys=True):
-                raise CheckpointError(f"{source} is of another architecture: its {name} is {given}, expected {mine}")
-        _counters(metadata, self.rollout_memory, source=source)
-        if not isinstance(metadata.get("device"), str):
-            raise CheckpointError(f"{source} does not say which device it is from: {metadata.get('device')!r}")
-        ours_now = self._tensors_to_save()
-        generators = {"rng/sampling": self._sampling, "rng/shuffling": self._shuffling}
-        if metadata["device"] != self.device.type and "rng/sampling" in tensors:
-            # Generators of other devices have other states.
-            tensors = {**tensors, "rng/sampling": ours_now["rng/sampling"]}
-        check_fit(ours_now, tensors, what=source)
-        for name, generator in generators.items():
-            try:
-                torch.Generator(generator.device).set_state(tensors[name])
-            except RuntimeError as error:
-                raise CheckpointError(f"{source}: {name} is no state of a generator: {error}") from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one checkpoint file, whole or not at all.
@@ -591,44 +537,67 @@ class DualHeadRecurrentPPO:
         write_tensors(path, *self.state())
 
     def load(self, path: str | os.PathLike[str]) -> None:
-        """Goes on exactly where the agent that saved this file was; a run's checkpoint serves as well.
+        """Continues exactly where the agent that saved this file was; a run's checkpoint serves as well.
 
         Raises:
             CheckpointError: unreadable, truncated, or of another architecture; the agent is unchanged.
         """
-        tensors, metadata = read_tensors(path)
-        own = {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{RUN_PREFIX}/")}
-        self.restore(own, metadata, source=str(path))
+        self.restore(*snapshot.read(path), source=str(path))
 
-    def _init_optimizer_state(self) -> None:
-        """Gives Adam its (zero) moments now, so that there is something to load into."""
-        for parameter in _learning(self.policy).values():
-            state = self.optimizer.state[parameter]
-            if not state:
-                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-                state["exp_avg"] = torch.zeros_like(parameter)
-                state["exp_avg_sq"] = torch.zeros_like(parameter)
+    def warm_start(self, path: str | os.PathLike[str]) -> None:
+        """Takes over what a saved agent has learned: weights, the optimiser's moments, and the scales of observations
+        and rewards.
 
-    def _tensors_to_save(self) -> dict[str, Tensor]:
-        """Live tensors, not copies, but for the generators' states."""
-        self._init_optimizer_state()
-        hidden = self._get_hidden_state()
-        tensors = with_prefix("policy", self.policy.state_dict(keep_vars=True))
-        for name, parameter in _learning(self.policy).items():
-            tensors |= with_prefix(f"optimizer/{name}", self.optimizer.state[parameter])
-        tensors |= with_prefix("state", hidden.parts | self._previous)
-        tensors["state/episode_starts"] = self._episode_starts
-        for prefix, module in (("norms", self.norms), ("reward_scale", self.reward_scale)):
-            if module is not None:
-                tensors |= with_prefix(prefix, module.state_dict(keep_vars=True))
-        tensors |= with_prefix("rollout", self.rollout_memory.tensors())
-        tensors |= {"rng/sampling": self._sampling.get_state(), "rng/shuffling": self._shuffling.get_state()}
-        return tensors
+        Numbers of streams, rollout lengths and other settings may differ. Counters, random numbers, recurrent states,
+        norm strengths and the rollout stay as they are here.
 
+        Raises:
+            CheckpointError: unreadable, truncated, or of another network or other spaces; the agent is unchanged.
+            RuntimeError: steps are recorded and not learned from yet: other weights chose their actions.
+        """
+        self._expect_no_pending("warm_start()")
+        if self.rollout_memory.length:
+            raise RuntimeError(
+                f"warm_start() with {self.rollout_memory.length} steps recorded: call learn(...) before it"
+            )
+        snapshot.warm_start(self, *snapshot.read(path), source=str(path))
 
-def _learning(policy: RecurrentPolicy) -> dict[str, nn.Parameter]:
-    """The weights that learn: all but those that a user's own part has frozen."""
-    return {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
+    @classmethod
+    def from_file(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        encoder: nn.Module | EncoderFactory | None = None,
+        memory: nn.Module | MemoryFactory | None = None,
+        device: torch.device | str = "cpu",
+    ) -> DualHeadRecurrentPPO:
+        """The agent that a file was saved from: spaces, settings and everything else are in the file.
+
+        Args:
+            path: of `save`, or a checkpoint of a run with one agent.
+            encoder, memory: the parts of its own that the agent was made with. A file names them; it holds no code.
+            device: where it lives now.
+
+        Raises:
+            CheckpointError: unreadable, truncated, or a part is missing.
+        """
+        tensors, metadata = snapshot.read(path)
+        made = cls(
+            **snapshot.arguments(metadata, source=str(path)),
+            **snapshot.foreign_arguments(metadata, encoder=encoder, memory=memory, source=str(path)),
+            device=device,
+        )
+        made.restore(tensors, metadata, source=str(path))
+        return made
+
+    def __repr__(self) -> str:
+        policy = self.policy
+        parts = [f"{name}={getattr(policy, name).__class__.__name__}" for name in policy.foreign_parts]
+        parts += [f"memory={self.network.memory!r}"] if "memory" not in policy.foreign_parts else []
+        return (
+            f"{type(self).__name__}({self.observation_spec.space}, {self.action_spec.space}, "
+            f"num_streams={self.num_streams}, {', '.join(parts)}, num_steps={self.num_steps})"
+        )
 
 
 def _storage_dtype(space: gym.Space, dtype: torch.dtype) -> torch.dtype:
@@ -641,20 +610,3 @@ def _holds_tensors(observations: Any) -> bool:
     while isinstance(observations, dict | tuple) and len(observations):
         observations = next(iter(observations.values() if isinstance(observations, dict) else observations))
     return isinstance(observations, Tensor)
-
-
-def _counters(metadata: dict[str, Any], memory: Rollout, *, source: str) -> tuple[int, ...]:
-    """num_steps, num_updates, num_skipped, and the rollout's length and tail_length."""
-    rollout = metadata.get("rollout")
-    filled: list[Any] = rollout if isinstance(rollout, list) and len(rollout) == 2 else [None, None]
-    counters = (
-        ("num_steps", metadata.get("num_steps"), None),
-        ("num_updates", metadata.get("num_updates"), None),
-        ("num_skipped", metadata.get("num_skipped"), None),
-        ("rollout", filled[0], memory.rollout_length),
-        ("rollout", filled[1], memory.max_tail),
-    )
-    for name, count, most in counters:
-        if type(count) is not int or count < 0 or (most is not None and count > most):
-            raise CheckpointError(f"{source} lacks its counters: {name} cannot be {metadata.get(name)!r}")
-    return tuple(int(count or 0) for _, count, _ in counters)

@@ -484,9 +484,9 @@ def _export(parser: _Parser, arguments: list[str]) -> int:
     _add_own_parts(parser)
     given = parser.parse_args(arguments)
     _import_modules(arguments)
-    from dualhead.running.export import export_policy
+    from dualhead.running.export import export
 
-    written = export_policy(given.run, given.out)
+    written = export(given.run, given.out)
     run, verified = written["run"], written["verified"]
     print(f"{given.out}: {written['memory']} policy of {run['env']} after {run['steps']:,} steps")
     if verified:

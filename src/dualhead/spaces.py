@@ -16,6 +16,8 @@ from dualhead.types import DataError, Observations, on_device
 
 ACTION_MASK = "action_mask"
 WHOLE = "observation"
+MAX_NUMBERS = 100_000_000
+"""Of one observation that a file describes: what a file claims must not fill the memory."""
 _OBSERVATIONS = "Box, Discrete, MultiDiscrete, MultiBinary, and Dict or Tuple of them"
 _ACTIONS = "Discrete, MultiDiscrete (one axis), a Dict of those, or a one-axis Box"
 
@@ -296,3 +298,74 @@ def _split(space: gym.Space, actions: Any) -> tuple[Any, Any]:
     for key, part in space.items():
         parts[key], actions = _split(part, actions)
     return parts, actions
+
+
+def space_to_json(space: gym.Space) -> dict[str, Any]:
+    """What `space_from_json` makes the space of again. Spaces that no agent can have are refused elsewhere."""
+    if isinstance(space, spaces.Dict):
+        return {"kind": "Dict", "parts": [[name, space_to_json(part)] for name, part in space.items()]}
+    if isinstance(space, spaces.Tuple):
+        return {"kind": "Tuple", "parts": [space_to_json(part) for part in space]}
+    if isinstance(space, spaces.Discrete):
+        return {"kind": "Discrete", "n": int(space.n), "start": int(space.start)}
+    if isinstance(space, spaces.MultiDiscrete):
+        return {"kind": "MultiDiscrete", "nvec": space.nvec.tolist(), "start": space.start.tolist()}
+    if isinstance(space, spaces.MultiBinary):
+        return {"kind": "MultiBinary", "n": space.n if isinstance(space.n, int) else [int(n) for n in space.n]}
+    assert isinstance(space, spaces.Box)
+    bounds = {}
+    for name, bound in (("low", space.low), ("high", space.high)):
+        numbers = [number if math.isfinite(number) else str(number) for number in bound.ravel().tolist()]
+        bounds[name] = numbers[0] if len(set(numbers)) == 1 else numbers
+    return {"kind": "Box", "shape": list(space.shape), "dtype": str(space.dtype)} | bounds
+
+
+def space_from_json(saved: Any) -> gym.Space:
+    """The space that `space_to_json` described.
+
+    Raises:
+        ValueError: it is no such description.
+    """
+    try:
+        match saved["kind"]:
+            case "Dict":
+                # Pairs keep their order; a mapping would be sorted.
+                return spaces.Dict([(str(name), space_from_json(part)) for name, part in saved["parts"]])
+            case "Tuple":
+                return spaces.Tuple([space_from_json(part) for part in saved["parts"]])
+            case "Discrete":
+                return spaces.Discrete(_number(saved["n"]), start=_number(saved["start"]))
+            case "MultiDiscrete":
+                return spaces.MultiDiscrete(np.array(saved["nvec"], np.int64), start=np.array(saved["start"], np.int64))
+            case "MultiBinary":
+                n = saved["n"]
+                return spaces.MultiBinary(list(_shape(n)) if isinstance(n, list) else _number(n))
+            case "Box":
+                shape, dtype = _shape(saved["shape"]), np.dtype(str(saved["dtype"]))
+                if dtype.kind not in "biuf":
+                    raise ValueError(f"a Box of {dtype}")
+                low, high = (_bound(saved[name], shape, dtype) for name in ("low", "high"))
+                return spaces.Box(low, high, shape, dtype)
+            case kind:
+                raise ValueError(f"its kind is {kind!r}")
+    except (KeyError, TypeError, AttributeError, AssertionError, OverflowError, ValueError) as error:
+        raise ValueError(f"expected the description of a space, got {str(saved)[:80]}: {error}") from error
+
+
+def _bound(saved: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
+    """A bound of a Box: one number for all, or all of them."""
+    numbers = np.array(saved, np.float64 if dtype.kind == "f" else dtype)
+    return np.broadcast_to(numbers if numbers.ndim == 0 else numbers.reshape(shape), shape).astype(dtype)
+
+
+def _number(value: Any) -> int:
+    if type(value) is not int:
+        raise ValueError(f"expected a whole number, got {value!r}")
+    return value
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    shape = tuple(_number(size) for size in value)
+    if math.prod(shape) > MAX_NUMBERS or min(shape, default=0) < 0:
+        raise ValueError(f"expected a shape of at most {MAX_NUMBERS:,} numbers, got {list(shape)}")
+    return shape

@@ -19,7 +19,7 @@ from torch import Tensor
 from dualhead.errors import CheckpointError
 
 FORMAT = "dualhead"
-VERSION = 2
+VERSION = 3
 TEMPORARY = ".tmp"
 """How the names of unfinished files end; those of a process that was killed stay behind."""
 

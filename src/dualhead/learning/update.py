@@ -71,7 +71,7 @@ def ppo_update(
     )
     joint = config.ratio == "joint"
     weights = torch.tensor(entropy_coefs, dtype=policy.dtype, device=policy.device)
-    parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    parameters = list(policy.trainable().values())
     finite_steps = FiniteSteps(optimizer, num_skipped=num_skipped, limit=config.max_skipped_steps, device=policy.device)
     steps: list[Tensor] = []  # of each optimiser step what `_MEASURED` names, and the entropies
     metrics: dict[str, float] = {}

@@ -92,25 +92,23 @@ def check_memory(memory: nn.Module, num_inputs: int) -> None:
     lengths = np.array([3, 1])
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(len(lengths), int(lengths.max()), num_inputs, generator=generator).to(device, dtype)
-    plan = memory.plan(lengths, device=device)
-    packed = inputs[torch.from_numpy(plan.segment), torch.from_numpy(plan.step)]
-    unrolled, _ = memory.unroll(packed, zero, plan.layout)
-    if tuple(unrolled.shape) != (4, num_features):
-        raise ValueError(
-            f"memory {name}: expected unroll to give outputs of shape (4, {num_features}) for 4 steps, "
-            f"got {tuple(unrolled.shape)}"
-        )
-    worst = 0.0
+    stepped = {}
     for segment, length in enumerate(lengths):
         state = memory.initial_state(1, device=device, dtype=dtype)
         for step in range(length):
             output, after = memory.step(inputs[segment, step][None], state)
             _expect_like(after, state, output, name, num_features)
-            state = after
-            (row,) = np.flatnonzero((plan.segment == segment) & (plan.step == step))
-            worst = max(worst, (output[0] - unrolled[row]).abs().max().item())
-    scale = max(1.0, unrolled.abs().max().item())
-    if not worst <= _TOLERANCE.get(dtype, _TOLERANCE[torch.float32]) * scale:
+            stepped[segment, step], state = output[0], after
+    plan = memory.plan(lengths, device=device)
+    unrolled, _ = memory.unroll(inputs[torch.from_numpy(plan.segment), torch.from_numpy(plan.step)], zero, plan.layout)
+    if tuple(unrolled.shape) != (len(stepped), num_features):
+        raise ValueError(
+            f"memory {name}: expected unroll to give outputs of shape ({len(stepped)}, {num_features}) for "
+            f"{len(stepped)} steps, got {tuple(unrolled.shape)}"
+        )
+    expected = torch.stack([stepped[place] for place in zip(plan.segment.tolist(), plan.step.tolist())])
+    worst = (unrolled - expected).abs().max().item()
+    if not worst <= _TOLERANCE.get(dtype, _TOLERANCE[torch.float32]) * max(1.0, expected.abs().max().item()):
         raise ValueError(
             f"memory {name}: step and unroll disagree by up to {worst:.2g}: the policy that acts would not be the one "
             f"that learns (dropout, statistics over the batch, or steps in another order than the plan's?)"
@@ -119,13 +117,13 @@ def check_memory(memory: nn.Module, num_inputs: int) -> None:
 
 def _expect_like(after: Any, before: RecurrentState, output: Tensor, name: str, num_features: int) -> None:
     """Refuses what one step of one stream should not return."""
+    if not isinstance(after, RecurrentState):
+        raise TypeError(f"memory {name}: expected step to return (outputs, RecurrentState), got {type(after).__name__}")
     if tuple(output.shape) != (1, num_features):
         raise ValueError(
             f"memory {name}: expected step to give outputs of shape (1, {num_features}) for 1 stream, "
             f"got {tuple(output.shape)}"
         )
-    if not isinstance(after, RecurrentState):
-        raise TypeError(f"memory {name}: expected step to return (outputs, RecurrentState), got {type(after).__name__}")
     shapes = [{part: (tuple(x.shape), x.dtype) for part, x in state.parts.items()} for state in (after, before)]
     if shapes[0] != shapes[1]:
         raise ValueError(f"memory {name}: expected the state after a step to have {shapes[1]}, got {shapes[0]}")

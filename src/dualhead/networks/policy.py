@@ -83,6 +83,7 @@ class RecurrentPolicy(nn.Module):
         memory: nn.Module | MemoryFactory | None = None,
     ) -> None:
         super().__init__()
+        self.config = config
         image_encoder = config.image_encoder if encoder is None else "auto"
         self.normalizer = ObservationNormalizer(
             vectors(observation_spec, image_encoder) if normalize_observations else []
@@ -139,6 +140,10 @@ class RecurrentPolicy(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.critic.weight.device
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The weights that learn, by name: all but those that a user's own part has frozen."""
+        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
     @property
     def has_memory(self) -> bool:

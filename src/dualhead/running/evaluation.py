@@ -111,8 +111,9 @@ def evaluate_run(
     num_envs, episodes = evaluation_size(config, episodes)
     streams = open_streams(config, num_envs=num_envs)
     try:
-        policy, _, _ = load_weights(run_dir, config, streams.observation_space, streams.action_space)
-        return evaluate(policy, streams, episodes=episodes, seed=seed, deterministic=deterministic)
+        loaded = load_weights(run_dir)
+        loaded.expect_spaces(streams.observation_space, streams.action_space, of=config.env)
+        return evaluate(loaded.policy, streams, episodes=episodes, seed=seed, deterministic=deterministic)
     except DataError as error:
         raise RunError(f"{config.env}: {error}") from error
     finally:

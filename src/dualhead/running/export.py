@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+import copy
 import importlib.util
 import io
 import os
 import warnings
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
+from dualhead.agent import DualHeadRecurrentPPO
+from dualhead.networks.encoders import EncoderFactory
 from dualhead.networks.heads import DiagonalGaussian, FactoredCategorical
+from dualhead.networks.memory import MemoryFactory
 from dualhead.networks.policy import RecurrentPolicy
-from dualhead.running.checkpoint import RunError, read_config, write_json
-from dualhead.running.environment import open_streams
-from dualhead.running.playing import load_weights, run_directory
+from dualhead.running.checkpoint import RunError, read_json, write_json
+from dualhead.running.playing import Policy, load_weights
 from dualhead.spaces import ACTION_MASK, WHOLE, ActionSpec, Leaf, ObservationSpec, torch_dtype
 from dualhead.storage import write_bytes
 from dualhead.types import RecurrentState
@@ -49,7 +52,13 @@ _CONTINUOUS = (
 )
 
 
-def export_policy(run: str | os.PathLike[str], out: str | os.PathLike[str]) -> dict[str, Any]:
+def export(
+    source: str | os.PathLike[str] | DualHeadRecurrentPPO,
+    out: str | os.PathLike[str],
+    *,
+    encoder: nn.Module | EncoderFactory | None = None,
+    memory: nn.Module | MemoryFactory | None = None,
+) -> dict[str, Any]:
     """Writes `out` and, beside it, the JSON file of the same name, once ONNX Runtime agrees with the policy.
 
     The graph is one step of any number of streams. In: observations (in their own dtypes, images as uint8), action
@@ -57,8 +66,10 @@ def export_policy(run: str | os.PathLike[str], out: str | os.PathLike[str]) -> d
     (or mean and deviation), value and next state. Statistics of normalised observations are part of it.
 
     Args:
-        run: a run directory (its newest whole checkpoint is taken), or one of its checkpoint files.
+        source: an agent, a run directory (its newest whole checkpoint is taken), one of its checkpoint files, or a
+            file that an agent saved.
         out: a name that ends in .onnx; folders are made, files that are there are replaced.
+        encoder, memory: the parts of its own that a saved policy was trained with.
 
     Returns:
         What the JSON file says. Its `verified` is None where ONNX Runtime is not installed; else its version and the
@@ -67,37 +78,54 @@ def export_policy(run: str | os.PathLike[str], out: str | os.PathLike[str]) -> d
     Raises:
         RunError: a missing package, something that ONNX cannot say, a graph that disagrees with the policy, a file
             that cannot be written, or no run.
-        CheckpointError, UnavailableEnvironment: as for `load_policy`.
+        CheckpointError: as for `load_policy`.
     """
     out = Path(out)
     if out.suffix != ".onnx":
         raise RunError(f"export to {out}: expected a name that ends in .onnx")
     if importlib.util.find_spec("onnx") is None:
-        raise RunError("exporting needs the package onnx: pip install 'dualhead[onnx]'")
-    folder = run_directory(run)
-    config = read_config(folder)
-    streams = open_streams(config, num_envs=1)
-    streams.close()
-    spec, actions = ObservationSpec(streams.observation_space), ActionSpec(streams.action_space)
-    policy, checkpoint, metadata = load_weights(run, config, streams.observation_space, streams.action_space)
+        raise RunError("exporting needs the package onnx: pip install onnx onnxruntime")
+    if isinstance(source, DualHeadRecurrentPPO):
+        policy: Policy = copy.deepcopy(source.policy).cpu()
+        spec, actions = source.observation_spec, source.action_spec
+        run: dict[str, Any] = {
+            "directory": None,
+            "checkpoint": None,
+            "env": None,
+            "seed": None,
+            "steps": source.num_steps,
+        }
+    else:
+        loaded = load_weights(source, encoder=encoder, memory=memory)
+        policy, spec, actions = (
+            loaded.policy,
+            ObservationSpec(loaded.observation_space),
+            ActionSpec(loaded.action_space),
+        )
+        folder = loaded.path.absolute().parent.parent
+        config = read_json(folder / "config.json") or {}
+        run = {
+            "directory": folder.name if config else None,
+            "checkpoint": loaded.path.name,
+            "env": config.get("env"),
+            "seed": config.get("seed"),
+            "steps": loaded.metadata["num_steps"],
+        }
     if not isinstance(policy, RecurrentPolicy):
-        raise RunError(f"{folder} holds a policy for each agent: only a run with --policies shared can be exported")
+        raise RunError(f"{source} holds a policy for each agent: only a run with --policies shared can be exported")
     graph = StepGraph(policy, spec, actions)
     contents = to_onnx(graph)
+    read = input_names(contents)
+    described = graph.describe()
+    described["inputs"] = [part for part in described["inputs"] if part["name"] in read]
     description = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "dualhead_version": importlib.metadata.version("dualhead"),
+        "dualhead_version": version("dualhead"),
         "model": out.name,
-        "run": {
-            "directory": folder.name,
-            "checkpoint": checkpoint.name,
-            "env": config.env,
-            "seed": config.seed,
-            "steps": metadata["num_steps"],
-        },
-        "memory": config.network.memory,
-        **graph.describe(),
+        "run": run,
+        "memory": type(policy.memory).__name__ if "memory" in policy.foreign_parts else policy.config.memory,
+        **described,
         "verified": verify(contents, graph),
     }
     try:
@@ -258,6 +286,13 @@ def to_onnx(graph: StepGraph) -> bytes:
     return file.getvalue()
 
 
+def input_names(contents: bytes) -> set[str]:
+    """The inputs that a model has: an encoder of the user's own need not look at every part of an observation."""
+    import onnx
+
+    return {given.name for given in onnx.load_model_from_string(contents).graph.input}
+
+
 def verify(contents: bytes, graph: StepGraph) -> dict[str, Any] | None:
     """Plays random observations with resets through ONNX Runtime and through the policy, each with its own state.
 
@@ -274,7 +309,7 @@ def verify(contents: bytes, graph: StepGraph) -> dict[str, Any] | None:
     options = onnxruntime.SessionOptions()
     options.log_severity_level, options.intra_op_num_threads = 3, 1
     rng = np.random.default_rng(1)
-    worst = 0.0
+    worst, read = 0.0, input_names(contents)
     try:
         session = onnxruntime.InferenceSession(contents, options, providers=["CPUExecutionProvider"])
         for batch in (1, 5):
@@ -284,16 +319,19 @@ def verify(contents: bytes, graph: StepGraph) -> dict[str, Any] | None:
                 with torch.no_grad():
                     expected = graph(*observations, *ours)
                 inputs = [*(tensor.numpy() for tensor in observations), *theirs]
-                outputs = session.run(graph.output_names, dict(zip(graph.input_names, inputs)))
+                given = {name: part for name, part in zip(graph.input_names, inputs) if name in read}
+                outputs = session.run(graph.output_names, given)
                 for name, a, b in zip(graph.output_names, outputs, expected):
                     difference = np.max(np.abs(a - b.numpy()) / (1.0 + np.abs(b.numpy())))
                     if a.shape != b.shape or not difference <= TOLERANCE:
                         raise RunError(f"the exported graph differs from the policy: {name} by {difference:.2g}")
                     worst = max(worst, float(difference))
-                goes_on = (rng.random(batch) > 0.1).astype(np.float32)[:, None]
-                num_states = len(ours)
-                ours = [part * torch.from_numpy(goes_on) for part in expected[len(expected) - num_states :]]
-                theirs = [part * goes_on for part in outputs[len(outputs) - num_states :]]
+                ended, first = rng.random(batch) < 0.1, len(expected) - len(ours)
+                ours, theirs = list(expected[first:]), outputs[first:]
+                for part in ours:
+                    part[:, torch.from_numpy(ended)] = 0
+                for state in theirs:
+                    state[:, ended] = 0
     except RunError:
         raise
     except Exception as error:  # of many kinds

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from dualhead import snapshot
+from dualhead.networks.encoders import EncoderFactory
+from dualhead.networks.memory import MemoryFactory
 from dualhead.networks.policy import RecurrentPolicy
 from dualhead.population import IndependentPolicies
-from dualhead.running.checkpoint import RunError, read_config, read_newest
-from dualhead.running.config import RunConfig
-from dualhead.running.environment import open_streams
+from dualhead.running.checkpoint import RunError, read_newest
 from dualhead.spaces import ActionSpec, ObservationSpec, all_finite, as_tensor
-from dualhead.storage import fill, read_tensors, without_prefix
+from dualhead.storage import CheckpointError, fill, read_tensors, without_prefix
 from dualhead.types import DataError, RecurrentState, on_device
 
 Policy = RecurrentPolicy | IndependentPolicies
@@ -128,25 +129,86 @@ def _first(actions: Any) -> Any:
     return {key: _first(part) for key, part in actions.items()} if isinstance(actions, dict) else actions[0]
 
 
-def load_policy(run: str | os.PathLike[str], *, seed: int = 0) -> Player:
-    """The policy of a run, ready to act; see `Player.act`.
-
-    The run's environment is made once, to know its spaces, and closed.
+def load_policy(
+    run: str | os.PathLike[str],
+    *,
+    encoder: nn.Module | EncoderFactory | None = None,
+    memory: nn.Module | MemoryFactory | None = None,
+    seed: int = 0,
+) -> Player:
+    """A trained policy, ready to act; see `Player.act`. No environment is made: the file knows the spaces.
 
     Args:
-        run: a run directory (its newest whole checkpoint is taken), or one of its checkpoint files.
+        run: a run directory (its newest whole checkpoint is taken), one of its checkpoint files, or a file that
+            `DualHeadRecurrentPPO.save` wrote.
+        encoder, memory: the parts of its own that the policy was trained with.
         seed: of sampled actions.
 
     Raises:
         RunError: no run, or no whole checkpoint, is there.
-        CheckpointError: the checkpoint does not fit the run's configuration, or the named one cannot be read.
-        UnavailableEnvironment: the run's environment cannot be made here.
+        CheckpointError: the checkpoint cannot be read, or a part is missing.
     """
-    config = read_config(run_directory(run))
-    streams = open_streams(config, num_envs=1)
-    streams.close()
-    policy, _, _ = load_weights(run, config, streams.observation_space, streams.action_space)
-    return Player(policy, streams.observation_space, streams.action_space, seed=seed)
+    loaded = load_weights(run, encoder=encoder, memory=memory)
+    return Player(loaded.policy, loaded.observation_space, loaded.action_space, seed=seed)
+
+
+class LoadedPolicy(NamedTuple):
+    """Fields:
+    policy: with its weights.
+    observation_space, action_space: of one stream.
+    path, metadata: the checkpoint that it is from.
+    """
+
+    policy: Policy
+    observation_space: gym.Space
+    action_space: gym.Space
+    path: Path
+    metadata: dict[str, Any]
+
+    def expect_spaces(self, observation_space: gym.Space, action_space: gym.Space, *, of: str) -> None:
+        """Refuses a world of other spaces than the policy's.
+
+        Raises:
+            CheckpointError: says both.
+        """
+        for what, ours, theirs in (
+            ("observation", self.observation_space, observation_space),
+            ("action", self.action_space, action_space),
+        ):
+            if ours != theirs:
+                raise CheckpointError(f"{self.path} has the {what} space {ours}, but {of} has {theirs}")
+
+
+def load_weights(run: str | os.PathLike[str], **foreign: Any) -> LoadedPolicy:
+    """The policy of a run's newest whole checkpoint, or of the checkpoint file given; see `load_policy`."""
+    path = Path(run)
+    if path.is_file():
+        tensors, metadata = read_tensors(path)
+    elif not (path / "config.json").exists():
+        raise RunError(f"{run} holds no run: expected a run directory, or a checkpoint file")
+    else:
+        path, tensors, metadata = read_newest(path)
+    source = str(path)
+    policies: list[RecurrentPolicy] = []
+    learners = metadata.get("learners")
+    for number, of_learner in enumerate(learners if isinstance(learners, list) and learners else [metadata]):
+        arguments = snapshot.arguments(of_learner, source=source)
+        observation_space, action_space = arguments["observation_space"], arguments["action_space"]
+        try:
+            made = RecurrentPolicy(
+                ObservationSpec(observation_space),
+                ActionSpec(action_space),
+                config=arguments["network"],
+                normalize_observations=arguments["config"].normalize_observations,
+                **snapshot.foreign_arguments(of_learner, source=source, **foreign),
+            ).to(arguments["dtype"])
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"{source} describes no possible policy: {error}") from error
+        weights: dict[str, Any] = made.state_dict(keep_vars=True)
+        fill(weights, without_prefix(f"agent_{number}/policy" if learners else "policy", tensors), what=source)
+        policies.append(made)
+    policy: Policy = IndependentPolicies(policies) if learners else policies[0]
+    return LoadedPolicy(policy, observation_space, action_space, path, metadata)
 
 
 def run_directory(run: str | os.PathLike[str]) -> Path:
@@ -160,31 +222,5 @@ def run_directory(run: str | os.PathLike[str]) -> Path:
         return path
     folder = path.absolute().parent.parent
     if not (folder / "config.json").exists():
-        raise RunError(f"{run} is no checkpoint: expected a run directory, or a file in its `checkpoints`")
+        raise RunError(f"{run} is no checkpoint of a run: expected a run directory, or a file in its `checkpoints`")
     return folder
-
-
-def load_weights(
-    run: str | os.PathLike[str], config: RunConfig, observation_space: gym.Space, action_space: gym.Space
-) -> tuple[Policy, Path, dict[str, Any]]:
-    """The policy of a run's newest whole checkpoint (or of the checkpoint file given), that file and its metadata."""
-    num_policies = config.world.num_agents if config.policies == "independent" else 1
-    policies = [
-        RecurrentPolicy(
-            ObservationSpec(observation_space),
-            ActionSpec(action_space),
-            config=config.network,
-            normalize_observations=config.ppo.normalize_observations,
-        )
-        for _ in range(num_policies)
-    ]
-    path = Path(run)
-    if path.is_file():
-        tensors, metadata = read_tensors(path)
-    else:
-        path, tensors, metadata = read_newest(path)
-    for agent, policy in enumerate(policies):
-        weights: dict[str, Any] = policy.state_dict(keep_vars=True)
-        prefix = "policy" if config.policies == "shared" else f"agent_{agent}/policy"
-        fill(weights, without_prefix(prefix, tensors), what=str(path))
-    return policies[0] if config.policies == "shared" else IndependentPolicies(policies), path, metadata

@@ -68,8 +68,9 @@ def record_video(
         Commons(config.world) if isinstance(config.world, CommonsConfig) else _renderable(config.env)
     )
     try:
-        policy, _, _ = load_weights(run_dir, config, env.observation_space, env.action_space)
-        player = Player(policy, env.observation_space, env.action_space, seed=seed)
+        loaded = load_weights(run_dir)
+        loaded.expect_spaces(env.observation_space, env.action_space, of=config.env)
+        player = Player(loaded.policy, env.observation_space, env.action_space, seed=seed)
         if isinstance(env, Commons):
             fps, frames = (
                 COMMONS_FPS,
