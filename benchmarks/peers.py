@@ -1,6 +1,6 @@
 """Our training speed beside that of other recurrent PPOs, on this machine, in one run.
 
-    pip install 'dualhead[bench]'
+    pip install -e '.[bench]'
     python benchmarks/peers.py
     python benchmarks/peers.py --workload vector --json
 
@@ -32,7 +32,7 @@ from workloads import Workload, add_options, chosen_workloads, time_ours
 
 from dualhead.running.machine import keep_freed_memory
 
-INSTALL = "sb3-contrib is not installed and left out; to have it: pip install 'dualhead[bench]'"
+INSTALL = "sb3-contrib is not installed and left out; to have it: pip install -e '.[bench]'"
 
 
 def encoder(workload: Workload, shape: tuple[int, ...]) -> nn.Sequential:

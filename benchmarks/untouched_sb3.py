@@ -1,6 +1,6 @@
 """sb3-contrib's RecurrentPPO with its own defaults on one task and seed, for the comparison of untouched learners.
 
-    pip install torch 'dualhead[bench]'
+    pip install torch -e '.[bench]'
     python benchmarks/untouched_sb3.py popgym-CountRecallEasy-v0 --seed 0 --out benchmarks/results/untouched_sb3.csv
 
 Only what a user has to give is given: the policy's name, sixteen environments in one process, and the seed. One thread.

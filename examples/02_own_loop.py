@@ -15,8 +15,8 @@ agent = DualHeadRecurrentPPO(
 )
 observation, _ = env.reset(seed=1)
 while agent.num_steps < 1_000:
-    action = agent.to_env(agent.act(observation))
-    action = {head: choice[0] for head, choice in action.items()}  # the one stream of this environment
+    actions = agent.act(observation)
+    action = {head: choice[0] for head, choice in actions.items()}  # the one stream of this environment
     next_observation, reward, terminated, truncated, _ = env.step(action)
     agent.record(reward, terminated, truncated, final_observations=next_observation)
     if terminated or truncated:

@@ -33,7 +33,7 @@ def observe(turn: int) -> dict:
 
 
 for turn in range(40):
-    actions = agent.to_env(agent.act(observe(turn)))
+    actions = agent.act(observe(turn))
     if turn % 10 == 9:
         assert (actions["move"] == 4).all()
     else:

@@ -140,7 +140,7 @@ def test_peers_are_compared():
     rows = json.loads(done.stdout)
     installed = importlib.util.find_spec("sb3_contrib") is not None
     assert [row["library"] for row in rows] == ["dualhead", *(["sb3-contrib"] if installed else []), "single file"]
-    assert installed or "pip install 'dualhead[bench]'" in done.stderr
+    assert installed or "pip install -e '.[bench]'" in done.stderr
     assert all(row["steps_per_s"] > 0 for row in rows)
 
 

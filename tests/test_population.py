@@ -1,6 +1,7 @@
 """Independent learners, newcomers, and norms at work in the training loop."""
 
 import csv
+import math
 
 import numpy as np
 import pytest
@@ -78,8 +79,8 @@ def test_independent_learners_are_single_agents_on_their_own_streams():
     for _ in range(20):
         actions = learners.act(observations)
         for number, single in enumerate(singles):
-            for name, part in single.act(rows(observations, number)).items():
-                assert torch.equal(part, actions[name][number::3])
+            for name, chosen in single.act(rows(observations, number)).items():
+                assert torch.equal(chosen, actions[name][number::3])
         step = worlds.step(actions)
         final = step.final_observations
         learners.record(step.rewards, step.terminated, step.truncated, final_observations=final, events=step.events)
@@ -102,6 +103,44 @@ def test_independent_learners_are_single_agents_on_their_own_streams():
             assert torch.equal(ours, theirs)
     assert learners.num_steps == 20 * NUM_WORLDS * 3
     assert not torch.equal(learners.learners[0].policy.critic.weight, learners.learners[1].policy.critic.weight)
+
+
+def spoiled(tree, name, value):
+    """Observations with a bad number in the last row, which belongs to the last agent."""
+    tree = {key: leaf.clone() for key, leaf in tree.items()}
+    tree[name][-1, -1] = value
+    return tree
+
+
+@pytest.mark.parametrize("what", ["observations", "one stream too few", "reward", "final observations", "events"])
+def test_what_the_last_agent_refuses_leaves_all_agents_as_they_were(what):
+    learners, worlds = make_learners(), Commons(RULES, num_worlds=NUM_WORLDS)
+    observations, _ = play(learners, worlds, worlds.reset(seed=1), 6)
+    if what == "observations":
+        with pytest.raises(ValueError, match="scalars"):
+            learners.act(spoiled(observations, "scalars", math.nan))
+    elif what == "one stream too few":
+        with pytest.raises(ValueError, match="expected"):
+            learners.act({name: leaf[:-1] for name, leaf in observations.items()})
+    step = worlds.step(learners.act(observations))  # the seventh turn ends the epoch
+    wrong = {"rewards": step.rewards, "final_observations": step.final_observations, "events": step.events}
+    if what == "reward":
+        wrong["rewards"] = spoiled({"": step.rewards[:, None]}, "", math.nan)[""][:, 0]
+    elif what == "final observations":
+        wrong["final_observations"] = spoiled(step.final_observations, "scalars", math.inf)
+    elif what == "events":
+        wrong["events"] = NormEvents(step.events.punished, spoiled({"": step.events.collected + 0.0}, "", 0.5)[""])
+    before = learners.num_steps
+    if what in ("reward", "final observations", "events"):
+        with pytest.raises(ValueError, match=r"reward|scalars|collected"):
+            learners.record(wrong.pop("rewards"), step.terminated, step.truncated, **wrong)
+    assert learners.num_steps == before
+    final = step.final_observations
+    learners.record(step.rewards, step.terminated, step.truncated, final_observations=final, events=step.events)
+    expected, same = make_learners(), Commons(RULES, num_worlds=NUM_WORLDS)
+    play(expected, same, same.reset(seed=1), 7)
+    tensors, others = learners.state()[0], expected.state()[0]
+    assert [name for name in others if not torch.equal(tensors[name], others[name])] == []
 
 
 @pytest.mark.parametrize("memory", ["lstm", "gru", "none"])
@@ -139,6 +178,10 @@ def test_a_player_of_many_policies_shows_each_its_own_step_before(monkeypatch):
         num_agents=3,
         seed=0,
     )
+    with torch.no_grad():
+        for policy in learners.policy.policies:
+            for weight in policy.heads.parameters():
+                weight.mul_(1e5)  # so sure of its actions that sampled ones are the likeliest
     worlds = Commons(RULES, num_worlds=2)
     player = Player(learners.policy, worlds.observation_space, worlds.action_space)
     monkeypatch.setattr(FactoredCategorical, "sample", lambda self, generator: self.mode())

@@ -203,7 +203,7 @@ def test_unknown_environment(env):
 
 def test_missing_extra_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "popgym", None)
-    with pytest.raises(UnavailableEnvironment, match=r"pip install 'dualhead\[popgym\]'"):
+    with pytest.raises(UnavailableEnvironment, match=r"pip install -e '\.\[popgym\]'"):
         make_streams("popgym-RepeatPreviousEasy-v0", 1)
 
 

@@ -145,7 +145,7 @@ def test_what_cannot_be_filmed_is_said(tmp_path, monkeypatch):
     with pytest.raises(RunError, match="cannot write video"):
         record_video(run, tmp_path / "file" / "video.gif")
     monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
-    with pytest.raises(RunError, match=r"needs the package imageio_ffmpeg: pip install 'dualhead\[video\]'"):
+    with pytest.raises(RunError, match=r"needs the package imageio_ffmpeg: pip install -e '\.\[video\]'"):
         record_video(run, tmp_path / "video.mp4")
     monkeypatch.setitem(sys.modules, "imageio.v3", None)
     with pytest.raises(RunError, match=r"a \.gif video needs the package imageio"):

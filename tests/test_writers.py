@@ -348,7 +348,7 @@ def test_a_service_that_refuses_says_so_before_the_run(fakes, tmp_path):
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])
 def test_a_missing_package_is_said_with_how_to_install_it(name, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda asked: None if asked == name else object())
-    with pytest.raises(RunError, match=rf"log_to='{name}' needs .*pip install 'dualhead\[{name}\]'"):
+    with pytest.raises(RunError, match=rf"log_to='{name}' needs .*pip install -e '\.\[{name}\]'"):
         require_packages(with_log_to(name))
     with pytest.raises(RunError, match="pip install"):
         make_writers(with_log_to(name), tmp_path)
@@ -357,7 +357,7 @@ def test_a_missing_package_is_said_with_how_to_install_it(name, tmp_path, monkey
 
 @pytest.mark.filterwarnings("ignore")
 def test_the_real_wandb_offline(tmp_path, monkeypatch):
-    pytest.importorskip("wandb", reason="the real Weights & Biases is not installed: pip install 'dualhead[wandb]'")
+    pytest.importorskip("wandb", reason="the real Weights & Biases is not installed: pip install -e '.[wandb]'")
     monkeypatch.setenv("WANDB_MODE", "offline")
     write_and_close(tmp_path, with_log_to("wandb"), 100)
     write_and_close(tmp_path, with_log_to("wandb"), 200, resume_at=100)
@@ -369,7 +369,7 @@ def test_the_real_wandb_offline(tmp_path, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore")
 def test_the_real_mlflow_in_the_run_directory(tmp_path, monkeypatch):
-    mlflow = pytest.importorskip("mlflow", reason="the real MLflow is not installed: pip install 'dualhead[mlflow]'")
+    mlflow = pytest.importorskip("mlflow", reason="the real MLflow is not installed: pip install -e '.[mlflow]'")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     write_and_close(tmp_path, with_log_to("mlflow"), 100)
     write_and_close(tmp_path, with_log_to("mlflow"), 200, resume_at=100)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import gymnasium as gym
@@ -210,7 +211,6 @@ class DualHeadRecurrentPPO:
         self.reset_state()
         return forgotten
 
-    @torch.no_grad()
     def act(self, observations: Any) -> Any:
         """Samples actions for all streams and advances the recurrent state. To play without learning: `Player`.
 
@@ -225,14 +225,21 @@ class DualHeadRecurrentPPO:
             RuntimeError: the step before is not recorded, or the rollout is full.
             ValueError: wrong shapes, missing parts, non-finite numbers, a mask without a legal choice.
         """
+        return self._act(self._prepare_act(observations), numpy=not holds_tensors(observations))
+
+    def _prepare_act(self, observations: Any) -> Observations:
+        """Everything that `act` may refuse, and the checked observations; nothing has changed yet."""
         self._expect_no_pending("act()")
         if self.rollout_is_ready:
             raise RuntimeError(
                 f"act() on a full rollout of {self.config.rollout_length} steps: call learn(next_observations) first"
             )
-        tensors = self._tensors(observations)
+        return self._tensors(observations)
+
+    @torch.no_grad()
+    def _act(self, tensors: Observations, *, numpy: bool) -> Any:
         state = self._get_hidden_state()
-        tensors |= self._previous_inputs()
+        tensors = tensors | self._previous_inputs()
         output, next_state = self.policy.step(tensors, state)
         distribution = output.distribution
         actions = distribution.sample(self._sampling)
@@ -240,9 +247,8 @@ class DualHeadRecurrentPPO:
         self.rollout_memory.put_step(tensors, state, sample, self._episode_starts)
         self._step_is_pending = True
         self._update_hidden_state(next_state)
-        return self.action_spec.to_env(actions, numpy=not _holds_tensors(observations))
+        return self.action_spec.to_env(actions, numpy=numpy)
 
-    @torch.no_grad()
     def record(
         self,
         rewards: Any,
@@ -265,6 +271,13 @@ class DualHeadRecurrentPPO:
             RuntimeError: nothing to complete.
             ValueError: wrong shapes, a non-finite reward, a truncation without final observations, missing events.
         """
+        self._prepare_record(rewards, terminated, truncated, final_observations, events)()
+
+    @torch.no_grad()
+    def _prepare_record(
+        self, rewards: Any, terminated: Any, truncated: Any, final_observations: Any, events: NormEvents | None
+    ) -> Callable[[], None]:
+        """Everything that `record` may refuse; nothing has changed until the function it returns is called."""
         if not self._step_is_pending:
             raise RuntimeError("record() without a step: call act(observations) before it")
         memory = self.rollout_memory
@@ -290,19 +303,26 @@ class DualHeadRecurrentPPO:
         if cut_off is not None and len(cut_off):
             final_values = self._final_values(cut_off, final_observations, previous)
             cut_off = on_device(cut_off, self.device)
-        guilt = torch.zeros_like(task_rewards)
         if self.norms is not None and events is not None:
-            guilt = self.norms.update(events, memory.actions[memory.length]).total.to(task_rewards.dtype)
-        if final_values is not None:
-            memory.final_values[memory.length, cut_off] = final_values
-        memory.complete_step(task_rewards, guilt, terminated, truncated)
-        self._previous = previous
-        self._step_is_pending = False
-        self.num_steps += self.num_streams
-        ended = terminated | truncated
-        self._episode_starts = ended
-        if self._current_hidden is not None and some_ended:
-            self._update_hidden_state(self._current_hidden.reset_where(ended))
+            events = self.norms.check(events, memory.actions[memory.length])
+
+        @torch.no_grad()
+        def complete() -> None:
+            guilt = torch.zeros_like(task_rewards)
+            if self.norms is not None and events is not None:
+                guilt = self.norms.advance(events).total.to(task_rewards.dtype)
+            if final_values is not None:
+                memory.final_values[memory.length, cut_off] = final_values
+            memory.complete_step(task_rewards, guilt, terminated, truncated)
+            self._previous = previous
+            self._step_is_pending = False
+            self.num_steps += self.num_streams
+            ended = terminated | truncated
+            self._episode_starts = ended
+            if self._current_hidden is not None and some_ended:
+                self._update_hidden_state(self._current_hidden.reset_where(ended))
+
+        return complete
 
     @property
     def rollout_is_ready(self) -> bool:
@@ -606,7 +626,8 @@ def _storage_dtype(space: gym.Space, dtype: torch.dtype) -> torch.dtype:
     return dtype if own.is_floating_point else own
 
 
-def _holds_tensors(observations: Any) -> bool:
+def holds_tensors(observations: Any) -> bool:
+    """Whether nested observations are tensors, judged by the first."""
     while isinstance(observations, dict | tuple) and len(observations):
         observations = next(iter(observations.values() if isinstance(observations, dict) else observations))
     return isinstance(observations, Tensor)

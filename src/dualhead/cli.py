@@ -495,7 +495,7 @@ def _export(parser: _Parser, arguments: list[str]) -> int:
             f"{verified['largest_difference']:.1g}"
         )
     else:
-        print("not checked: ONNX Runtime is not installed (pip install 'dualhead[onnx]')")
+        print("not checked: ONNX Runtime is not installed (pip install -e '.[onnx]' in the checkout)")
     return 0
 
 

@@ -139,15 +139,31 @@ class NormEnforcer(torch.nn.Module):
             ValueError: an event or `actions` is missing, has another shape, or holds other values than 0 and
                 1 (events) or integers (actions). Strengths are then as they were.
         """
+        return self.advance(self.check(events, actions))
+
+    def check(self, events: NormEvents, actions: Tensor | None = None) -> NormEvents:
+        """The events of a step as [B, R] bool on our device, for `advance`; strengths stay as they are.
+
+        In action mode `collected` says who chose the harmful action.
+
+        Raises:
+            ValueError: as `update` does.
+        """
         shape = (self.num_streams, len(self.resources))
         if self.mode == "action":
             punished = self._flags("punished", events.punished, (self.num_streams,), shape).reshape(shape)
-            transgressed = self._harmful(actions)
+            return NormEvents(punished, self._harmful(actions))
+        punished = self._flags("punished", events.punished, shape)
+        return NormEvents(punished, self._flags("collected", events.collected, shape))
+
+    def advance(self, checked: NormEvents) -> Guilt:
+        """`update` with what `check` gave."""
+        punished, transgressed = checked
+        assert transgressed is not None
+        if self.mode == "action":
             rises = (self.strengths + 1.0).clamp(max=self.max_norm_strength)
             self.strengths.copy_(torch.where(punished, rises, self.strengths * self.decay_rate))
         else:
-            punished = self._flags("punished", events.punished, shape)
-            transgressed = self._flags("collected", events.collected, shape)
             self.strengths.mul_(self.decay_rate).add_(punished).clamp_(max=self.max_norm_strength)
 
         excess = self.strengths - self.internalization_threshold

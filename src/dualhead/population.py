@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dualhead.agent import DualHeadRecurrentPPO
+from dualhead.agent import DualHeadRecurrentPPO, holds_tensors
 from dualhead.config import TurnoverConfig
 from dualhead.networks.heads import FactoredCategorical, Heads
 from dualhead.networks.policy import PolicyOutput, RecurrentPolicy
@@ -84,8 +84,11 @@ class IndependentLearners:
         return self.learners[0].rollout_is_ready
 
     def act(self, observations: Any) -> Any:
-        """Actions of all learners; see `DualHeadRecurrentPPO.act`."""
-        return _interleaved([learner.act(self._of(observations, agent)) for agent, learner in enumerate(self.learners)])
+        """Actions of all learners, which advance all or none; see `DualHeadRecurrentPPO.act`."""
+        # What one of them refuses must leave all of them as they were.
+        own = [learner._prepare_act(self._of(observations, agent)) for agent, learner in enumerate(self.learners)]
+        numpy = not holds_tensors(observations)
+        return _interleaved([learner._act(tensors, numpy=numpy) for learner, tensors in zip(self.learners, own)])
 
     def record(
         self,
@@ -96,15 +99,19 @@ class IndependentLearners:
         final_observations: Any = None,
         events: NormEvents | None = None,
     ) -> None:
-        """Completes the step of all learners; see `DualHeadRecurrentPPO.record`."""
-        for agent, learner in enumerate(self.learners):
-            learner.record(
+        """Completes the step of all learners, or of none; see `DualHeadRecurrentPPO.record`."""
+        steps = [
+            learner._prepare_record(
                 self._of(rewards, agent),
                 self._of(terminated, agent),
                 self._of(truncated, agent),
-                final_observations=self._of(final_observations, agent),
-                events=None if events is None else NormEvents(*(self._of(part, agent) for part in events)),
+                self._of(final_observations, agent),
+                None if events is None else NormEvents(*(self._of(part, agent) for part in events)),
             )
+            for agent, learner in enumerate(self.learners)
+        ]
+        for complete in steps:
+            complete()
         self.num_steps += sum(learner.num_streams for learner in self.learners)
 
     def learn(self, next_observations: Any = None, *, partial: bool = False) -> dict[str, float]:

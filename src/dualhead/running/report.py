@@ -8,6 +8,7 @@ import math
 import os
 import secrets
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -28,18 +29,6 @@ MAX_REPLAYS = 4
 MAX_NAMED_SETTINGS = 3
 """Groups that differ in more than these are named by some of them only."""
 _NOT_A_CONDITION = ("seed", "run_dir")
-
-
-class Outcome(NamedTuple):
-    """A run's final return.
-
-    Fields:
-        mean: task reward per episode.
-        about: interval and where the number comes from.
-    """
-
-    mean: float
-    about: str
 
 
 class Replay(NamedTuple):
@@ -133,13 +122,15 @@ def render(groups: Mapping[str, Sequence[Run]], *, replays: Sequence[Replay]) ->
 
     sections, empty = draw({name: [curves(run) for run in members] for name, members in groups.items()})
     figures = [figure for members in sections.values() for figure in members]
+    facts = [_facts(name, members, style) for style, (name, members) in enumerate(groups.items())]
+    runs = [_facts(str(run.path), [run], style) for style, members in enumerate(groups.values()) for run in members]
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters["number"] = number
     template = environment.from_string(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
     return template.render(
         title=_title(groups),
-        groups=[_group_facts(name, members, style) for style, (name, members) in enumerate(groups.items())],
-        single=_run_facts(next(iter(groups.values()))[0]) if _is_single(groups) else None,
+        groups=facts,
+        runs=runs,
         sections=sections,
         empty=empty,
         settings=_settings_rows(groups),
@@ -198,62 +189,38 @@ def _speed(runs: Sequence[Run]) -> str:
     return f"{np.mean(speeds):,.0f}" if speeds else "–"
 
 
-def _is_single(groups: Mapping[str, Sequence[Run]]) -> bool:
-    return sum(len(members) for members in groups.values()) == 1
-
-
-def _group_facts(name: str, members: Sequence[Run], style: int) -> dict[str, Any]:
+def _facts(name: str, members: Sequence[Run], style: int) -> dict[str, Any]:
+    """What the page says of a run, or of a group of them."""
     outcomes = [outcome for run in members if (outcome := _outcome(run)) is not None]
-    means = [outcome.mean for outcome in outcomes]
-    if not outcomes:
-        final, about = "–", "no episode has ended yet"
-    elif len(outcomes) == 1:
-        final, about = number(means[0]), outcomes[0].about
-    else:
-        final, about = (
-            number(float(np.mean(means))),
-            f"mean; seeds reach from {number(min(means))} to {number(max(means))}",
-        )
-    states = [_status(run)[0] for run in members]
+    final, about = outcomes[0] if outcomes else (math.nan, "no episode has ended yet")
+    if len(outcomes) > 1:
+        means = [mean for mean, _ in outcomes]
+        final, about = float(np.mean(means)), f"mean; seeds reach from {number(min(means))} to {number(max(means))}"
+    states = [_status(run) for run in members]
+    counts = Counter(state for state, _ in states)
     return {
         "name": name,
         "style": style,
         "seeds": ", ".join(str(run.config.seed) for run in members),
-        "final": final,
+        "final": number(final),
         "about": about,
         "steps": " to ".join(dict.fromkeys(f"{f(map(_num_steps, members)):,}" for f in (min, max))),
+        "total": f"{members[0].config.total_steps:,}",
         "time": _duration(float(np.mean(list(map(_seconds, members))))),
         "speed": _speed(members),
-        "states": ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states)),
-        "runs": [_run_facts(run) for run in members],
+        "state": states[0][0],
+        "state_about": states[0][1],
+        "states": ", ".join(f"{count} {state}" for state, count in counts.items()),
     }
 
 
-def _run_facts(run: Run) -> dict[str, Any]:
-    outcome = _outcome(run)
-    state, about = _status(run)
-    return {
-        "path": str(run.path),
-        "env": run.config.env,
-        "seed": run.config.seed,
-        "final": "–" if outcome is None else number(outcome.mean),
-        "about": "no episode has ended yet" if outcome is None else outcome.about,
-        "steps": f"{_num_steps(run):,}",
-        "total": f"{run.config.total_steps:,}",
-        "time": _duration(_seconds(run)),
-        "speed": _speed([run]),
-        "state": state,
-        "state_about": about,
-    }
-
-
-def _outcome(run: Run) -> Outcome | None:
-    """The evaluation at the end, else the newest one, else the return in training."""
+def _outcome(run: Run) -> tuple[float, str] | None:
+    """A run's final return, with its interval and source: the final evaluation, else the newest, else training."""
     evaluation = run.summary.get("evaluation")
     if isinstance(evaluation, dict) and "mean_return" in evaluation:
         about = f"evaluation over {evaluation['episodes']} episodes"
         spread = _interval(evaluation) or f"± {number(evaluation['std_return'])} (deviation)"
-        return Outcome(evaluation["mean_return"], f"{spread}, {about}")
+        return evaluation["mean_return"], f"{spread}, {about}"
     for table, name, source in (
         (run.evaluations, "mean_return", "evaluation"),
         (run.metrics, "episode/mean_return", "training"),
@@ -262,7 +229,7 @@ def _outcome(run: Run) -> Outcome | None:
         if len(known):
             last = {column: float(values[known[-1]]) for column, values in table.columns.items()}
             where = f"in {source} after {table.steps[known[-1]]:,} steps"
-            return Outcome(last[name], ", ".join(filter(None, (_interval(last), where))))
+            return last[name], ", ".join(filter(None, (_interval(last), where)))
     return None
 
 
@@ -359,7 +326,7 @@ def _require_plotly() -> None:
         import jinja2  # noqa: F401
         import plotly  # noqa: F401
     except ImportError as error:
-        raise RunError(f"reports need {error.name}: pip install 'dualhead[report]'") from error
+        raise RunError(f"reports need {error.name}: pip install -e '.[report]' in the checkout") from error
 
 
 def _text(value: Any) -> str:

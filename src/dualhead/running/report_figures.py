@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -344,32 +344,28 @@ def stretch_means(curve: Curve, num_stretches: int = NUM_MEANS) -> Curve:
     """Means over equal stretches of a curve that has more than two points for each; NaN where there is no number."""
     if len(curve.values) <= 2 * num_stretches:
         return curve
-    stretches = np.array_split(np.arange(len(curve.values)), num_stretches)
-    finite = [curve.values[stretch][np.isfinite(curve.values[stretch])] for stretch in stretches]
-    means = np.array([part.mean() if len(part) else np.nan for part in finite])
-    return Curve(np.array([curve.steps[stretch].mean() for stretch in stretches]), means)
+    return Curve(_by_stretch(curve.steps, num_stretches, np.mean), _by_stretch(curve.values, num_stretches, np.mean))
 
 
 def outline(low: Curve, high: Curve, max_points: int = MAX_POINTS) -> Curve:
     """A band as closed polygons with gaps between them; of a long one, the reach of each of equal stretches."""
     steps, lowest, highest = low.steps, low.values, high.values
-    if len(steps) > max_points // 2:
-        stretches = np.array_split(np.arange(len(steps)), max_points // 2)
-        steps = np.array([steps[stretch].mean() for stretch in stretches])
-        lowest, highest = _reach(low.values, stretches)[0], _reach(high.values, stretches)[1]
+    if len(steps) > (half := max_points // 2):
+        steps = _by_stretch(steps, half, np.mean)
+        lowest, highest = _by_stretch(lowest, half, np.min), _by_stretch(highest, half, np.max)
     present = np.flatnonzero(np.isfinite(lowest) & np.isfinite(highest))
-    parts: list[tuple[FloatArray, FloatArray]] = []
+    gap = np.array([np.nan])
+    along, around = [], []
     for part in np.split(present, np.flatnonzero(np.diff(present) > 1) + 1):
-        around = np.concatenate([part, part[::-1]])
-        parts.append((steps[around], np.concatenate([highest[part], lowest[part[::-1]]])))
-        parts.append((np.array([np.nan]), np.array([np.nan])))
-    return Curve(*(np.concatenate(side) for side in zip(*parts[:-1])))
+        along += [steps[part], steps[part[::-1]], gap]
+        around += [highest[part], lowest[part[::-1]], gap]
+    return Curve(np.concatenate(along[:-1]), np.concatenate(around[:-1]))
 
 
-def _reach(values: FloatArray, stretches: Sequence[NDArray[np.intp]]) -> tuple[FloatArray, FloatArray]:
-    finite = [values[stretch][np.isfinite(values[stretch])] for stretch in stretches]
-    low = np.array([part.min() if len(part) else np.nan for part in finite])
-    return low, np.array([part.max() if len(part) else np.nan for part in finite])
+def _by_stretch(values: NDArray[Any], num_stretches: int, function: Callable[[FloatArray], Any]) -> FloatArray:
+    """A number for each of equal stretches, from the finite values in it; NaN where there is none."""
+    stretches = [stretch[np.isfinite(stretch)] for stretch in np.array_split(values, num_stretches)]
+    return np.array([function(stretch) if len(stretch) else np.nan for stretch in stretches])
 
 
 def _trace(curve: Curve, line: Line, *, pale: bool) -> dict[str, Any]:

@@ -182,7 +182,7 @@ def _imageio(path: Path) -> Any:
             importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise RunError(
-            f"a {path.suffix} video needs the package {error.name}: pip install 'dualhead[video]'"
+            f"a {path.suffix} video needs the package {error.name}: pip install -e '.[video]' in the checkout"
         ) from error
     import imageio
 

@@ -92,7 +92,9 @@ def require_packages(config: RunConfig) -> None:
     """
     for name in config.log_to:
         if importlib.util.find_spec(name) is None:
-            raise RunError(f"log_to={name!r} needs a package that is not installed: pip install 'dualhead[{name}]'")
+            raise RunError(
+                f"log_to={name!r} needs a package that is not installed: pip install -e '.[{name}]' in the checkout"
+            )
 
 
 class CSVWriter:

@@ -22,8 +22,8 @@ try:
     from matplotlib.ticker import EngFormatter
 except ModuleNotFoundError as error:
     raise RunError(
-        f"tables are written; the figures need the package {error.name}: pip install 'dualhead[plot]', then repeat the "
-        f"command (finished runs are not repeated)"
+        f"the tables are written; the figures need the package {error.name}: pip install -e '.[plot]' in the checkout, "
+        f"then repeat the command (finished runs are not repeated)"
     ) from error
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#999999")

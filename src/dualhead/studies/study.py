@@ -90,7 +90,7 @@ def run_study(name: str, *, out: str | None = None, jobs: int | None = None) -> 
     planned = plan(study, folder)
     missing = {label: config for label, (_, config) in planned.items() if not _is_finished(config)}
     if importlib.util.find_spec("matplotlib") is None:
-        warnings.warn("there will be tables only: figures need pip install 'dualhead[plot]'", stacklevel=2)
+        warnings.warn("there will be tables only: figures need pip install -e '.[plot]' in the checkout", stacklevel=2)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -448,7 +448,7 @@ def _import_extra(env: str) -> None:
             importlib.import_module(package)
         except ModuleNotFoundError as error:
             raise UnavailableEnvironment(
-                f"environment {env!r} needs the package {error.name}: pip install 'dualhead[{package}]'"
+                f"environment {env!r} needs the package {error.name}: pip install -e '.[{package}]' in the checkout"
             ) from error
 
 
