@@ -65,7 +65,7 @@ def share_of_training(form: str, *, num_updates: int) -> tuple[float, float]:
         if update == 1:  # after a warm-up
             in_world, begun, before = 0.0, time.perf_counter(), session.learner.num_steps
         while not session.learner.rollout_is_ready:
-            session.step()
+            session.record(session.streams.step(session.learner.act(session.observations)))
         session.learn()
     seconds = time.perf_counter() - begun
     return (session.learner.num_steps - before) / seconds, in_world / seconds

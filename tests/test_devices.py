@@ -5,7 +5,7 @@ import pytest
 import torch
 from gymnasium import spaces
 from pretended_device import DEVICE, DeviceTensor, pretended_device
-from settings import spec_segments
+from settings import spec_segments, take_step
 
 from dualhead.agent import DualHeadRecurrentPPO
 from dualhead.config import NetworkConfig, NormConfig, TurnoverConfig
@@ -293,7 +293,7 @@ def test_a_run_in_the_commons_keeps_to_its_device(device, monkeypatch, form, pol
         for _ in range(2):
             device.counts.clear()
             while not session.learner.rollout_is_ready:
-                session.step()
+                take_step(session)
             if where != "cpu":
                 assert not device.counts  # not even for the actions: the world takes them where they are
             metrics[-1].append(session.learn())
@@ -302,7 +302,7 @@ def test_a_run_in_the_commons_keeps_to_its_device(device, monkeypatch, form, pol
         assert one == pytest.approx(other, rel=1e-3, abs=1e-5, nan_ok=True)
     session.restore(*saved[0], source="a checkpoint of the CPU")
     assert session.learner.num_steps == 12 * config.num_streams
-    session.step()
+    take_step(session)
 
 
 @pytest.mark.parametrize("coding", ["composite", "simple"])

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from settings import spec_segments
+from settings import spec_segments, take_step
 
 from dualhead import (
     CheckpointError,
@@ -21,7 +21,7 @@ from dualhead.config import TurnoverConfig
 from dualhead.networks.heads import FactoredCategorical
 from dualhead.population import IndependentLearners, IndependentPolicies, Turnover, strengths_by_agent
 from dualhead.running.config import RunConfig
-from dualhead.running.evaluation import evaluate, evaluation_size
+from dualhead.running.evaluation import evaluation_size, play_episodes
 from dualhead.running.session import Session, make_learner
 from dualhead.running.trainer import train
 from dualhead.worlds.commons.world import Commons
@@ -246,7 +246,7 @@ def test_every_agent_counts_the_same_in_an_evaluation(monkeypatch, num_agents, a
 
     monkeypatch.setattr(Commons, "step", number_as_reward)
     policy = make_learner(config, worlds).policy
-    returns = np.array(evaluate(policy, worlds, episodes=episodes).returns)
+    returns = np.array(play_episodes(policy, worlds, episodes=episodes).returns)
     assert np.bincount((returns / rules.epoch_turns).astype(int)).tolist() == played
 
 
@@ -407,7 +407,7 @@ def test_a_newcomers_return_is_its_own(policies):
     session = Session(config)
     session.begin()
     for _ in range(10):
-        session.step()
+        take_step(session)
     before = session.tracker.running_returns.copy()
     session.learn()
     assert session.tracker.running_lengths.tolist() == [0, 3, 3, 0, 3, 3]

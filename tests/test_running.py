@@ -82,7 +82,7 @@ def tiny_config(run_dir, **changes):
 
 
 def test_run_directory_holds_everything(tmp_path):
-    summary = train(tiny_config(tmp_path / "run"))
+    summary = train(tiny_config(tmp_path / "run")).summary
     run = tmp_path / "run"
     assert summary["steps"] == 400
     assert json.loads((run / "summary.json").read_text()) == json.loads(json.dumps(summary))
@@ -109,7 +109,9 @@ def test_a_run_may_be_in_another_thread_than_the_main_one(tmp_path):
 
 
 def test_same_seed_same_run_to_the_bit(tmp_path):
-    runs = {name: train(tiny_config(tmp_path / name, seed=seed)) for name, seed in (("a", 1), ("b", 1), ("c", 2))}
+    runs = {
+        name: train(tiny_config(tmp_path / name, seed=seed)).summary for name, seed in (("a", 1), ("b", 1), ("c", 2))
+    }
     tensors = {name: read_newest(tmp_path / name)[1] for name in runs}
     # Gymnasium gives spaces that nobody samples from generators of their own, seeded by the system.
     names = [name for name in tensors["a"] if not name.startswith("run/streams")]
@@ -124,7 +126,7 @@ def test_checkpoints_are_kept_two_and_statistics_belong_to_them(tmp_path):
     files = checkpoints(tmp_path / "run")
     assert [path.name for path in files] == ["step-000000000400.safetensors", "step-000000000300.safetensors"]
     tensors, metadata = read_tensors(files[0])
-    assert tensors["policy/encoder.parts.0.normalizer.count"] == 400
+    assert tensors["policy/normalizer.observation.count"] == 400
     assert tensors["reward_scale/statistics.count"] == 400
     assert metadata["num_steps"] == 400
 
@@ -210,7 +212,7 @@ def test_evaluation_repeats_and_leaves_the_run_alone(tmp_path, capsys):
         (["train", "CartPole-v1", "--device", "cuda"], "torch sees no GPU here"),
         (["eval", "nowhere"], "nowhere holds no run"),
         (["eval", "nowhere", "--seed", "-1"], "seed: expected at least 0, got -1"),
-        (["eval", __file__], "is no checkpoint: expected a run directory"),
+        (["eval", __file__], "is no checkpoint of a run: expected a run directory"),
         (["train", "Humanoid-v2"], "cannot make environment 'Humanoid-v2': The mujoco v2"),
     ],
 )
@@ -246,10 +248,8 @@ def test_checkpoint_of_another_architecture(tmp_path, capsys):
     config = json.loads((run / "config.json").read_text())
     config["network"]["memory"] = "gru"
     (run / "config.json").write_text(json.dumps(config))
-    assert main(["eval", str(run)]) == 1
-    error = capsys.readouterr().err
-    assert "is of another architecture" in error
-    assert "memory.gru" in error
+    assert main(["resume", str(run), "--total-steps", "500"]) == 1
+    assert "is of another architecture" in capsys.readouterr().err
 
 
 def test_tuned_settings_are_said_and_overridable(tmp_path, capsys):
@@ -468,7 +468,7 @@ def test_envs_lists_what_is_here(capsys):
 
 def test_an_agent_of_ones_own_loads_the_checkpoint_of_a_run(tmp_path):
     config = tiny_config(tmp_path / "run")
-    summary = train(config)
+    summary = train(config).summary
     streams = make_streams(config.env, config.num_envs)
     agent = DualHeadRecurrentPPO(
         streams.observation_space,

@@ -767,7 +767,7 @@ def test_a_killed_worker_is_named_and_the_next_call_goes_on(tmp_path):
     config = configs[0].model_copy(update={"total_steps": 0})
     assert config.run_dir
     steps = int(done[0].stem.removeprefix("step-"))
-    summary = resume(out / "0", total_steps=steps + 40, show_progress=False)
+    summary = resume(out / "0", total_steps=steps + 40, show_progress=False).summary
     assert summary["steps"] == steps + 40
 
 

@@ -121,7 +121,7 @@ def _train(parser: _Parser, arguments: list[str]) -> int:
     print(_say_settings(config))
     from dualhead.running.trainer import train
 
-    return _tell(train(config))
+    return _tell(train(config).summary)
 
 
 def parse_train(arguments: list[str], parser: _Parser | None = None) -> RunConfig:
@@ -178,7 +178,7 @@ class _Options:
     def _add(self, group: Any, settings: Any, below: str) -> None:
         for name, field in settings.model_fields.items():
             place, kind = f"{below}{name}", field.annotation
-            if place in ("env", "env_from", "memory", *self._types) or _is_nested(kind):
+            if place in ("env", "env_from", "learning_rate_from", "memory", *self._types) or _is_nested(kind):
                 continue
             self._types[place] = kind
             option = "--" + (name if below[:-1] in _BY_THEMSELVES else place).replace("_", "-")
@@ -331,7 +331,9 @@ def _add_own_parts(parser: _Parser) -> None:
 
 
 def _own_parts(given: Any) -> dict[str, Any]:
-    return {part: getattr(given, part, None) for part in ("encoder", "memory")}
+    from dualhead.running.parts import find_part
+
+    return {part: find_part(getattr(given, part, None), what=f"--{part}") for part in ("encoder", "memory")}
 
 
 def _say_settings(config: RunConfig) -> str:
@@ -376,7 +378,7 @@ def _resume(parser: _Parser, arguments: list[str]) -> int:
     _import_modules(arguments)
     from dualhead.running.trainer import resume
 
-    return _tell(resume(given.run, total_steps=given.total_steps))
+    return _tell(resume(given.run, total_steps=given.total_steps, **_own_parts(given)).summary)
 
 
 def _tell(summary: dict[str, Any]) -> int:
@@ -421,13 +423,13 @@ def _eval(parser: _Parser, arguments: list[str]) -> int:
     _import_modules(arguments)
     if given.seed < 0:
         raise RunError(f"seed: expected at least 0, got {given.seed}")
-    from dualhead.running.evaluation import evaluate_run
+    from dualhead.running.evaluation import evaluate
     from dualhead.running.video import record_video
 
-    how = {"seed": given.seed, "deterministic": not given.sample}
+    how = {"seed": given.seed, "deterministic": not given.sample, **_own_parts(given)}
     # The video first: what is wrong with it shows at once.
     video = given.video and record_video(given.run, given.video, **how)
-    played = evaluate_run(given.run, episodes=given.episodes, **how)
+    played = evaluate(given.run, episodes=given.episodes, **how)
     result = played.summary()
     if given.json:
         numbers = {name: value if math.isfinite(value) else None for name, value in result.items()}
@@ -486,7 +488,7 @@ def _export(parser: _Parser, arguments: list[str]) -> int:
     _import_modules(arguments)
     from dualhead.running.export import export
 
-    written = export(given.run, given.out)
+    written = export(given.run, given.out, **_own_parts(given))
     run, verified = written["run"], written["verified"]
     print(f"{given.out}: {written['memory']} policy of {run['env']} after {run['steps']:,} steps")
     if verified:
@@ -518,7 +520,7 @@ def _report(parser: _Parser, arguments: list[str]) -> int:
     _import_modules(arguments)
     from dualhead.running.report import write_report
 
-    print(write_report(given.runs, given.out, replay=given.replay))
+    print(write_report(given.runs, given.out, replay=given.replay, **_own_parts(given)))
     return 0
 
 

@@ -99,7 +99,7 @@ def new_run_dir(config: RunConfig) -> Path:
     Raises:
         RunError: the asked-for directory holds a run already, or cannot be written.
     """
-    base = Path("runs") / config.env.replace("/", "-") / f"{config.network.memory}-seed{config.seed}"
+    base = Path("runs") / config.env.replace("/", "-") / f"{config.memory_name}-seed{config.seed}"
     path, number = base if config.run_dir is None else Path(config.run_dir), 1
     while not _began(path, config):
         if config.run_dir is not None:

@@ -44,6 +44,9 @@ class RunConfig(Config):
         description="Whether `env` is an id, or the name of a callable or of streams that Python handed over: only who "
         "hands them over again can resume or play the run.",
     )
+    learning_rate_from: Literal["config", "callable"] = Field(
+        default="config", description="Whether `ppo.learning_rate` holds, or a schedule that Python handed over."
+    )
     preset: Literal["default", "tuned", "spec"] = Field(
         default="default",
         description="Where settings come from that are not given: our defaults for any environment, the settings that "
@@ -98,7 +101,8 @@ class RunConfig(Config):
         if not isinstance(given, dict) or given.get("preset", "default") not in ("tuned", "spec"):
             return given
         preset, env = given["preset"], str(given.get("env"))
-        if preset == "tuned" and not tuned_settings(env):
+        is_id = given.get("env_from", "id") == "id"
+        if preset == "tuned" and not (is_id and tuned_settings(env)):
             raise ValueError(
                 f"preset='tuned': nothing was tuned for {env!r}, only for {', '.join(TUNED)}; expected 'default'"
             )
@@ -285,4 +289,5 @@ def planned(env: str, **settings: Any) -> RunConfig:
     Raises:
         SettingsError: they are not possible.
     """
-    return RunConfig(**{"env": env, "preset": "tuned" if tuned_settings(env) else "default"} | settings)
+    is_tuned = settings.get("env_from", "id") == "id" and tuned_settings(env)
+    return RunConfig(**{"env": env, "preset": "tuned" if is_tuned else "default"} | settings)

@@ -37,6 +37,8 @@ def record_video(
     max_steps: int = 1000,
     seed: int = EVALUATION_SEED,
     deterministic: bool = True,
+    encoder: Any = None,
+    memory: Any = None,
 ) -> Path:
     """Films one episode (in the commons: an epoch of one world), at the pace of the environment's `render_fps`.
 
@@ -47,6 +49,7 @@ def record_video(
         max_steps: where a longer episode is cut off.
         seed: of the environment and of sampling.
         deterministic: the likeliest actions, or sampled ones.
+        encoder, memory: the parts of its own that the policy was trained with.
 
     Returns:
         The file.
@@ -64,11 +67,13 @@ def record_video(
         raise RunError(f"max_steps: expected at least 1, got {max_steps}")
     _imageio(out)
     config = read_config(run_directory(run_dir))
+    if config.env_from != "id":
+        raise RunError(f"{config.env!r} was handed over in Python: its files cannot make it to be filmed")
     env: gym.Env | Commons = (
         Commons(config.world) if isinstance(config.world, CommonsConfig) else _renderable(config.env)
     )
     try:
-        loaded = load_weights(run_dir)
+        loaded = load_weights(run_dir, encoder=encoder, memory=memory)
         loaded.expect_spaces(env.observation_space, env.action_space, of=config.env)
         player = Player(loaded.policy, env.observation_space, env.action_space, seed=seed)
         if isinstance(env, Commons):

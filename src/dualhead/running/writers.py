@@ -383,7 +383,7 @@ def _remembered(path: Path) -> dict[str, str]:
 
 
 def _title(config: RunConfig) -> str:
-    return f"{config.env} {config.network.memory}-seed{config.seed}"
+    return f"{config.env} {config.memory_name}-seed{config.seed}"
 
 
 def _is_failing() -> bool:

@@ -360,11 +360,14 @@ class LeanSyncVectorEnv(SyncVectorEnv):
         return rows, self._rewards, self._terminations, self._truncations, infos
 
 
-def make_streams(env: str, num_envs: int, *, vectorization: str = "sync", **kwargs: Any) -> GymnasiumStreams:
-    """Streams of a registered Gymnasium environment.
+def make_streams(
+    env: str | Callable[..., gym.Env], num_envs: int, *, vectorization: str = "sync", **kwargs: Any
+) -> GymnasiumStreams:
+    """Streams of a Gymnasium environment.
 
     Args:
-        env: a Gymnasium id; `popgym-...`, `MiniGrid-...` and `BabyAI-...` load their package.
+        env: a Gymnasium id (`popgym-...`, `MiniGrid-...` and `BabyAI-...` load their package), or a callable that makes
+            one environment.
         num_envs: B.
         vectorization: `sync` in this process, `async` one process per environment.
         kwargs: for the environment.
@@ -400,8 +403,13 @@ def _ignored_by_children(number: signal.Signals) -> Iterator[None]:
         signal.signal(number, before)
 
 
-def make_env(env: str, **kwargs: Any) -> gym.Env:
-    """One environment by id, with what its package needs around it; see `make_streams`."""
+def make_env(env: str | Callable[..., gym.Env], **kwargs: Any) -> gym.Env:
+    """One environment, by id with what its package needs around it; see `make_streams`."""
+    if not isinstance(env, str):
+        own = env(**kwargs)
+        if not isinstance(own, gym.Env):
+            raise TypeError(f"expected a callable that makes one Gymnasium environment, got one that made {own!r}")
+        return own
     _import_extra(env)
     try:
         # The agent checks every observation and reward itself; Gymnasium's passive checker would slow each step.

@@ -78,7 +78,7 @@ class Commons:
         if num_worlds < 1:
             raise ValueError(f"num_worlds: expected at least 1, got {num_worlds}")
         self.config = config = config or CommonsConfig()
-        self.num_worlds, self.num_agents = num_worlds, config.num_agents
+        self.num_worlds, self.num_agents, self.resources = num_worlds, config.num_agents, config.resources
         self.num_streams = num_worlds * config.num_agents
         self.device = device = torch.device(device)
         self.forage: Forage
