@@ -23,6 +23,7 @@ import torch
 from gymnasium import spaces
 from settings import spec_segments
 
+import dualhead
 from dualhead import DualHeadRecurrentPPO
 from dualhead.cli import main, parse_train
 from dualhead.config import NetworkConfig, PPOConfig
@@ -104,7 +105,7 @@ def test_run_directory_holds_everything(tmp_path):
 def test_a_run_may_be_in_another_thread_than_the_main_one(tmp_path):
     """Only the main thread may say what a signal does."""
     with ThreadPoolExecutor(1) as pool:
-        summary = pool.submit(train, tiny_config(tmp_path / "run")).result()
+        summary = pool.submit(train, tiny_config(tmp_path / "run")).result().summary
     assert summary["steps"] == 400
 
 
@@ -126,7 +127,7 @@ def test_checkpoints_are_kept_two_and_statistics_belong_to_them(tmp_path):
     files = checkpoints(tmp_path / "run")
     assert [path.name for path in files] == ["step-000000000400.safetensors", "step-000000000300.safetensors"]
     tensors, metadata = read_tensors(files[0])
-    assert tensors["policy/normalizer.observation.count"] == 400
+    assert tensors["policy/normalizer.of_leaf.0.count"] == 400
     assert tensors["reward_scale/statistics.count"] == 400
     assert metadata["num_steps"] == 400
 
@@ -296,6 +297,40 @@ def test_where_a_run_goes_chooses_no_preset(form):
     assert (command.env, command.preset, command.run_dir) == ("CartPole-v1", "default", "commons")
 
 
+def test_what_is_no_number_ends_a_list_of_numbers():
+    command = parse_train(["--encoder-sizes", "32", "16", "--head-sizes", "6", "6", "CartPole-v1", "--seed", "3"])
+    assert (command.env, command.seed, command.network.head_sizes) == ("CartPole-v1", 3, (6, 6))
+    assert command.network.encoder_sizes == (32, 16)
+    assert parse_train(["CartPole-v1", "--head-sizes", "6"]).network.head_sizes == (6,)
+    assert parse_train(["CartPole-v1", "--entropy-coef", "0.5"]).ppo.entropy_coef == 0.5
+    assert parse_train(["CartPole-v1", "--entropy-coef", "0.5", "0"]).ppo.entropy_coef == (0.5, 0.0)
+    assert parse_train(["CartPole-v1", "--max-grad-norm", "None"]).ppo.max_grad_norm is None
+
+
+def test_every_wrong_setting_has_a_line(capsys):
+    wrong = ["--gamma", "1.5", "--num-envs", "-3", "--world.harms", '{"A": -1}', "--memory", "lst"]
+    assert main(["train", "commons", *wrong]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    names = [line.removeprefix("error: ").partition(": ")[0] for line in lines]
+    assert sorted(names) == ["network.memory", "num_envs", "ppo.gamma", "world.harms.A"]
+
+
+def test_help_shows_what_the_environment_can_use(capsys):
+    for env, has_agents in (("CartPole-v1", False), ("commons", True)):
+        with pytest.raises(SystemExit):
+            main(["train", env, "--help"])
+        said = capsys.readouterr().out
+        assert "--hidden-size INT" in said
+        assert (
+            ("--world.num-agents" in said) == ("--policies" in said) == ("--turnover.first-turn" in said) == has_agents
+        )
+    with pytest.raises(SystemExit):
+        main(["train", "CartPole-v1", "--world.num-agents", "3"])
+    with pytest.raises(SystemExit):
+        main(["train", "CartPole-v1", "--num-env", "3"])
+    assert "unknown option --num-env: did you mean --num-envs" in capsys.readouterr().err
+
+
 def test_only_the_option_makes_policies_independent():
     """A directory of that name leaves the tuned minibatch as it is."""
     assert parse_train(["commons", "--run-dir", "runs/independent"]).ppo.batch_size == 500
@@ -313,6 +348,21 @@ def test_a_directory_is_not_taken_for_the_environment(tmp_path, monkeypatch, cap
     monkeypatch.chdir(tmp_path)
     assert main(["train", "CartPole-v1", *TINY_OPTIONS, "--run-dir", "commons"]) == 0
     assert json.loads((tmp_path / "commons" / "config.json").read_text())["ppo"]["gamma"] == PPOConfig().gamma
+
+
+def test_help_and_import_do_not_load_torch():
+    for command in (["-c", "import dualhead"], ["-m", "dualhead", "--help"], ["-m", "dualhead", "train", "--help"]):
+        done = subprocess.run(
+            [sys.executable, "-X", "importtime", *command], capture_output=True, text=True, check=True
+        )
+        loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+        assert not loaded & {"torch", "gymnasium", "numpy"}, command
+
+
+def test_the_version_is_said(capsys):
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out == f"dualhead {dualhead.__version__}\n"
 
 
 def test_output_that_nobody_reads_is_no_error():

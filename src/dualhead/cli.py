@@ -15,7 +15,7 @@ import select
 import sys
 import types
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TextIO, Union, get_args, get_origin
 
 from dualhead.errors import CheckpointError, RunError, SettingsError, UnavailableEnvironment
@@ -117,32 +117,33 @@ class _Parser(argparse.ArgumentParser):
 
 def _train(parser: _Parser, arguments: list[str]) -> int:
     """Train an agent."""
-    config = parse_train(arguments, parser)
+    config = parse_train(arguments, description=parser.description)
     print(_say_settings(config))
     from dualhead.running.trainer import train
 
     return _tell(train(config).summary)
 
 
-def parse_train(arguments: list[str], parser: _Parser | None = None) -> RunConfig:
+def parse_train(arguments: list[str], *, description: str | None = None) -> RunConfig:
     """Settings of the run that `dualhead train ARGUMENTS` asks for.
 
     Raises:
         RunError: they are not possible.
         SystemExit: the arguments are no such command, or ask for help.
     """
-    from dualhead.running.config import RunConfig, planned
+    from dualhead.running.config import planned
     from dualhead.worlds.registry import worlds
 
-    parser = parser or _Parser(prog="dualhead train")
     _import_modules(arguments)
-    options = _Options(parser, RunConfig, worlds())
-    env, settings = options.read([word for word in arguments if word not in ("-h", "--help")])
-    if len(arguments) > len([word for word in arguments if word not in ("-h", "--help")]):
-        options.print_help(env)
-        parser.exit()
+    known, words = worlds(), [word for word in arguments if word not in ("-h", "--help")]
+    env, _ = _Options(known.values()).read(words)
+    # Once more, now that it is known whose world's options are meant.
+    options = _Options([known[env]] if env in known else [], description=description)
+    if len(words) < len(arguments):
+        options.print_help(env, known)
+    env, settings = options.read(words, are_all=True)
     if env is None:
-        parser.error("expected an environment: dualhead train ENV ...; `dualhead envs` lists them")
+        options.parser.error("expected an environment: dualhead train ENV ...; `dualhead envs` lists them")
     # One option for both: a core of ours by its name, or one of the user's own as MODULE:NAME.
     if ":" in settings.get("network", {}).get("memory", ""):
         settings["memory"] = settings["network"].pop("memory")
@@ -156,24 +157,26 @@ class _Options:
     """Options of `train`, one for each setting: they hold what was given and nothing else.
 
     Args:
-        parser: gets the options.
-        settings: class of a run's settings.
-        worlds: classes of worlds' own settings, by environment.
+        worlds: classes of worlds' own settings.
+        description: of the command.
     """
 
-    def __init__(self, parser: _Parser, settings: type[Config], worlds: Mapping[str, type[Config]]) -> None:
-        parser.usage = f"{parser.prog} ENV [options]\n\nENV: {settings.model_fields['env'].description}"
-        self._parser, self._worlds = parser, worlds
+    def __init__(self, worlds: Iterable[type[Config]], *, description: str | None = None) -> None:
+        from dualhead.running.config import RunConfig
+
+        env = RunConfig.model_fields["env"].description
+        self.parser = _Parser(prog="dualhead train", description=description)
+        self.parser.usage = f"dualhead train ENV [options]\n\nENV: {env}"
         self._types: dict[str, Any] = {}
         self._actions: dict[str, argparse.Action] = {}
-        _add_import(parser)
-        self._add(parser.add_argument_group("the run"), settings, "")
-        for name, field in settings.model_fields.items():
+        _add_import(self.parser)
+        self._add(self.parser.add_argument_group("the run"), RunConfig, "")
+        for name, field in RunConfig.model_fields.items():
             if name != "world" and _is_nested(field.annotation):
-                self._add(parser.add_argument_group(name, field.description), field.annotation, f"{name}.")
-        for env, of_world in worlds.items():
-            title, about = f"world of {env!r}", (of_world.__doc__ or "").partition("\n")[0]
-            self._add(parser.add_argument_group(title, about), of_world, "world.")
+                self._add(self.parser.add_argument_group(name, field.description), field.annotation, f"{name}.")
+        for world in worlds:
+            about = (world.__doc__ or "").partition("\n")[0]
+            self._add(self.parser.add_argument_group("world", about), world, "world.")
 
     def _add(self, group: Any, settings: Any, below: str) -> None:
         for name, field in settings.model_fields.items():
@@ -189,15 +192,21 @@ class _Options:
                 described |= {"metavar": _metavar(kind)} | ({"nargs": "*"} if _is_list(kind) else {})
             self._actions[place] = group.add_argument(option, **described)
 
-    def read(self, arguments: list[str]) -> tuple[str | None, dict[str, Any]]:
-        """The environment, and the settings that were given, nested as RunConfig is."""
-        given, rest = self._parser.parse_known_args(arguments)
+    def read(self, arguments: list[str], *, are_all: bool = False) -> tuple[str | None, dict[str, Any]]:
+        """The environment, and the settings that were given, nested as RunConfig is.
+
+        Args:
+            arguments: of the command.
+            are_all: there is no other option than these.
+        """
+        given, rest = self.parser.parse_known_args(arguments)
         unknown = [word for word in rest if word.startswith("-")]
-        if unknown:
-            self._parser.refuse(unknown[0])
+        if unknown and are_all:
+            self.parser.refuse(unknown[0])
         settings: dict[str, Any] = {}
-        found = {place: value for place, value in vars(given).items() if place in self._types}
-        for place, value in found.items():
+        for place, value in vars(given).items():
+            if place not in self._types:
+                continue
             # `--head-sizes 6 6 ENV`: what is no number is the environment.
             if not rest and isinstance(value, list) and value and not _fits(self._types[place], value[-1]):
                 rest = [value.pop()]
@@ -206,25 +215,24 @@ class _Options:
             for part in outer:
                 inner = inner.setdefault(part, {})
             inner[name] = _value(self._types[place], value)
-        if len(rest) > 1:
-            self._parser.error(f"expected one environment, got {' '.join(rest)}")
+        if len(rest) > 1 and are_all:
+            self.parser.error(f"expected one environment, got {' '.join(rest)}")
         return (rest[0] if rest else None), settings
 
-    def print_help(self, env: str | None) -> None:
-        """Without what this environment has no use for."""
-        for place, action in self._actions.items():
-            top = place.partition(".")[0]
-            if (top == "world" and env not in self._worlds) or (
-                top in _OF_AGENTS and env is not None and env not in self._worlds
-            ):
-                action.help = argparse.SUPPRESS
+    def print_help(self, env: str | None, worlds: Mapping[str, type[Config]]) -> NoReturn:
+        """Without what this environment has no use for; and exits."""
+        if env is not None and env not in worlds:
+            for place, action in self._actions.items():
+                if place.partition(".")[0] in _OF_AGENTS:
+                    action.help = argparse.SUPPRESS
+            for group in self.parser._action_groups:
+                if group.title in _OF_AGENTS:
+                    group.title = group.description = None
         if env is None:
-            names = ", ".join(f"`dualhead train {name} --help`" for name in self._worlds)
-            self._parser.epilog = f"Worlds with settings of their own: {names}"
-        for group in self._parser._action_groups:
-            if all(action.help == argparse.SUPPRESS for action in group._group_actions):
-                group.title = group.description = None
-        self._parser.print_help()
+            names = ", ".join(f"`dualhead train {name} --help`" for name in worlds)
+            self.parser.epilog = f"Worlds with settings of their own: {names}"
+        self.parser.print_help()
+        self.parser.exit()
 
 
 def _is_nested(kind: Any) -> bool:
