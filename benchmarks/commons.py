@@ -14,10 +14,12 @@ import time
 
 import torch
 
-from dualhead.config import CommonsConfig, NetworkConfig, PPOConfig, RunConfig
+from dualhead.config import NetworkConfig, PPOConfig
+from dualhead.running.config import RunConfig
 from dualhead.running.machine import keep_freed_memory
 from dualhead.running.session import Session
-from dualhead.worlds.commons import Commons
+from dualhead.worlds.commons.config import CommonsConfig
+from dualhead.worlds.commons.world import Commons
 
 
 def world_alone(form: str, num_worlds: int, *, repeats: int) -> float:
@@ -40,7 +42,7 @@ def share_of_training(form: str, *, num_updates: int) -> tuple[float, float]:
     """Agent-steps per second of training with the specification's network, and the world's share of its time."""
     config = RunConfig(
         env="commons",
-        commons={"form": form},
+        world={"form": form},
         num_envs=8,
         total_steps=10**9,
         device="cpu",
@@ -63,7 +65,7 @@ def share_of_training(form: str, *, num_updates: int) -> tuple[float, float]:
         if update == 1:  # after a warm-up
             in_world, begun, before = 0.0, time.perf_counter(), session.learner.num_steps
         while not session.learner.rollout_is_ready:
-            session.step()
+            session.record(session.streams.step(session.learner.act(session.observations)))
         session.learn()
     seconds = time.perf_counter() - begun
     return (session.learner.num_steps - before) / seconds, in_world / seconds

@@ -26,11 +26,12 @@ from pathlib import Path
 import torch
 from workloads import Workload, add_options, chosen_workloads, run_config
 
-from dualhead.config import RunConfig
 from dualhead.running.checkpoint import checkpoints, new_run_dir
+from dualhead.running.config import RunConfig
+from dualhead.running.evaluator import Evaluator
 from dualhead.running.machine import keep_freed_memory
 from dualhead.running.session import Session
-from dualhead.running.trainer import Evaluator, run_loop
+from dualhead.running.trainer import run_loop
 from dualhead.running.writers import ProgressDisplay, Writer, make_writers
 
 KEYS = ("workload", "update_s", "logging_ms", "checkpoint_ms", "checkpoint_mb", "logging", "checkpoint", "overhead")
@@ -89,7 +90,7 @@ def measure(workload: Workload, *, num_updates: int, warm_up: int) -> dict[str, 
             assert session.streams.resumable is None  # finding that out is part of the start
             meter = Meter(writers, session, run_dir)
             with Evaluator(session, run_dir, resume_at=None) as evaluator:
-                run_loop(session, [meter], evaluator, run_dir, [])
+                run_loop(session, [meter], evaluator, run_dir)
             size = checkpoints(run_dir)[0].stat().st_size
         finally:
             for writer in writers:

@@ -255,7 +255,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
     parser.add_argument(
-        "--state-refresh", choices=["never", "epoch"], default="never", help="`epoch`: our default's extra pass"
+        "--state-refresh", choices=["never", "once"], default="never", help="`once`: our default's extra pass"
     )
     args = parser.parse_args()
     workloads = chosen_workloads(parser, args, check=expect_equal_groups)

@@ -318,7 +318,7 @@ def main() -> None:
     parser.add_argument("--sequence-length", type=int, default=16, help="of our segments; default 16")
     parser.add_argument(
         "--state-refresh",
-        choices=["never", "epoch"],
+        choices=["never", "once"],
         default="never",
         help="`epoch`, the trainer's default, is a pass over the rollout that nobody else makes; default never",
     )

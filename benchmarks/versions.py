@@ -41,7 +41,10 @@ def work(root: Path, workload: str, threads: int) -> None:
     for _ in sys.stdin:
         began = time.perf_counter()
         while not session.learner.rollout_is_ready:
-            session.step()
+            if hasattr(session, "step"):  # in versions before the loop called these by name
+                session.step()
+            else:
+                session.record(session.streams.step(session.learner.act(session.observations)))
         rollout_ended = time.perf_counter()
         session.learn()
         print(rollout_ended - began, time.perf_counter() - rollout_ended, flush=True)

@@ -15,10 +15,12 @@ import numpy as np
 import torch
 from gymnasium import spaces
 
-from dualhead.config import NetworkConfig, PPOConfig, RunConfig
+from dualhead.config import NetworkConfig, PPOConfig
 from dualhead.running.checkpoint import new_run_dir
+from dualhead.running.config import RunConfig
+from dualhead.running.evaluator import Evaluator
 from dualhead.running.session import Session
-from dualhead.running.trainer import Evaluator, run_loop
+from dualhead.running.trainer import run_loop
 from dualhead.running.writers import make_writers
 from dualhead.worlds.streams import UnavailableEnvironment, make_env
 
@@ -271,7 +273,7 @@ def time_ours(
         try:
             session.begin()
             with Evaluator(session, run_dir, resume_at=None) as evaluator:
-                run_loop(session, [*logs, stopwatch], evaluator, run_dir, [])
+                run_loop(session, [*logs, stopwatch], evaluator, run_dir)
         finally:
             for log in logs:
                 log.close()

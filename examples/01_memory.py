@@ -12,7 +12,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from dualhead.config import RunConfig
+from dualhead.running.config import RunConfig
 from dualhead.running.trainer import train
 
 ENV = "dualhead/CartPoleNoVel-v1"

@@ -7,7 +7,7 @@ Usage: python examples/05_commons.py [--turns N]
 import argparse
 
 from dualhead import CommonsConfig, DualHeadRecurrentPPO, NetworkConfig, NormConfig, Phase, PPOConfig
-from dualhead.worlds.commons import Commons
+from dualhead.worlds.commons.world import Commons
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--turns", type=int, default=500, help="turns with punishment, and as many without")

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from dualhead.config import CommonsConfig
-from dualhead.worlds.commons import Commons
-from dualhead.worlds.commons_actions import (
+from dualhead.worlds.commons.actions import (
     NO_VOTE,
 )
+from dualhead.worlds.commons.config import CommonsConfig
+from dualhead.worlds.commons.world import Commons
 
 UP, DOWN, LEFT, RIGHT, STAY = range(5)
 DESIGN_SCHEDULE = {

@@ -5,8 +5,9 @@ from pathlib import Path
 import torch
 from settings import spec_segments
 
-from dualhead.config import NetworkConfig, RunConfig
+from dualhead.config import NetworkConfig
 from dualhead.running.checkpoint import new_run_dir, save_checkpoint
+from dualhead.running.config import RunConfig
 from dualhead.running.session import make_learner
 from dualhead.worlds.streams import make_streams
 

@@ -3,6 +3,11 @@
 from dualhead import PPOConfig
 
 
+def take_step(session):
+    """One step of a session, as the training loop takes it."""
+    session.record(session.streams.step(session.learner.act(session.observations)))
+
+
 def spec_segments(**changes):
     """The specification's PPO on segments of 16 steps, with refreshed states and a bootstrapped end of rollouts."""
     return PPOConfig.spec(**{"sequence_length": 16, "state_refresh": "once", "bootstrap_last": True} | changes)

@@ -25,14 +25,13 @@ from commons_worlds import (
     slots,
 )
 
-from dualhead.config import CommonsConfig, Phase
-from dualhead.worlds import commons_view
-from dualhead.worlds.commons import Commons
-from dualhead.worlds.commons_actions import (
+from dualhead.worlds.commons.actions import (
     NO_VOTE,
     VOTE_DOWN,
     VOTE_UP,
 )
+from dualhead.worlds.commons.config import CommonsConfig, Phase
+from dualhead.worlds.commons.world import Commons, view
 
 # The numbers of the design.
 
@@ -163,8 +162,8 @@ def test_impossible_drawings_are_refused(drawing, message):
 
 
 def test_symbols_stand_for_names():
-    assert commons_view.symbols(("B", "A")) == ".BA#"
-    assert commons_view.symbols(("berry", "gem")) == ".AB#"
+    assert view.symbols(("B", "A")) == ".BA#"
+    assert view.symbols(("berry", "gem")) == ".AB#"
     with pytest.raises(ValueError, match="menus of 2 different"):
         Commons.from_ascii(["AA"], CommonsConfig(form="bandit", num_agents=1))
 

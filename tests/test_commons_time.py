@@ -20,10 +20,8 @@ from commons_worlds import (
     slots,
 )
 
-from dualhead.config import CommonsConfig, Phase
 from dualhead.storage import CheckpointError, read_tensors, write_tensors
-from dualhead.worlds.commons import Commons
-from dualhead.worlds.commons_actions import (
+from dualhead.worlds.commons.actions import (
     NO_VOTE,
     VOTE_DOWN,
     VOTE_UP,
@@ -32,6 +30,8 @@ from dualhead.worlds.commons_actions import (
     pair_to_simple,
     simple_to_pair,
 )
+from dualhead.worlds.commons.config import CommonsConfig, Phase
+from dualhead.worlds.commons.world import Commons
 
 # Epochs, phases, seasons.
 

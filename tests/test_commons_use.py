@@ -27,14 +27,15 @@ from hypothesis import strategies as st
 from settings import spec_segments
 
 from dualhead.agent import DualHeadRecurrentPPO
-from dualhead.config import CommonsConfig, NetworkConfig, NormConfig, Phase
-from dualhead.worlds.commons import Commons
-from dualhead.worlds.commons_actions import (
+from dualhead.config import NetworkConfig, NormConfig
+from dualhead.worlds.commons.actions import (
     NO_VOTE,
     VOTE_DOWN,
     VOTE_UP,
 )
-from dualhead.worlds.commons_parallel import parallel_env
+from dualhead.worlds.commons.config import CommonsConfig, Phase
+from dualhead.worlds.commons.parallel import parallel_env
+from dualhead.worlds.commons.world import Commons
 from dualhead.worlds.streams import UnavailableEnvironment
 
 # Configuration.
@@ -267,10 +268,10 @@ def test_parallel_env_says_what_is_wrong(monkeypatch):
         parallel_env(render_mode="human")
     with pytest.raises(ValueError, match="got both"):
         parallel_env(CommonsConfig(), num_agents=2)
-    monkeypatch.delitem(sys.modules, "dualhead.worlds.commons_parallel", raising=False)
+    monkeypatch.delitem(sys.modules, "dualhead.worlds.commons.parallel", raising=False)
     monkeypatch.setitem(sys.modules, "pettingzoo", None)
     with pytest.raises(UnavailableEnvironment, match=r"pettingzoo: pip install -e '\.\[pettingzoo\]'"):
-        importlib.import_module("dualhead.worlds.commons_parallel")
+        importlib.import_module("dualhead.worlds.commons.parallel")
 
 
 # For people.

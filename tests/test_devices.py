@@ -5,19 +5,21 @@ import pytest
 import torch
 from gymnasium import spaces
 from pretended_device import DEVICE, DeviceTensor, pretended_device
-from settings import spec_segments
+from settings import spec_segments, take_step
 
 from dualhead.agent import DualHeadRecurrentPPO
-from dualhead.config import CommonsConfig, NetworkConfig, NormConfig, RunConfig, TurnoverConfig
+from dualhead.config import NetworkConfig, NormConfig, TurnoverConfig
 from dualhead.networks.heads import FactoredCategorical
 from dualhead.norms import NormEvents
+from dualhead.running.config import RunConfig
 from dualhead.running.episodes import EpisodeTracker
 from dualhead.running.playing import Player
 from dualhead.running.session import Session
 from dualhead.snapshot import live_tensors
 from dualhead.spaces import ObservationSpec
 from dualhead.types import DataError, on_device
-from dualhead.worlds.commons import Commons
+from dualhead.worlds.commons.config import CommonsConfig
+from dualhead.worlds.commons.world import Commons
 from dualhead.worlds.streams import StreamStep
 
 B = 3
@@ -279,7 +281,7 @@ def commons_run(policies, **settings):
         total_steps=1000,
         policies=policies,
         enforce_norms=True,
-        commons=settings,
+        world=settings,
         network=NetworkConfig.spec(hidden_size=8, encoder_sizes=(8,)),
         ppo=spec_segments(rollout_length=6, sequence_length=3, batch_size=9, num_epochs=2),
         turnover=TurnoverConfig(first_turn=6, every_turns=6, num_agents=1),
@@ -302,7 +304,7 @@ def test_a_run_in_the_commons_keeps_to_its_device(device, monkeypatch, form, pol
         for _ in range(2):
             device.counts.clear()
             while not session.learner.rollout_is_ready:
-                session.step()
+                take_step(session)
             if where != "cpu":
                 assert not device.counts  # not even for the actions: the world takes them where they are
             metrics[-1].append(session.learn())
@@ -311,7 +313,7 @@ def test_a_run_in_the_commons_keeps_to_its_device(device, monkeypatch, form, pol
         assert one == pytest.approx(other, rel=1e-3, abs=1e-5, nan_ok=True)
     session.restore(*saved[0], source="a checkpoint of the CPU")
     assert session.learner.num_steps == 12 * config.num_streams
-    session.step()
+    take_step(session)
 
 
 @pytest.mark.parametrize("coding", ["composite", "simple"])

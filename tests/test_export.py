@@ -336,7 +336,7 @@ def test_missing_packages_are_said(tmp_path, monkeypatch, capsys):
     out.unlink()
     missing = "onnx"
     assert main(["export", str(run), "--out", str(out)]) == 1
-    assert "error: exporting needs the package onnx: pip install onnx onnxruntime" in capsys.readouterr().err
+    assert "error: exporting needs the package onnx: pip install -e '.[onnx]'" in capsys.readouterr().err
     assert not out.exists()
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dualhead.config import RunConfig
+from dualhead.running.config import RunConfig
 from dualhead.running.trainer import train
 
 pytestmark = pytest.mark.slow
@@ -12,7 +12,7 @@ def score(tmp_path, env, *, memory="lstm", seed=0, total_steps=None, **ppo):
     settings = {"network": {"memory": memory}, "ppo": ppo} | ({"total_steps": total_steps} if total_steps else {})
     run_dir = tmp_path / f"{memory}-{seed}-{len(list(tmp_path.iterdir()))}"
     config = RunConfig(env=env, preset="tuned", seed=seed, run_dir=str(run_dir), **settings)
-    return train(config)["evaluation"]["mean_return"]
+    return train(config).summary["evaluation"]["mean_return"]
 
 
 @pytest.mark.parametrize("memory", ["lstm", "gru"])

@@ -10,16 +10,17 @@ from saved_runs import randomize, save_run
 
 import dualhead
 from dualhead import DataError, Player, load_policy
-from dualhead.config import CommonsConfig, NetworkConfig
+from dualhead.config import NetworkConfig
 from dualhead.networks.policy import RecurrentPolicy
 from dualhead.running.checkpoint import RunError, checkpoints, read_config
-from dualhead.running.evaluation import Evaluation, evaluate
+from dualhead.running.evaluation import Evaluation, play_episodes
 from dualhead.running.session import make_learner
 from dualhead.running.video import _frames, _frames_of_commons
 from dualhead.spaces import ActionSpec, ObservationSpec
 from dualhead.storage import CheckpointError
 from dualhead.types import as_numpy
-from dualhead.worlds.commons import Commons
+from dualhead.worlds.commons.config import CommonsConfig
+from dualhead.worlds.commons.world import Commons
 from dualhead.worlds.streams import make_streams
 
 
@@ -179,10 +180,10 @@ def test_evaluation_repeats_on_the_same_streams():
     player = make_player(streams.action_space, observation_space=streams.observation_space)
     before = {name: tensor.clone() for name, tensor in player.policy.state_dict().items()}
     other = make_player(streams.action_space, observation_space=streams.observation_space, memory="gru")
-    first = evaluate(player.policy, streams, episodes=6, deterministic=False)
-    evaluate(other.policy, streams, episodes=9, seed=3)
-    assert evaluate(player.policy, streams, episodes=6, deterministic=False) == first
-    assert evaluate(player.policy, streams, episodes=6, deterministic=True) != first
+    first = play_episodes(player.policy, streams, episodes=6, deterministic=False)
+    play_episodes(other.policy, streams, episodes=9, seed=3)
+    assert play_episodes(player.policy, streams, episodes=6, deterministic=False) == first
+    assert play_episodes(player.policy, streams, episodes=6, deterministic=True) != first
     # Six episodes in four streams: two play a second one, which is a step longer here.
     assert first.lengths == [3, 4, 3, 4, 3, 3]
     assert all(4 * n <= score <= 6 * n for score, n in zip(first.returns, first.lengths))
@@ -203,7 +204,7 @@ def test_who_evaluates_or_films_shows_the_policy_what_was_paid(monkeypatch):
     for env, play in (
         (
             make_streams("test/Ticking-v0", 3),
-            lambda player, env: evaluate(player.policy, env, episodes=6, deterministic=False),
+            lambda player, env: play_episodes(player.policy, env, episodes=6, deterministic=False),
         ),
         (Ticking(), lambda player, env: list(_frames(env, player, 20, seed=0, deterministic=False))),
         (commons, lambda player, env: list(_frames_of_commons(env, player, 20, seed=0, deterministic=False))),

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from settings import spec_segments
+from settings import spec_segments, take_step
 
 from dualhead import (
     CheckpointError,
@@ -17,13 +17,14 @@ from dualhead import (
     NormEvents,
     Player,
 )
-from dualhead.config import RunConfig, TurnoverConfig
+from dualhead.config import TurnoverConfig
 from dualhead.networks.heads import FactoredCategorical
 from dualhead.population import IndependentLearners, IndependentPolicies, Turnover, strengths_by_agent
-from dualhead.running.evaluation import evaluate, evaluation_size
+from dualhead.running.config import RunConfig
+from dualhead.running.evaluation import evaluation_size, play_episodes
 from dualhead.running.session import Session, make_learner
 from dualhead.running.trainer import train
-from dualhead.worlds.commons import Commons
+from dualhead.worlds.commons.world import Commons
 
 RULES = CommonsConfig(form="bandit", num_agents=3, resources=("A", "B"), epoch_turns=7)
 NETWORK = NetworkConfig.spec(memory="gru", hidden_size=8, encoder_sizes=(8,))
@@ -231,7 +232,7 @@ def test_learners_go_on_where_they_were_saved():
 def test_every_agent_counts_the_same_in_an_evaluation(monkeypatch, num_agents, asked, played):
     """Agent n gets reward n each turn: the mean return over agents is known."""
     rules = RULES.model_copy(update={"num_agents": num_agents})
-    config = RunConfig(env="commons", commons=rules, policies="independent", num_envs=4, ppo=PPO)
+    config = RunConfig(env="commons", world=rules, policies="independent", num_envs=4, ppo=PPO)
     num_worlds, episodes = evaluation_size(config, asked)
     worlds = Commons(rules, num_worlds=num_worlds)
     step = Commons.step
@@ -241,7 +242,7 @@ def test_every_agent_counts_the_same_in_an_evaluation(monkeypatch, num_agents, a
 
     monkeypatch.setattr(Commons, "step", number_as_reward)
     policy = make_learner(config, worlds).policy
-    returns = np.array(evaluate(policy, worlds, episodes=episodes).returns)
+    returns = np.array(play_episodes(policy, worlds, episodes=episodes).returns)
     assert np.bincount((returns / rules.epoch_turns).astype(int)).tolist() == played
 
 
@@ -301,7 +302,7 @@ def test_a_rollout_that_ends_late_makes_up_for_missed_replacements():
 
 
 def test_a_wrong_phase_is_told_once():
-    with pytest.raises(ValueError, match=r"^phases\.0: mode: Input should be 'voted', 'fixed' or 'off', got 'on'$"):
+    with pytest.raises(ValueError, match=r"^phases\.0\.mode: Input should be 'voted', 'fixed' or 'off', got 'on'$"):
         CommonsConfig(phases=[{"mode": "on"}])
     with pytest.raises(ValueError, match=r"^phases: Tuple should have at least 1 item"):
         CommonsConfig(phases=[])
@@ -392,7 +393,7 @@ def test_a_newcomers_return_is_its_own(policies):
     """Epochs of 7 turns, rollouts of 10: in the middle of the second epoch agent 0 of both worlds is replaced."""
     config = RunConfig(
         env="commons",
-        commons=RULES,
+        world=RULES,
         policies=policies,
         num_envs=2,
         network=NETWORK,
@@ -402,7 +403,7 @@ def test_a_newcomers_return_is_its_own(policies):
     session = Session(config)
     session.begin()
     for _ in range(10):
-        session.step()
+        take_step(session)
     before = session.tracker.running_returns.copy()
     session.learn()
     assert session.tracker.running_lengths.tolist() == [0, 3, 3, 0, 3, 3]
@@ -441,7 +442,7 @@ def test_the_closed_forms_hold_in_the_training_loop(tmp_path, decay_rate, outlas
         num_envs=1,
         total_steps=2 * (punished + free),
         ppo=spec_segments(rollout_length=1, batch_size=1, num_epochs=1),
-        commons=CommonsConfig(
+        world=CommonsConfig(
             form="bandit",
             num_agents=2,
             resources=("A",),
@@ -466,7 +467,7 @@ def test_a_run_with_newcomers_logs_who_is_there(tmp_path):
         num_envs=2,
         total_steps=240,
         ppo=PPO,
-        commons=RULES,
+        world=RULES,
         turnover=TurnoverConfig(first_turn=15, num_agents=2, selection="first_n"),
     )
     assert [row["steps"] for row in rows] == [60, 120, 180, 240]
@@ -481,9 +482,9 @@ def test_a_run_with_newcomers_logs_who_is_there(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"env": "CartPole-v1", "enforce_norms": True}, "enforce_norms: only the environment 'commons'"),
-        ({"env": "CartPole-v1", "policies": "independent"}, "policies: only the environment 'commons'"),
-        ({"env": "CartPole-v1", "commons": {"form": "bandit"}}, "commons: only the environment 'commons'"),
+        ({"env": "CartPole-v1", "enforce_norms": True}, "enforce_norms: expected a world that says"),
+        ({"env": "CartPole-v1", "policies": "independent"}, "policies: expected a world of several agents"),
+        ({"env": "CartPole-v1", "world": {"form": "bandit"}}, "world.form: Extra inputs"),
         ({"env": "commons", "turnover": {"every_turns": 5}}, "need first_turn"),
         ({"env": "commons", "turnover": {"first_turn": 5, "num_times": 2}}, "num_times=2 needs every_turns"),
         ({"env": "commons", "turnover": {"first_turn": 5, "num_agents": 11}}, "at most the 10 agents"),
@@ -495,7 +496,7 @@ def test_a_run_with_newcomers_logs_who_is_there(tmp_path):
             {"env": "commons", "enforce_norms": True, "norms": {"mode": "action", "harmful_action": 0}},
             "expected norms.mode='resource'",
         ),
-        ({"env": "commons", "enforce_norms": True, "norms": {"resources": ("X",)}}, "norms.resources: the commons has"),
+        ({"env": "commons", "enforce_norms": True, "norms": {"resources": ("X",)}}, "norms.resources: 'commons' has"),
         (
             {"env": "commons", "preset": "spec", "policies": "independent", "num_envs": 1, "ppo": {"batch_size": 200}},
             "of 1 streams",

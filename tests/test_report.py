@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from settings import spec_segments
 
 from dualhead.cli import main
-from dualhead.config import NetworkConfig, PPOConfig, RunConfig
+from dualhead.config import NetworkConfig, PPOConfig
 from dualhead.running import report
 from dualhead.running.checkpoint import RunError
+from dualhead.running.config import RunConfig
 from dualhead.running.report import group_runs, write_report
 from dualhead.running.report_figures import Curve, curves, draw, mean_and_range, number, outline, statement, thin
 from dualhead.running.results import read_run, read_table

@@ -22,14 +22,16 @@ from settings import spec_segments
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dualhead.cli import main
-from dualhead.config import CommonsConfig, NetworkConfig, RunConfig, TurnoverConfig
-from dualhead.running import checkpoint, metrics, trainer
+from dualhead.config import NetworkConfig, TurnoverConfig
+from dualhead.running import checkpoint, trainer, writers
 from dualhead.running.checkpoint import RunError, checkpoints, locked
-from dualhead.running.evaluation import evaluate_run
+from dualhead.running.config import RunConfig
+from dualhead.running.evaluation import evaluate
 from dualhead.running.session import Session
 from dualhead.running.trainer import resume, train
 from dualhead.storage import read_tensors
 from dualhead.worlds import streams
+from dualhead.worlds.commons.config import CommonsConfig
 from dualhead.worlds.replay_trial import why_not_replayed
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="runs are killed in forked processes")
@@ -81,7 +83,7 @@ def commons(form, **changes):
         "checkpoint_every": 190,
         "eval_every": 380,
         "eval_episodes": 6,
-        "commons": rules,
+        "world": rules,
         "enforce_norms": True,
         "turnover": TurnoverConfig(first_turn=40, every_turns=50, selection="random"),
     }
@@ -146,7 +148,7 @@ PLACES = {
     "fsync": (os, "fsync"),
     "replace": (os, "replace"),
     "unlink": (checkpoint.Path, "unlink"),
-    "append": (metrics, "append_whole"),
+    "append": (writers, "append_whole"),
 }
 """Moments of a run's life: before and after each call of these."""
 
@@ -296,16 +298,15 @@ def test_many_kills_leave_no_trace(tmp_path, variant, places):
 
 def call_at_step(monkeypatch, number, action):
     """Calls `action` after the session's step of that number, counted over all sessions from now on."""
-    real, count = Session.step, [0]
+    real, count = Session.record, [0]
 
-    def step(self):
-        taken = real(self)
+    def record(self, step):
+        real(self, step)
         count[0] += 1
         if count[0] == number:
             action()
-        return taken
 
-    monkeypatch.setattr(Session, "step", step)
+    monkeypatch.setattr(Session, "record", record)
 
 
 def press_ctrl_c():
@@ -313,7 +314,7 @@ def press_ctrl_c():
 
 
 def run_in(run_dir, config, **changes):
-    return train(config.model_copy(update={"run_dir": str(run_dir), **changes}), show_progress=False)
+    return train(config.model_copy(update={"run_dir": str(run_dir), **changes}), show_progress=False).summary
 
 
 @pytest.mark.parametrize("variant", ["vector gru", "bandit lstm"])
@@ -325,10 +326,10 @@ def test_ctrl_c_in_the_middle_of_a_rollout_leaves_no_trace(tmp_path, monkeypatch
     num_streams = VARIANTS[variant].num_streams
     assert (stopped["steps"], stopped["stopped_early"], stopped["metrics"]) == (5 * num_streams, True, {})
     for number in (80, 90):
-        stopped = resume(tmp_path / "run", show_progress=False)
+        stopped = resume(tmp_path / "run", show_progress=False).summary
         assert (stopped["steps"], stopped["stopped_early"]) == (number * num_streams, True)
         assert stopped["metrics"]["update/optimizer_steps"] > 0
-    assert not resume(tmp_path / "run", show_progress=False)["stopped_early"]
+    assert not resume(tmp_path / "run", show_progress=False).summary["stopped_early"]
     assert_nothing_differs(tmp_path / "run", tmp_path / "never_stopped")
 
 
@@ -377,14 +378,14 @@ def test_a_second_ctrl_c_stops_at_once_and_says_how_to_go_on(tmp_path, monkeypat
     assert "stopping after this step; once more to stop at once" in said
     assert f"the newest checkpoint is {checkpoints(run)[0]}; go on with: dualhead resume {run}" in said
     assert checkpoints(run)[0].name == "step-000000000128.safetensors"
-    assert resume(run, show_progress=False)["steps"] == 420
+    assert resume(run, show_progress=False).summary["steps"] == 420
 
 
 def test_more_steps_are_as_if_they_had_been_asked_for_at_first(tmp_path):
     config = config_of(ppo=config_of().ppo.model_copy(update={"learning_rate_schedule": "constant"}), eval_episodes=0)
     run_in(tmp_path / "long", config, total_steps=500, eval_every=0)
     run_in(tmp_path / "run", config, total_steps=270, eval_every=0)
-    assert resume(tmp_path / "run", total_steps=500, show_progress=False)["steps"] == 500
+    assert resume(tmp_path / "run", total_steps=500, show_progress=False).summary["steps"] == 500
     ours, theirs = what_is_left(tmp_path / "run"), what_is_left(tmp_path / "long")
     assert {name for name in ours if ours[name] != theirs.get(name) and "step-000000000270" not in str(name)} == set()
 
@@ -479,25 +480,25 @@ def test_an_environment_that_cannot_be_saved_begins_its_episodes_again(tmp_path,
     saved = read_tensors(checkpoints(run)[0])[0]
 
     seen = []
-    real = Session.step
+    real = trainer.run_loop
 
-    def step(self):
+    def run_loop(session, *arguments, **settings):
         if not seen:
-            agent = self.learner
+            agent = session.learner
             seen.append((agent.num_steps, agent.rollout_memory.length, agent.rollout_memory.tail_length))
             seen.append([float(part.abs().sum()) for part in agent._get_hidden_state()])
-            seen.append(self.observations.ravel().tolist())
+            seen.append(session.observations.ravel().tolist())
             seen.append(agent._episode_starts.tolist())
             seen.append(agent.reward_scale.returns.tolist())
-            seen.append(self.tracker.running_lengths.tolist())
+            seen.append(session.tracker.running_lengths.tolist())
             weight = agent.policy.critic.weight.detach()
             seen.append(torch.equal(weight, saved["policy/critic.weight"]))
-        return real(self)
+        return real(session, *arguments, **settings)
 
-    monkeypatch.setattr(Session, "step", step)
+    monkeypatch.setattr(trainer, "run_loop", run_loop)
     forgotten = f"^{BEGIN_AGAIN}: their state was not saved, and 32 steps that were not learned from yet are forgotten$"
     with pytest.warns(UserWarning, match=CANNOT), pytest.warns(UserWarning, match=forgotten):
-        summary = resume(run, show_progress=False)
+        summary = resume(run, show_progress=False).summary
     assert seen == [(128, 0, 0), [0.0, 0.0], [0.0, 0.0], [True, True], [0.0, 0.0], [0, 0], True]
     assert summary["steps"] == 420
     with (run / "metrics.csv").open() as file:
@@ -560,7 +561,7 @@ def test_the_best_checkpoint_is_chosen_on_other_episodes_than_eval_reports(tmp_p
     run_in(tmp_path / "run", config_of())
     while_training = set(seeds)
     assert len(while_training) == 2  # the run's own, and that of its evaluations
-    evaluate_run(tmp_path / "run", episodes=1)
+    evaluate(tmp_path / "run", episodes=1)
     assert seeds[-1] not in while_training
 
 

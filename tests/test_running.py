@@ -23,11 +23,13 @@ import torch
 from gymnasium import spaces
 from settings import spec_segments
 
+import dualhead
 from dualhead import DualHeadRecurrentPPO
-from dualhead.cli import _parse, main
-from dualhead.config import NetworkConfig, PPOConfig, RunConfig
+from dualhead.cli import main, parse_train
+from dualhead.config import NetworkConfig, PPOConfig
 from dualhead.running import machine
 from dualhead.running.checkpoint import RunError, checkpoints, locked, new_run_dir, read_config, read_newest
+from dualhead.running.config import RunConfig
 from dualhead.running.episodes import EpisodeTracker
 from dualhead.running.trainer import train
 from dualhead.running.writers import CSVWriter, ProgressDisplay
@@ -81,7 +83,7 @@ def tiny_config(run_dir, **changes):
 
 
 def test_run_directory_holds_everything(tmp_path):
-    summary = train(tiny_config(tmp_path / "run"))
+    summary = train(tiny_config(tmp_path / "run")).summary
     run = tmp_path / "run"
     assert summary["steps"] == 400
     assert json.loads((run / "summary.json").read_text()) == json.loads(json.dumps(summary))
@@ -103,12 +105,14 @@ def test_run_directory_holds_everything(tmp_path):
 def test_a_run_may_be_in_another_thread_than_the_main_one(tmp_path):
     """Only the main thread may say what a signal does."""
     with ThreadPoolExecutor(1) as pool:
-        summary = pool.submit(train, tiny_config(tmp_path / "run")).result()
+        summary = pool.submit(train, tiny_config(tmp_path / "run")).result().summary
     assert summary["steps"] == 400
 
 
 def test_same_seed_same_run_to_the_bit(tmp_path):
-    runs = {name: train(tiny_config(tmp_path / name, seed=seed)) for name, seed in (("a", 1), ("b", 1), ("c", 2))}
+    runs = {
+        name: train(tiny_config(tmp_path / name, seed=seed)).summary for name, seed in (("a", 1), ("b", 1), ("c", 2))
+    }
     tensors = {name: read_newest(tmp_path / name)[1] for name in runs}
     # Gymnasium gives spaces that nobody samples from generators of their own, seeded by the system.
     names = [name for name in tensors["a"] if not name.startswith("run/streams")]
@@ -123,7 +127,7 @@ def test_checkpoints_are_kept_two_and_statistics_belong_to_them(tmp_path):
     files = checkpoints(tmp_path / "run")
     assert [path.name for path in files] == ["step-000000000400.safetensors", "step-000000000300.safetensors"]
     tensors, metadata = read_tensors(files[0])
-    assert tensors["policy/encoder.parts.0.normalizer.count"] == 400
+    assert tensors["policy/normalizer.of_leaf.0.count"] == 400
     assert tensors["reward_scale/statistics.count"] == 400
     assert metadata["num_steps"] == 400
 
@@ -209,7 +213,7 @@ def test_evaluation_repeats_and_leaves_the_run_alone(tmp_path, capsys):
         (["train", "CartPole-v1", "--device", "cuda"], "torch sees no GPU here"),
         (["eval", "nowhere"], "nowhere holds no run"),
         (["eval", "nowhere", "--seed", "-1"], "seed: expected at least 0, got -1"),
-        (["eval", __file__], "is no checkpoint: expected a run directory"),
+        (["eval", __file__], "is no checkpoint of a run: expected a run directory"),
         (["train", "Humanoid-v2"], "cannot make environment 'Humanoid-v2': The mujoco v2"),
     ],
 )
@@ -245,10 +249,8 @@ def test_checkpoint_of_another_architecture(tmp_path, capsys):
     config = json.loads((run / "config.json").read_text())
     config["network"]["memory"] = "gru"
     (run / "config.json").write_text(json.dumps(config))
-    assert main(["eval", str(run)]) == 1
-    error = capsys.readouterr().err
-    assert "is of another architecture" in error
-    assert "memory.gru" in error
+    assert main(["resume", str(run), "--total-steps", "500"]) == 1
+    assert "is of another architecture" in capsys.readouterr().err
 
 
 def test_tuned_settings_are_said_and_overridable(tmp_path, capsys):
@@ -291,16 +293,50 @@ def test_a_preset_for_an_environment_that_has_none_is_refused(capsys):
 
 @pytest.mark.parametrize("form", [["--run-dir", "commons"], ["--run_dir", "commons"], ["--run_dir=commons"]])
 def test_where_a_run_goes_chooses_no_preset(form):
-    command = _parse(["train", *form, "CartPole-v1"])
+    command = parse_train([*form, "CartPole-v1"])
     assert (command.env, command.preset, command.run_dir) == ("CartPole-v1", "default", "commons")
+
+
+def test_what_is_no_number_ends_a_list_of_numbers():
+    command = parse_train(["--encoder-sizes", "32", "16", "--head-sizes", "6", "6", "CartPole-v1", "--seed", "3"])
+    assert (command.env, command.seed, command.network.head_sizes) == ("CartPole-v1", 3, (6, 6))
+    assert command.network.encoder_sizes == (32, 16)
+    assert parse_train(["CartPole-v1", "--head-sizes", "6"]).network.head_sizes == (6,)
+    assert parse_train(["CartPole-v1", "--entropy-coef", "0.5"]).ppo.entropy_coef == 0.5
+    assert parse_train(["CartPole-v1", "--entropy-coef", "0.5", "0"]).ppo.entropy_coef == (0.5, 0.0)
+    assert parse_train(["CartPole-v1", "--max-grad-norm", "None"]).ppo.max_grad_norm is None
+
+
+def test_every_wrong_setting_has_a_line(capsys):
+    wrong = ["--gamma", "1.5", "--num-envs", "-3", "--world.harms", '{"A": -1}', "--memory", "lst"]
+    assert main(["train", "commons", *wrong]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    names = [line.removeprefix("error: ").partition(": ")[0] for line in lines]
+    assert sorted(names) == ["network.memory", "num_envs", "ppo.gamma", "world.harms.A"]
+
+
+def test_help_shows_what_the_environment_can_use(capsys):
+    for env, has_agents in (("CartPole-v1", False), ("commons", True)):
+        with pytest.raises(SystemExit):
+            main(["train", env, "--help"])
+        said = capsys.readouterr().out
+        assert "--hidden-size INT" in said
+        assert (
+            ("--world.num-agents" in said) == ("--policies" in said) == ("--turnover.first-turn" in said) == has_agents
+        )
+    with pytest.raises(SystemExit):
+        main(["train", "CartPole-v1", "--world.num-agents", "3"])
+    with pytest.raises(SystemExit):
+        main(["train", "CartPole-v1", "--num-env", "3"])
+    assert "unknown option --num-env: did you mean --num-envs" in capsys.readouterr().err
 
 
 def test_only_the_option_makes_policies_independent():
     """A directory of that name leaves the tuned minibatch as it is."""
-    assert _parse(["train", "commons", "--run-dir", "runs/independent"]).ppo.batch_size == 500
-    assert _parse(["train", "commons", "--policies", "independent", "--policies", "shared"]).ppo.batch_size == 500
+    assert parse_train(["commons", "--run-dir", "runs/independent"]).ppo.batch_size == 500
+    assert parse_train(["commons", "--policies", "independent", "--policies", "shared"]).ppo.batch_size == 500
     for form in (["--policies", "independent"], ["--policies=independent"]):
-        assert _parse(["train", *form, "commons"]).ppo.batch_size == 64
+        assert parse_train([*form, "commons"]).ppo.batch_size == 64
 
 
 def test_independent_policies_fit_the_tuned_settings(tmp_path):
@@ -312,6 +348,21 @@ def test_a_directory_is_not_taken_for_the_environment(tmp_path, monkeypatch, cap
     monkeypatch.chdir(tmp_path)
     assert main(["train", "CartPole-v1", *TINY_OPTIONS, "--run-dir", "commons"]) == 0
     assert json.loads((tmp_path / "commons" / "config.json").read_text())["ppo"]["gamma"] == PPOConfig().gamma
+
+
+def test_help_and_import_do_not_load_torch():
+    for command in (["-c", "import dualhead"], ["-m", "dualhead", "--help"], ["-m", "dualhead", "train", "--help"]):
+        done = subprocess.run(
+            [sys.executable, "-X", "importtime", *command], capture_output=True, text=True, check=True
+        )
+        loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+        assert not loaded & {"torch", "gymnasium", "numpy"}, command
+
+
+def test_the_version_is_said(capsys):
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out == f"dualhead {dualhead.__version__}\n"
 
 
 def test_output_that_nobody_reads_is_no_error():
@@ -467,7 +518,7 @@ def test_envs_lists_what_is_here(capsys):
 
 def test_an_agent_of_ones_own_loads_the_checkpoint_of_a_run(tmp_path):
     config = tiny_config(tmp_path / "run")
-    summary = train(config)
+    summary = train(config).summary
     streams = make_streams(config.env, config.num_envs)
     agent = DualHeadRecurrentPPO(
         streams.observation_space,

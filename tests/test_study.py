@@ -16,12 +16,14 @@ import pytest
 import torch
 
 from dualhead.cli import main
-from dualhead.config import RunConfig, StudyConfig, preset_settings, tuned_settings
 from dualhead.running.checkpoint import RunError, checkpoints
+from dualhead.running.config import RunConfig, preset_settings, tuned_settings
 from dualhead.running.results import Run, Table, interval, last_steps, read_run
 from dualhead.running.trainer import resume, train
 from dualhead.studies import figures, tables
 from dualhead.studies.commons_measures import closed_form, spans
+from dualhead.studies.config import StudyConfig
+from dualhead.studies.files import study_names
 from dualhead.studies.measures import (
     Measured,
     chosen_measures,
@@ -32,7 +34,7 @@ from dualhead.studies.measures import (
     summarise,
 )
 from dualhead.studies.processes import OUTPUT, run_in_processes
-from dualhead.studies.study import plan, read_study, safe_name, study_names
+from dualhead.studies.study import plan, read_study, safe_name
 
 NAN = math.nan
 POLES = ("CartPole-v1", "dualhead/CartPoleNoVel-v1")
@@ -292,22 +294,22 @@ def test_a_condition_changes_what_it_names_and_no_more():
         "total_steps": 9000,
         "num_envs": 8,
         "ppo": {"gamma": 0.5, "batch_size": 40},
-        "commons": {"harms": {"A": 1.0, "B": 2.0}},
+        "world": {"harms": {"A": 1.0, "B": 2.0}},
     }
-    base["commons"] |= {"resources": ["A", "B"], "form": "bandit"}
+    base["world"] |= {"resources": ["A", "B"], "form": "bandit"}
     study = StudyConfig(
         base=base,
         conditions={
             "plain": {},
-            "other": {"ppo": {"gamma": 0.9}, "commons": {"harms": {"B": 3.0, "A": 0.0}}, "enforce_norms": True},
+            "other": {"ppo": {"gamma": 0.9}, "world": {"harms": {"B": 3.0, "A": 0.0}}, "enforce_norms": True},
         },
     )
     plain, other = study.run("plain", 3, "p"), study.run("other", 4, "o")
     assert (plain.env, plain.seed, plain.run_dir, plain.num_threads, plain.eval_episodes) == ("commons", 3, "p", 1, 0)
     assert (plain.ppo.gamma, other.ppo.gamma) == (0.5, 0.9)
     assert plain.ppo.batch_size == other.ppo.batch_size == 40
-    assert other.commons.harms == {"A": 0.0, "B": 3.0}
-    assert other.commons.form == "bandit"
+    assert other.world.harms == {"A": 0.0, "B": 3.0}
+    assert other.world.form == "bandit"
     assert other.enforce_norms
     assert not plain.enforce_norms
 
@@ -327,7 +329,7 @@ def test_a_condition_changes_what_it_names_and_no_more():
         ("[conditions.'']", "expected names of letters"),
         ("[conditions.'../a']", "got '../a'"),
         ("harmful = 'Z'\n[conditions.a]", "harmful='Z' is none of condition 'a'"),
-        ("[conditions.a]\n[conditions.b.ppo]\ngama = 1", "condition 'b': ppo: gama: Extra inputs"),
+        ("[conditions.a]\n[conditions.b.ppo]\ngama = 1", "condition 'b': ppo.gama: Extra inputs"),
         ("[conditions.b]\ntotal_step = 5", "condition 'b': total_step: Extra inputs"),
         ("[conditions.b]\nenv = 'CartPole-v1'", "condition 'b': env: .*`environments` lists several"),
         ("environments = ['X']\n[base]\nenv = 'Y'\n[conditions.b]", "condition 'b' in 'X': env: "),
@@ -413,15 +415,15 @@ def test_the_studies_that_come_with_the_package():
     assert newcomers.turnover.first_turn == spans(newcomers)[0].end == 500
     nets = {
         kind: [rules.values[kind] - rules.punishment * rules.schedule[kind][level] for level in (0, 1, 2, 4, 9)]
-        for rules in [studies["level_flip"].run("level-0", 0, "").commons]
+        for rules in [studies["level_flip"].run("level-0", 0, "").world]
         for kind in "AB"
     }
     assert nets == {"A": pytest.approx([12.5, 10, 6.25, -1.25, -5]), "B": pytest.approx([10, 8.75, 7.5, 7.5, 5])}
     hidden = studies["hidden_level"].run("lstm", 0, "")
-    assert [phase.level for phase in hidden.commons.phases] == [0, 9]
+    assert [phase.level for phase in hidden.world.phases] == [0, 9]
     assert ((nets["B"][0] + nets["B"][-1]) / 2, (nets["A"][0] + nets["B"][-1]) / 2) == (7.5, 8.75)
     assert spans(newcomers)[1].punishes is False
-    levels = [run.commons.phases[0].level for run in (studies["level_flip"].run(f"level-{n}", 0, "") for n in (0, 9))]
+    levels = [run.world.phases[0].level for run in (studies["level_flip"].run(f"level-{n}", 0, "") for n in (0, 9))]
     assert levels == [0, 9]
 
 
@@ -435,7 +437,7 @@ seeds = [0, 1]
 num_envs = 1
 total_steps = {steps}
 checkpoint_every = 20
-commons = {{ form = "bandit", num_agents = 2, resources = ["A", "B"], phases = [
+world = {{ form = "bandit", num_agents = 2, resources = ["A", "B"], phases = [
     {{ mode = "fixed", level = 9, num_turns = 40 }}, {{ mode = "off" }}] }}
 network = {{ memory = "gru", hidden_size = 4, encoder_sizes = [4] }}
 ppo = {{ rollout_length = 10, batch_size = 10, num_epochs = 1 }}
@@ -509,7 +511,7 @@ def test_a_study_from_one_command(tmp_path, capsys):
 
     path.write_text(path.read_text().replace("level = 9", "level = 8"))
     assert main(command) == 1
-    assert "holds a run of other settings (commons): the study was changed since" in capsys.readouterr().err
+    assert "holds a run of other settings (world): the study was changed since" in capsys.readouterr().err
     assert {path: stamp for path, stamp in stamps(out).items() if path in before} == before
 
 
@@ -756,7 +758,7 @@ def test_a_killed_worker_is_named_and_the_next_call_goes_on(tmp_path):
     assert str(out / "0" / OUTPUT) in outcomes[0]
     done = checkpoints(out / "0")
     steps = int(done[0].stem.removeprefix("step-"))
-    summary = resume(out / "0", total_steps=steps + 40, show_progress=False)
+    summary = resume(out / "0", total_steps=steps + 40, show_progress=False).summary
     assert summary["steps"] == steps + 40
 
 

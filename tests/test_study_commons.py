@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dualhead.config import StudyConfig
 from dualhead.running.results import Run, Table
 from dualhead.studies import commons_figures, figures, tables
 from dualhead.studies.commons_measures import (
@@ -18,6 +17,7 @@ from dualhead.studies.commons_measures import (
     results,
     spans,
 )
+from dualhead.studies.config import StudyConfig
 from dualhead.studies.measures import Measured, summarise
 
 PUNISHED_THEN_NOT = ({"mode": "fixed", "level": 9, "num_turns": 40}, {"mode": "off"})
@@ -29,7 +29,7 @@ def settings(**commons):
     return {
         "num_envs": 1,
         "total_steps": 160,
-        "commons": rules | commons,
+        "world": rules | commons,
         "network": {"memory": "gru", "hidden_size": 4, "encoder_sizes": (4,)},
         "ppo": {"rollout_length": 10, "batch_size": 10, "num_epochs": 1},
     }

@@ -331,13 +331,16 @@ class DualHeadRecurrentPPO:
         """`rollout_length` steps are recorded: an update is due."""
         return self.rollout_memory.is_full
 
-    def learn(self, next_observations: Any = None, *, partial: bool = False) -> dict[str, float]:
+    def learn(
+        self, next_observations: Any = None, *, partial: bool = False, learning_rate: float | None = None
+    ) -> dict[str, float]:
         """One PPO update on the recorded steps. The recurrent state stays as it is.
 
         Args:
             next_observations: [B, ...] what the next `act` will see, to bootstrap from; not needed where
                 `bootstrap_last` is off or every stream's episode has just ended.
             partial: allow an update before `rollout_length` steps are there.
+            learning_rate: step size of this update; None: what the settings say.
 
         Returns:
             Metrics by name.
@@ -373,7 +376,7 @@ class DualHeadRecurrentPPO:
             gae_lambda=self.config.gae_lambda,
         )
         coefs = self._coefs(self.num_updates)
-        rate = self._learning_rate()
+        rate = self._learning_rate() if learning_rate is None else learning_rate
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         metrics = ppo_update(

@@ -46,7 +46,9 @@ class Learner(Protocol):
         events: NormEvents | None = None,
     ) -> None: ...
 
-    def learn(self, next_observations: Any = None, *, partial: bool = False) -> dict[str, float]: ...
+    def learn(
+        self, next_observations: Any = None, *, partial: bool = False, learning_rate: float | None = None
+    ) -> dict[str, float]: ...
 
     def abandon_rollout(self) -> int: ...
 
@@ -114,10 +116,12 @@ class IndependentLearners:
             complete()
         self.num_steps += sum(learner.num_streams for learner in self.learners)
 
-    def learn(self, next_observations: Any = None, *, partial: bool = False) -> dict[str, float]:
+    def learn(
+        self, next_observations: Any = None, *, partial: bool = False, learning_rate: float | None = None
+    ) -> dict[str, float]:
         """An update of every learner; metrics are means over learners."""
         gathered = [
-            learner.learn(self._of(next_observations, agent), partial=partial)
+            learner.learn(self._of(next_observations, agent), partial=partial, learning_rate=learning_rate)
             for agent, learner in enumerate(self.learners)
         ]
         # An update may lack a metric (no drift where no segment begins inside a run).

@@ -16,6 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from dualhead.errors import CheckpointError
+
 FORMAT = "dualhead"
 VERSION = 3
 TEMPORARY = ".tmp"
@@ -31,10 +33,6 @@ _CHECKSUM = b'"checksum":"'
 
 RUN_PREFIX = "run"
 """Tensors and metadata of a run's checkpoint that belong to the run and not to its agent."""
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be read, or does not fit what it is loaded into."""
 
 
 def write_tensors(path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:

@@ -16,7 +16,9 @@ from typing import Any
 from pydantic import ValidationError
 from torch import Tensor
 
-from dualhead.config import RunConfig, explain
+from dualhead.config import SettingsError, problems
+from dualhead.errors import RunError, RunInUseError
+from dualhead.running.config import RunConfig
 from dualhead.storage import CheckpointError, read_tensors, remove_temporaries, write_bytes, write_tensors
 
 try:
@@ -28,14 +30,6 @@ BEST = "best.safetensors"
 _LOCK = ".lock"
 _held: set[int] = set()
 """Descriptors of the locks this process holds."""
-
-
-class RunError(RuntimeError):
-    """A run that cannot go on or be read; the message says why and what to do."""
-
-
-class RunInUseError(RunError):
-    """Another process is writing the run directory."""
 
 
 @contextmanager
@@ -105,7 +99,7 @@ def new_run_dir(config: RunConfig) -> Path:
     Raises:
         RunError: the asked-for directory holds a run already, or cannot be written.
     """
-    base = Path("runs") / config.env.replace("/", "-") / f"{config.network.memory}-seed{config.seed}"
+    base = Path("runs") / config.env.replace("/", "-") / f"{config.memory_name}-seed{config.seed}"
     path, number = base if config.run_dir is None else Path(config.run_dir), 1
     while not _began(path, config):
         if config.run_dir is not None:
@@ -169,7 +163,9 @@ def read_config(run_dir: str | os.PathLike[str]) -> RunConfig:
             f"{run_dir} holds no run: cannot read {path.name} ({error.strerror}); expected the directory of one"
         ) from error
     except ValidationError as error:
-        raise RunError(f"{path} is no configuration of this version of dualhead: {explain(error)}") from error
+        raise RunError(
+            f"{path} is no configuration of this version of dualhead: {SettingsError(problems(error))}"
+        ) from error
 
 
 def save_checkpoint(run_dir: Path, tensors: dict[str, Tensor], metadata: dict[str, Any], *, keep: int) -> Path:

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import math
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from dualhead.config import RunConfig
 from dualhead.running.checkpoint import RunError, read_config
+from dualhead.running.config import EVAL_EPISODES, EVALUATION_SEED, RunConfig
+from dualhead.running.environment import Environment, is_streams, open_streams
 from dualhead.running.playing import Player, Policy, load_weights, run_directory
 from dualhead.running.results import interval
 from dualhead.types import DataError, as_numpy
-from dualhead.worlds.registry import open_streams
 from dualhead.worlds.streams import Streams
 
 EVALUATION_ENVS = 20
-EVALUATION_SEED = 10_000
 SELECTION_SEED = 20_000
 """Of evaluations while training, which choose the best checkpoint; `dualhead eval` reports other episodes."""
 
@@ -46,7 +45,7 @@ class Evaluation(NamedTuple):
         }
 
 
-def evaluate(
+def play_episodes(
     policy: Policy, streams: Streams, *, episodes: int, seed: int = EVALUATION_SEED, deterministic: bool = True
 ) -> Evaluation:
     """Plays whole episodes, an equal share in every stream (counting whichever end first would favour short ones).
@@ -95,27 +94,45 @@ def evaluation_size(config: RunConfig, episodes: int) -> tuple[int, int]:
     return max(1, min(episodes, EVALUATION_ENVS) // per_env), per_env * math.ceil(episodes / per_env)
 
 
-def evaluate_run(
-    run_dir: str | os.PathLike[str], *, episodes: int, seed: int = EVALUATION_SEED, deterministic: bool = True
+def evaluate(
+    run: str | os.PathLike[str],
+    *,
+    episodes: int = EVAL_EPISODES,
+    env: Environment | None = None,
+    encoder: Any = None,
+    memory: Any = None,
+    seed: int = EVALUATION_SEED,
+    deterministic: bool = True,
 ) -> Evaluation:
     """Plays the newest whole checkpoint of a run (or the checkpoint file given) in the run's environment.
 
-    In the commons every agent plays equally many episodes: in all up to one for each of them more than asked for.
+    Of several agents in a world each plays equally many episodes: in all up to one for each of them more than asked
+    for.
+
+    Args:
+        run: a run directory, or one of its checkpoint files.
+        episodes: how many to play.
+        env: what to play in instead: a callable that makes one environment, a Gymnasium vector environment, `Streams`.
+            Needed where `train` got one of these.
+        encoder, memory: the parts of its own that the policy was trained with.
+        seed: of the environments and of sampling.
+        deterministic: the likeliest actions, or sampled ones.
 
     Raises:
         RunError: no run, or no whole checkpoint, is there, or the environment gave what a policy cannot look at.
-        CheckpointError: the checkpoint does not fit the run's configuration.
+        CheckpointError: the checkpoint does not fit the run's configuration, or a part is missing.
     """
     if episodes < 1:
         raise RunError(f"episodes: expected at least 1, got {episodes}")
-    config = read_config(run_directory(run_dir))
+    config = read_config(run_directory(run))
     num_envs, episodes = evaluation_size(config, episodes)
-    streams = open_streams(config, num_envs=num_envs)
+    streams = open_streams(config, env, num_envs=num_envs)
     try:
-        loaded = load_weights(run_dir)
+        loaded = load_weights(run, encoder=encoder, memory=memory)
         loaded.expect_spaces(streams.observation_space, streams.action_space, of=config.env)
-        return evaluate(loaded.policy, streams, episodes=episodes, seed=seed, deterministic=deterministic)
+        return play_episodes(loaded.policy, streams, episodes=episodes, seed=seed, deterministic=deterministic)
     except DataError as error:
         raise RunError(f"{config.env}: {error}") from error
     finally:
-        streams.close()
+        if not is_streams(env):
+            streams.close()

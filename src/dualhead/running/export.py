@@ -84,7 +84,7 @@ def export(
     if out.suffix != ".onnx":
         raise RunError(f"export to {out}: expected a name that ends in .onnx")
     if importlib.util.find_spec("onnx") is None:
-        raise RunError("exporting needs the package onnx: pip install onnx onnxruntime")
+        raise RunError("exporting needs the package onnx: pip install -e '.[onnx]' in the checkout")
     if isinstance(source, DualHeadRecurrentPPO):
         policy: Policy = copy.deepcopy(source.policy).cpu()
         spec, actions = source.observation_spec, source.action_spec

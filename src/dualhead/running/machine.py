@@ -14,6 +14,8 @@ from typing import Any
 import psutil
 import torch
 
+SECONDS_OF_LOOKING = 2.0
+"""After this many seconds a run checks once whether other programs compete for its cores."""
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
@@ -39,6 +41,39 @@ def num_cores() -> int:
     return len(_cores())
 
 
+class Stopwatch:
+    """What the seconds of a run go into.
+
+    Args:
+        seconds: that it took before, in the parts that it goes on from.
+        num_steps: environment steps done.
+    """
+
+    def __init__(self, seconds: float, num_steps: int) -> None:
+        self._lap_begun = self._update_begun = time.perf_counter()
+        self._begun, self._num_steps = self._lap_begun - seconds, num_steps
+
+    @property
+    def seconds(self) -> float:
+        """Of training, over all parts of the run."""
+        return time.perf_counter() - self._begun
+
+    def begin_update(self) -> None:
+        """The rollout is over."""
+        self._update_begun = time.perf_counter()
+
+    def end_update(self, num_steps: int) -> dict[str, float]:
+        """The update is over, and the next rollout begins; metrics `time/*` of both."""
+        now = time.perf_counter()
+        metrics = {
+            "time/steps_per_s": (num_steps - self._num_steps) / (now - self._lap_begun),
+            "time/rollout_s": self._update_begun - self._lap_begun,
+            "time/update_s": now - self._update_begun,
+        }
+        self._lap_begun, self._num_steps = now, num_steps
+        return metrics
+
+
 class CoreUse:
     """What runs beside this process, from its making on.
 
@@ -48,7 +83,7 @@ class CoreUse:
     """
 
     def __init__(self) -> None:
-        self._begun, self._before = time.perf_counter(), _seconds_of_others()
+        self._begun, self._before, self._has_looked = time.perf_counter(), _seconds_of_others(), False
 
     @property
     def seconds(self) -> float:
@@ -58,6 +93,12 @@ class CoreUse:
     def others(self) -> float:
         """Cores of ours that others kept busy on average; 0 where the system does not tell."""
         return max(0.0, (_seconds_of_others() - self._before) / self.seconds)
+
+    def warn_once(self) -> None:
+        """After a while looks once whether others leave too few cores for our threads, and says so."""
+        if not self._has_looked and self.seconds > SECONDS_OF_LOOKING:
+            self._has_looked = True
+            self.warn()
 
     def warn(self) -> None:
         """Says so where others leave too few cores for our threads."""

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple, get_args
 
 import numpy as np
 
-from dualhead.config import Config, RunConfig, flat, preset_settings
+from dualhead.config import Config, flat
 from dualhead.running.checkpoint import RunError
-from dualhead.running.evaluation import EVALUATION_SEED
+from dualhead.running.config import EVALUATION_SEED, RunConfig, preset_settings
 from dualhead.running.report_figures import DASHES, NUM_COLORS, NUM_MEANS, Figure, curves, draw, number
 from dualhead.running.results import Run, read_run
 from dualhead.storage import CheckpointError
@@ -44,7 +44,12 @@ class Replay(NamedTuple):
 
 
 def write_report(
-    runs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str] | None = None, *, replay: bool = True
+    runs: Sequence[str | os.PathLike[str]],
+    out: str | os.PathLike[str] | None = None,
+    *,
+    replay: bool = True,
+    encoder: Any = None,
+    memory: Any = None,
 ) -> Path:
     """Writes the page of one run, or of several side by side.
 
@@ -55,6 +60,7 @@ def write_report(
         out: the page; by default `report.html` in the run's directory, or here for several runs.
         replay: show an episode if the environment renders: `replay.gif` of the run if it exists, else an episode of
             the newest checkpoint.
+        encoder, memory: the parts of its own that the policy was trained with; only the replay needs them.
 
     Returns:
         Where the page is.
@@ -68,7 +74,7 @@ def write_report(
         raise RunError("expected at least one run directory, got none")
     groups = group_runs([read_run(path) for path in paths])
     shown = list(groups.values())[: MAX_REPLAYS if replay else 0]
-    page = render(groups, replays=[_replay(members[0].path) for members in shown])
+    page = render(groups, replays=[_replay(members[0].path, encoder=encoder, memory=memory) for members in shown])
     path = Path(out) if out is not None else (paths[0] if len(paths) == 1 else Path()) / "report.html"
     try:
         path.write_text(page, encoding="utf-8")
@@ -85,7 +91,7 @@ def group_runs(runs: Sequence[Run]) -> dict[str, list[Run]]:
         by_settings.setdefault(frozenset((n, _text(v)) for n, v in condition if v is not None), []).append(run)
     groups = list(by_settings.values())
     if len(groups) == 1:
-        return {runs[0].config.network.memory: groups[0]}
+        return {runs[0].config.memory_name: groups[0]}
     settings = [_settings(members[0]) for members in groups]
     differing = differing_settings(settings)
     folders = [{run.path.absolute().parent.name for run in members} for members in groups]
@@ -157,9 +163,9 @@ def _title(groups: Mapping[str, Sequence[Run]]) -> str:
     runs = [run for members in groups.values() for run in members]
     environments = ", ".join(dict.fromkeys(run.config.env for run in runs))
     if len(runs) == 1:
-        return f"{runs[0].config.network.memory} on {environments}"
+        return f"{runs[0].config.memory_name} on {environments}"
     if len(groups) == 1:
-        return f"{runs[0].config.network.memory} on {environments}, {len(runs)} seeds"
+        return f"{runs[0].config.memory_name} on {environments}, {len(runs)} seeds"
     if len(groups) <= 3 and "," not in environments:
         return f"{' against '.join(groups)} on {environments}"
     return f"{len(groups)} settings on {environments}"
@@ -288,22 +294,22 @@ def _descriptions(model: type[Config], prefix: str = "") -> dict[str, str]:
     return result
 
 
-def _replay(run_dir: Path) -> Replay:
+def _replay(run_dir: Path, **parts: Any) -> Replay:
     try:
-        return Replay(str(run_dir), _replay_image(run_dir), "")
+        return Replay(str(run_dir), _replay_image(run_dir, **parts), "")
     except ImportError as error:
         return Replay(str(run_dir), "", f"recording needs {error.name or error}")
     except (RunError, CheckpointError, UnavailableEnvironment) as error:
         return Replay(str(run_dir), "", str(error))
 
 
-def _replay_image(run_dir: Path) -> str:
+def _replay_image(run_dir: Path, **parts: Any) -> str:
     """The run's `replay.gif`, or an episode played for this page, as a data URI."""
     with tempfile.TemporaryDirectory() as folder:
         path = run_dir / "replay.gif"
         if not path.exists():
             path = Path(folder) / "replay.gif"
-            _record(run_dir, path)
+            _record(run_dir, path, **parts)
         try:
             contents = path.read_bytes()
         except OSError as error:
@@ -315,10 +321,10 @@ def _replay_image(run_dir: Path) -> str:
     return "data:image/gif;base64," + base64.b64encode(contents).decode()
 
 
-def _record(run_dir: Path, path: Path) -> None:
+def _record(run_dir: Path, path: Path, **parts: Any) -> None:
     from dualhead.running.video import record_video
 
-    record_video(run_dir, path, max_steps=REPLAY_STEPS, seed=EVALUATION_SEED)
+    record_video(run_dir, path, max_steps=REPLAY_STEPS, seed=EVALUATION_SEED, **parts)
 
 
 def _require_plotly() -> None:

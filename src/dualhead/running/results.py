@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dualhead.config import RunConfig
 from dualhead.running.checkpoint import RunError, read_config, read_json
+from dualhead.running.config import RunConfig
 
 FloatArray = NDArray[np.float64]
 

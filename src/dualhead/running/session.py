@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dualhead.agent import DualHeadRecurrentPPO
-from dualhead.config import RunConfig
-from dualhead.population import IndependentLearners, Learner, Turnover, strengths_by_agent
+from dualhead.population import IndependentLearners, Turnover, strengths_by_agent
 from dualhead.running.checkpoint import RunError, save_checkpoint
+from dualhead.running.config import RunConfig
+from dualhead.running.environment import Environment, is_streams, open_streams
 from dualhead.running.episodes import EpisodeTracker
 from dualhead.storage import RUN_PREFIX, CheckpointError, with_prefix, without_prefix
-from dualhead.worlds.registry import open_streams
 from dualhead.worlds.replay import CannotReplay
 from dualhead.worlds.streams import Streams, StreamStep, restart
 
@@ -27,9 +28,14 @@ class Session:
 
     Args:
         config: of the run.
+        env: in place of the environment that the settings name; it stays open.
+        encoder, memory: parts of the user's own for the policy.
+        schedule: step size of the optimiser by progress, from 0 to 1; None: as configured.
 
     Attributes:
         observations: [B, ...] what the next actions answer to.
+        learning_rate: of the next updates, in place of what the settings say; None: as they say. It goes with
+            checkpoints, and a schedule sets it before every update.
         metrics: of the last update.
         seconds: training took so far, over all parts of a resumed run.
         next_checkpoint, next_evaluation: environment steps.
@@ -41,14 +47,26 @@ class Session:
 
     observations: Any
 
-    def __init__(self, config: RunConfig) -> None:
-        self.config = config
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        env: Environment | None = None,
+        encoder: Any = None,
+        memory: Any = None,
+        schedule: Callable[[float], float] | None = None,
+    ) -> None:
+        self.config, self._schedule = config, schedule
+        self.learning_rate: float | None = None
         device = choose_device(config)
-        self.streams = open_streams(config, vectorization=config.vectorization, device=device)
+        self.streams = open_streams(config, env, vectorization=config.vectorization, device=device)
+        self._owns_streams = not is_streams(env)
         try:
-            self.learner = make_learner(config, self.streams, device=device)
+            if self.streams.num_streams != config.num_streams:
+                raise ValueError(f"expected {config.num_streams} streams, got {self.streams.num_streams}")
+            self.learner = make_learner(config, self.streams, device=device, encoder=encoder, memory=memory)
         except (TypeError, ValueError) as error:
-            self.streams.close()
+            self.close()
             raise RunError(f"{config.env}: {error}") from error
         self.turnover = make_turnover(config)
         self.tracker = EpisodeTracker(self.streams.num_streams)
@@ -61,11 +79,9 @@ class Session:
         """The first observations."""
         self.observations = self.streams.reset(seed=self.config.seed)
 
-    def step(self) -> StreamStep:
-        """Acts, steps the world and records what it answered."""
-        learner = self.learner
-        step = self.streams.step(learner.act(self.observations))
-        learner.record(
+    def record(self, step: StreamStep) -> None:
+        """Takes in what the world answered to the last actions."""
+        self.learner.record(
             step.rewards,
             step.terminated,
             step.truncated,
@@ -76,23 +92,40 @@ class Session:
         if self.turnover is not None and step.events is not None:
             self.turnover.count(step.events)
         self.observations = step.observations
-        return step
 
     def learn(self) -> dict[str, float]:
         """Updates the learner, and lets newcomers in where they are due; metrics of the rollout and the update."""
-        metrics = self.learner.learn(self.observations)
+        if self._schedule is not None:
+            before = self.learner.num_steps - self.config.num_streams * self.config.ppo.rollout_length
+            self.learning_rate = self._schedule(before / self.config.total_steps)
+        self.metrics = metrics = self.learner.learn(self.observations, learning_rate=self.learning_rate)
         metrics |= self.tracker.metrics() | self.streams.statistics()
         if self.turnover is not None:
-            metrics |= self.turnover.metrics(strengths_by_agent(self.learner, self.config.commons.num_agents))
+            metrics |= self.turnover.metrics(strengths_by_agent(self.learner, self.config.world.num_agents))
             turn = self.learner.num_steps // self.streams.num_streams
             while self.turnover.is_due(turn):
                 newcomers = self.turnover.replace(self.learner, turn)
-                places = np.arange(self.streams.num_streams) % self.config.commons.num_agents
+                places = np.arange(self.streams.num_streams) % self.config.world.num_agents
                 self.tracker.abandon_episodes(np.isin(places, newcomers))
         return metrics
 
-    def save(self, run_dir: Path) -> Path:
-        """Writes a checkpoint."""
+    def is_due_for_evaluation(self) -> bool:
+        """Whether an evaluation is due; the next one is planned then."""
+        is_due = self.learner.num_steps >= self.next_evaluation
+        if is_due:
+            self.next_evaluation = self.learner.num_steps + self.config.eval_every
+        return is_due
+
+    def is_due_for_checkpoint(self) -> bool:
+        """Whether a checkpoint is due; the next one is planned then."""
+        is_due = self.learner.num_steps >= self.next_checkpoint
+        if is_due:
+            self.next_checkpoint = self.learner.num_steps + self.config.checkpoint_every
+        return is_due
+
+    def save(self, run_dir: Path, *, seconds: float) -> Path:
+        """Writes a checkpoint, after so many seconds of training."""
+        self.seconds = seconds
         tensors, metadata = self.state()
         return save_checkpoint(run_dir, tensors, metadata, keep=self.config.keep_checkpoints)
 
@@ -101,6 +134,7 @@ class Session:
         tensors, metadata = self.learner.state()
         run: dict[str, Any] = {
             "seconds": self.seconds,
+            "learning_rate": self.learning_rate,
             "next_checkpoint": self.next_checkpoint,
             "next_evaluation": None if math.isinf(self.next_evaluation) else self.next_evaluation,
             "metrics": self.metrics,
@@ -136,6 +170,8 @@ class Session:
             if self.config.eval_every:
                 planned = run["next_evaluation"] or self.learner.num_steps + self.config.eval_every
                 self.next_evaluation = int(planned)
+            rate = run["learning_rate"]
+            self.learning_rate = None if rate is None else float(rate)
             self.metrics = dict(run["metrics"])
             self.tracker.restore(run["tracker"])
             if self.turnover is not None:
@@ -161,8 +197,9 @@ class Session:
         )
 
     def close(self) -> None:
-        """Closes the environments."""
-        self.streams.close()
+        """Closes the environments, unless they were handed over."""
+        if self._owns_streams:
+            self.streams.close()
 
 
 def choose_device(config: RunConfig) -> str:
@@ -174,14 +211,16 @@ def choose_device(config: RunConfig) -> str:
     return config.device
 
 
-def make_learner(config: RunConfig, streams: Streams, *, device: str = "cpu") -> Learner:
+def make_learner(
+    config: RunConfig, streams: Streams, *, device: str = "cpu", encoder: Any = None, memory: Any = None
+) -> DualHeadRecurrentPPO | IndependentLearners:
     """The agent, or independent agents, that a configuration asks for."""
     ppo, norms = config.ppo, None
-    num_learners = config.commons.num_agents if config.policies == "independent" else 1
+    num_learners = config.world.num_agents if config.policies == "independent" else 1
     if ppo.learning_rate_schedule == "linear" and ppo.learning_rate_decay_steps is None:
         ppo = ppo.model_copy(update={"learning_rate_decay_steps": math.ceil(config.total_steps / num_learners)})
     if config.enforce_norms:
-        norms = config.norms.model_copy(update={"resources": config.commons.resources})
+        norms = config.norms.model_copy(update={"resources": config.world.resources})
 
     def make(seed: int) -> DualHeadRecurrentPPO:
         return DualHeadRecurrentPPO(
@@ -191,12 +230,17 @@ def make_learner(config: RunConfig, streams: Streams, *, device: str = "cpu") ->
             config=ppo,
             network=config.network,
             norms=norms,
+            encoder=encoder,
+            memory=memory,
             seed=seed,
             device=device,
         )
 
     if config.policies == "shared":
         return make(config.seed)
+    for name, part in (("encoder", encoder), ("memory", memory)):
+        if isinstance(part, nn.Module):
+            raise ValueError(f"{name}: independent policies need one each: expected a class or factory, got a module")
     return IndependentLearners(make, num_agents=num_learners, seed=config.seed)
 
 
@@ -206,8 +250,8 @@ def make_turnover(config: RunConfig) -> Turnover | None:
         return None
     return Turnover(
         config.turnover,
-        resources=config.commons.resources,
-        num_agents=config.commons.num_agents,
+        resources=config.world.resources,
+        num_agents=config.world.num_agents,
         num_worlds=config.num_envs,
         seed=config.seed,
     )

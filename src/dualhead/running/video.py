@@ -16,12 +16,12 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
-from dualhead.config import COMMONS
 from dualhead.running.checkpoint import RunError, read_config
-from dualhead.running.evaluation import EVALUATION_SEED
+from dualhead.running.config import EVALUATION_SEED
 from dualhead.running.playing import Player, load_weights, run_directory
 from dualhead.types import DataError
-from dualhead.worlds.commons import Commons
+from dualhead.worlds.commons.config import CommonsConfig
+from dualhead.worlds.commons.world import Commons
 from dualhead.worlds.streams import make_env
 
 DEFAULT_FPS = 30
@@ -37,6 +37,8 @@ def record_video(
     max_steps: int = 1000,
     seed: int = EVALUATION_SEED,
     deterministic: bool = True,
+    encoder: Any = None,
+    memory: Any = None,
 ) -> Path:
     """Films one episode (in the commons one epoch of one world), with the environment's `render_fps`.
 
@@ -47,6 +49,7 @@ def record_video(
         max_steps: a longer episode is cut off after this many steps.
         seed: of the environment and of sampling.
         deterministic: the likeliest actions, or sampled ones.
+        encoder, memory: the parts of its own that the policy was trained with.
 
     Returns:
         The file.
@@ -64,9 +67,13 @@ def record_video(
         raise RunError(f"max_steps: expected at least 1, got {max_steps}")
     _imageio(out)
     config = read_config(run_directory(run_dir))
-    env: gym.Env | Commons = Commons(config.commons) if config.env == COMMONS else _renderable(config.env)
+    if config.env_from != "id":
+        raise RunError(f"{config.env!r} was handed over in Python: its files cannot make it to be filmed")
+    env: gym.Env | Commons = (
+        Commons(config.world) if isinstance(config.world, CommonsConfig) else _renderable(config.env)
+    )
     try:
-        loaded = load_weights(run_dir)
+        loaded = load_weights(run_dir, encoder=encoder, memory=memory)
         loaded.expect_spaces(env.observation_space, env.action_space, of=config.env)
         player = Player(loaded.policy, env.observation_space, env.action_space, seed=seed)
         fps = COMMONS_FPS if isinstance(env, Commons) else float(env.metadata.get("render_fps") or DEFAULT_FPS)

@@ -22,8 +22,9 @@ from typing import Any, Protocol, TextIO, runtime_checkable
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from dualhead.config import RunConfig, flat
+from dualhead.config import flat
 from dualhead.running.checkpoint import RunError, write_json
+from dualhead.running.config import RunConfig
 from dualhead.running.results import read_rows
 from dualhead.storage import write_bytes
 
@@ -382,7 +383,7 @@ def _remembered(path: Path) -> dict[str, str]:
 
 
 def _title(config: RunConfig) -> str:
-    return f"{config.env} {config.network.memory}-seed{config.seed}"
+    return f"{config.env} {config.memory_name}-seed{config.seed}"
 
 
 def _is_failing() -> bool:

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dualhead.config import StudyConfig
 from dualhead.running.results import FloatArray, Run
 from dualhead.studies.commons_measures import (
     GROUPS,
@@ -17,10 +16,12 @@ from dualhead.studies.commons_measures import (
     Span,
     closed_form_turn,
     phases_repeat,
+    rules,
     second_half,
     share,
     spans,
 )
+from dualhead.studies.config import StudyConfig
 from dualhead.studies.figures import NUM_MEANS, Figure, Line2D, band, colours, dots, legend, rolling_mean, save
 from dualhead.studies.measures import mean_of_known
 
@@ -76,7 +77,7 @@ def _overview(study: StudyConfig, runs: list[Run]) -> Figure:
 def _details(study: StudyConfig, runs: list[Run]) -> Figure:
     """The details: level, votes, norm strength, guilt, reward. What is constant is left out."""
     panels = [panel for panel in _panels(study) if _has_content(panel, runs)]
-    if all(phase.mode != "voted" for run in runs for phase in run.config.commons.phases):
+    if all(phase.mode != "voted" for run in runs for phase in rules(run.config).phases):
         panels = [panel for panel in panels if not panel.title.startswith("votes")]  # they do nothing
     panels = panels or _panels(study)[:1]
     rows = math.ceil(len(panels) / 2)
@@ -152,7 +153,7 @@ def _window(runs: list[Run]) -> int:
     config = runs[0].config
     window = max(1, len(runs[0].turns) // (2 * NUM_MEANS))
     if phases_repeat(runs):
-        period = sum(phase.num_turns or 0 for phase in config.commons.phases)
+        period = sum(phase.num_turns or 0 for phase in rules(config).phases)
         whole = math.lcm(period, config.ppo.rollout_length) // config.ppo.rollout_length
         window = math.ceil(window / whole) * whole
     return min(window, max(1, len(runs[0].turns) // 4))
@@ -174,7 +175,7 @@ def _name_phases(axes: Any, runs: list[Run]) -> None:
     total = max(run.turns[-1] for run in runs)
     common = _common_spans(runs)
     for span in common:
-        level = span.level if runs[0].config.commons.num_levels > 1 else None
+        level = span.level if rules(runs[0].config).num_levels > 1 else None
         name = span.name if level is None else f"{span.name} at level {level}"
         room = (span.end - span.begin) / total
         if len(common) > 1 and room > 0.012 * len(name):
@@ -235,7 +236,7 @@ def _has_newcomers(runs: list[Run]) -> bool:
 
 def _newcomers_are_there(run: Run) -> NDArray[np.bool_]:
     """[U]"""
-    kind = run.config.commons.resources[0]
+    kind = rules(run.config).resources[0]
     return ~np.isnan(run.column(f"newcomers/taken/{kind}"))
 
 

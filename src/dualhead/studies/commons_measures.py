@@ -10,11 +10,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dualhead.config import RunConfig, StudyConfig
 from dualhead.norms import guilt_outweighs_until, steps_until
+from dualhead.running.config import RunConfig
 from dualhead.running.results import FloatArray, Run
+from dualhead.studies.config import StudyConfig
 from dualhead.studies.measures import mean_of_known
 from dualhead.studies.tables import print_table, say, seeds_in_words, with_interval
+from dualhead.worlds.commons.config import CommonsConfig
 
 RELAPSE_SHARE = 0.5
 """A relapse is the first time that more than this share of what is taken is the harmful resource."""
@@ -32,9 +34,15 @@ class Span(NamedTuple):
     punishes: bool
 
 
+def rules(config: RunConfig) -> CommonsConfig:
+    """The commons' own settings in those of a run."""
+    assert isinstance(config.world, CommonsConfig)
+    return config.world
+
+
 def share(run: Run, harmful: str, prefix: str = "commons") -> FloatArray:
     """[U] share of the harmful resource among all that were taken; NaN where nothing was (or nobody was there)."""
-    taken = np.stack([run.column(f"{prefix}/taken/{kind}") for kind in run.config.commons.resources])
+    taken = np.stack([run.column(f"{prefix}/taken/{kind}") for kind in rules(run.config).resources])
     ours = run.column(f"{prefix}/taken/{harmful}")
     with np.errstate(invalid="ignore", divide="ignore"):
         return ours / taken.sum(0)
@@ -43,8 +51,8 @@ def share(run: Run, harmful: str, prefix: str = "commons") -> FloatArray:
 def spans(config: RunConfig) -> list[Span]:
     """The phases of a run in turns; phases that repeat are one."""
     total = math.ceil(config.total_steps / config.num_streams)
-    phases = config.commons.phases
-    if config.commons.repeat_phases:
+    phases = rules(config).phases
+    if rules(config).repeat_phases:
         return [Span("all phases", None, 0, total, punishes=True)]
     found, begin = [], 0
     modes = [phase.mode for phase in phases]
@@ -136,13 +144,13 @@ def closed_form_turn(study: StudyConfig, run: Run) -> float | None:
 
 def phases_repeat(runs: list[Run]) -> bool:
     """Whether they do in any run."""
-    return any(run.config.commons.repeat_phases for run in runs)
+    return any(rules(run.config).repeat_phases for run in runs)
 
 
 def closed_form(study: StudyConfig, config: RunConfig, strength: float) -> float:
     """Turns without punishment for which guilt outweighs what taking the harmful resource gains over the best other."""
-    values = config.commons.values
-    others = [values[kind] for kind in config.commons.resources if kind != study.harmful]
+    values = rules(config).values
+    others = [values[kind] for kind in rules(config).resources if kind != study.harmful]
     gap = values[study.harmful] - max(others, default=0.0)
     outweighs = guilt_outweighs_until(
         max(gap, 0.0),

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dualhead.config import StudyConfig
 from dualhead.running.checkpoint import RunError
 from dualhead.running.results import FloatArray, interval
+from dualhead.studies.config import StudyConfig
 from dualhead.studies.measures import Measured, curves_among
 
 try:

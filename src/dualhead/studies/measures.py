@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dualhead.config import StudyConfig
 from dualhead.running.checkpoint import RunError
 from dualhead.running.results import FloatArray, Run, interval
+from dualhead.studies.config import StudyConfig
 
 DEFAULT_MEASURES = ("evaluation/mean_return", "episode/mean_return", "steps_per_s")
 """Measures of a study that lists none; those that no run has are left out."""

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from dualhead.config import RunConfig
 from dualhead.running.checkpoint import RunError
+from dualhead.running.config import RunConfig
 from dualhead.running.results import last_steps
 from dualhead.storage import CheckpointError
 from dualhead.worlds.streams import UnavailableEnvironment
@@ -169,10 +169,11 @@ def _train(config: RunConfig) -> str | None:
     except OSError as error:
         raise RunError(f"cannot write the run directory {folder}: {error.strerror or error}") from error
     if (folder / "config.json").exists():
-        summary = resume(folder, show_progress=False)
+        # Who wrote the study's file has named its parts.
+        done = resume(folder, encoder=config.encoder, memory=config.memory, show_progress=False)
     else:
-        summary = train(config, show_progress=False)
-    return f"stopped after {summary['steps']} steps" if summary["stopped_early"] else None
+        done = train(config, show_progress=False)
+    return f"stopped after {done.summary['steps']} steps" if done.summary["stopped_early"] else None
 
 
 @contextmanager

@@ -16,10 +16,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dualhead.config import StudyConfig
 from dualhead.running.checkpoint import RunError
 from dualhead.running.results import Run
 from dualhead.storage import write_bytes
+from dualhead.studies.config import StudyConfig
 from dualhead.studies.measures import LAST_PART, Measured, numbers
 
 Row = dict[str, Any]

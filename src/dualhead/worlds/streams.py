@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import dualhead.worlds.tasks  # noqa: F401  (registers dualhead/...)
-from dualhead.config import COMMONS
+from dualhead.errors import UnavailableEnvironment
 from dualhead.norms import NormEvents
 from dualhead.storage import with_prefix, without_prefix
 from dualhead.worlds.replay import CannotReplay, as_actions
@@ -33,10 +33,6 @@ _EXTRAS = {"popgym": ("popgym-",), "minigrid": ("MiniGrid-", "BabyAI-")}
 
 
 _CANNOT_REACH = "the environments inside {} cannot be reached: make_streams makes some that can"
-
-
-class UnavailableEnvironment(RuntimeError):
-    """An environment that is unknown, not installed, or cannot be made; the message says what to do."""
 
 
 class StreamStep(NamedTuple):
@@ -278,8 +274,13 @@ def _ignored_by_children(number: signal.Signals) -> Iterator[None]:
         signal.signal(number, before)
 
 
-def make_env(env: str, **kwargs: Any) -> gym.Env:
-    """One environment by id, with what its package needs around it; see `make_streams`."""
+def make_env(env: str | Callable[..., gym.Env], **kwargs: Any) -> gym.Env:
+    """One environment, by id with what its package needs around it; see `make_streams`."""
+    if not isinstance(env, str):
+        own = env(**kwargs)
+        if not isinstance(own, gym.Env):
+            raise TypeError(f"expected a callable that makes one Gymnasium environment, got one that made {own!r}")
+        return own
     _import_extra(env)
     try:
         # The agent checks every observation and reward itself; Gymnasium's passive checker would slow each step.
@@ -309,13 +310,13 @@ def restart(streams: Streams, *, seed: int, num_steps: int) -> Any:
     return streams.reset(seed=int(np.random.SeedSequence([seed, num_steps]).generate_state(1)[0] >> 1))
 
 
-def environment_ids() -> list[str]:
-    """Every name that can be trained here: ours, Gymnasium's, and those of installed extras."""
+def gymnasium_ids() -> list[str]:
+    """Ids of Gymnasium's environments, ours and those of installed extras among them."""
     for package in _EXTRAS:
         if importlib.util.find_spec(package) is not None:
             importlib.import_module(package)
     own = "phys2d", "tabular", "GymV21", "GymV26"
-    return sorted([COMMONS, *(name for name in gym.registry if not name.startswith(own))])
+    return [name for name in gym.registry if not name.startswith(own)]
 
 
 def _import_extra(env: str) -> None:

@@ -9,8 +9,8 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
-from dualhead.config import CommonsConfig
-from dualhead.worlds.commons import Commons
+from dualhead.worlds.commons.config import CommonsConfig
+from dualhead.worlds.commons.world import Commons
 from dualhead.worlds.streams import UnavailableEnvironment
 
 try:

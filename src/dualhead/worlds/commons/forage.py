@@ -16,7 +16,7 @@ from gymnasium import spaces
 from torch import Generator, Tensor
 
 from dualhead.types import Observations
-from dualhead.worlds.commons_actions import MOVES
+from dualhead.worlds.commons.actions import MOVES
 
 EMPTY = 0
 

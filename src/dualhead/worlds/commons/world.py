@@ -29,12 +29,12 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dualhead.config import CommonsConfig, Phase
 from dualhead.norms import NormEvents
 from dualhead.storage import CheckpointError, fill, with_prefix
-from dualhead.worlds import commons_view
-from dualhead.worlds.commons_actions import NO_VOTE, VOTE_DOWN, VOTE_UP, Actions
-from dualhead.worlds.commons_forage import Forage, Menus, Patches
+from dualhead.worlds.commons import view
+from dualhead.worlds.commons.actions import NO_VOTE, VOTE_DOWN, VOTE_UP, Actions
+from dualhead.worlds.commons.config import CommonsConfig, Phase
+from dualhead.worlds.commons.forage import Forage, Menus, Patches
 from dualhead.worlds.streams import StreamStep
 
 _WHOLE = 1_000_000
@@ -50,7 +50,7 @@ class Commons:
         agent.record(step.rewards, step.terminated, step.truncated, final_observations=..., events=worlds.events)
 
     Observations, tensors by name:
-        grid [R + 1, D, D] uint8, or menu [slots · R] float32: see `commons_forage`.
+        grid [R + 1, D, D] uint8, or menu [slots · R] float32: see `forage`.
         scalars [4] float32 in [0, 1]: p of the level (0 where hidden); the harm that the next reward pays for, as a
             share of the most that others can do in a turn; whether the last turn brought a punishment; whether the next
             turn is for votes.
@@ -78,7 +78,7 @@ class Commons:
         if num_worlds < 1:
             raise ValueError(f"num_worlds: expected at least 1, got {num_worlds}")
         self.config = config = config or CommonsConfig()
-        self.num_worlds, self.num_agents = num_worlds, config.num_agents
+        self.num_worlds, self.num_agents, self.resources = num_worlds, config.num_agents, config.resources
         self.num_streams = num_worlds * config.num_agents
         self.device = device = torch.device(device)
         self.forage: Forage
@@ -338,14 +338,14 @@ class Commons:
     def from_ascii(
         cls, drawings: Sequence[str], config: CommonsConfig, *, device: torch.device | str = "cpu", seed: int = 0
     ) -> Commons:
-        """Worlds that begin their first epoch as drawn, one drawing each; see `commons_view`.
+        """Worlds that begin their first epoch as drawn, one drawing each; see `view`.
 
         Raises:
             ValueError: a drawing is not one of a world of this configuration.
         """
         worlds = cls(config, num_worlds=len(drawings), device=device)
         worlds.reset(seed=seed)
-        parsed = [commons_view.parse(drawing, config.resources, config.num_agents) for drawing in drawings]
+        parsed = [view.parse(drawing, config.resources, config.num_agents) for drawing in drawings]
         codes = [patch for patches, _ in parsed for patch in patches]
         agents = [position for _, positions in parsed for position in positions or []]
         if len({patch.shape for patch in codes}) > 1 or len(agents) not in (0, len(codes)):
@@ -356,13 +356,13 @@ class Commons:
     def ascii(self, world: int = 0) -> str:
         """A drawing of one world that `from_ascii` reads."""
         codes, agents = self._scene(world)
-        return commons_view.draw(codes, agents, self.config.resources)
+        return view.draw(codes, agents, self.config.resources)
 
     def frame(self, world: int = 0) -> NDArray[np.uint8]:
         """A picture of one world [height, width, 3]: patches, the last votes, punishments, and the level's bar."""
         codes, agents = self._scene(world)
         streams = self._streams_of(world)
-        return commons_view.frame(
+        return view.frame(
             codes,
             agents,
             num_kinds=len(self.config.resources),

@@ -1,0 +1,293 @@
+"""Settings of a run, their defaults, and those that were tuned for single environments."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import Field, SerializeAsAny, ValidationInfo, field_validator, model_validator
+
+from dualhead.config import (
+    SPEC,
+    Config,
+    NetworkConfig,
+    NonNegativeInt,
+    NormConfig,
+    PositiveInt,
+    PPOConfig,
+    TurnoverConfig,
+    WorldConfig,
+    merged,
+)
+from dualhead.worlds.commons.config import COMMONS
+from dualhead.worlds.registry import world_settings
+
+EVAL_EPISODES = 20
+"""Episodes of an evaluation."""
+EVALUATION_SEED = 10_000
+"""Of an evaluation's environments and of sampled actions."""
+
+
+class RunConfig(Config):
+    """A training run: which environment, for how long, where."""
+
+    env: str = Field(description="`commons`, or a Gymnasium id: `dualhead envs` lists them.")
+    encoder: str | None = Field(
+        default=None, description="An encoder of your own, MODULE:NAME; None: the one that `network` describes."
+    )
+    memory: str | None = Field(
+        default=None, description="A recurrent core of your own, MODULE:NAME; None: `network.memory`."
+    )
+    env_from: Literal["id", "callable", "streams"] = Field(
+        default="id",
+        description="Whether `env` is an id, or the name of a callable or of streams that Python handed over: only who "
+        "hands them over again can resume or play the run.",
+    )
+    learning_rate_from: Literal["config", "callable"] = Field(
+        default="config", description="Whether `ppo.learning_rate` holds, or a schedule that Python handed over."
+    )
+    preset: Literal["default", "tuned", "spec"] = Field(
+        default="default",
+        description="Where settings come from that are not given: our defaults for any environment, the settings that "
+        "were tuned for this one (`dualhead train` takes them where there are any), or the specification's class.",
+    )
+    total_steps: PositiveInt = Field(default=100_000, description="Environment steps over all streams.")
+    num_envs: PositiveInt = Field(
+        default=16, description="Environments, or worlds of several agents, stepped side by side."
+    )
+    vectorization: Literal["sync", "async"] = Field(
+        default="sync", description="Environments in this process, or one process each (slow environments)."
+    )
+    seed: NonNegativeInt = Field(default=0, description="Seed of everything random; same seed, same run on CPU.")
+    run_dir: str | None = Field(default=None, description="Where results go; default runs/ENV/MEMORY-seedN.")
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="Where networks and rollouts live.")
+    num_threads: PositiveInt | None = Field(default=None, description="Threads of torch; default: as torch decides.")
+    checkpoint_every: PositiveInt = Field(default=50_000, description="Environment steps between checkpoints.")
+    keep_checkpoints: PositiveInt = Field(
+        default=2, description="How many of the newest checkpoints stay; the best one does."
+    )
+    log_to: tuple[Literal["wandb", "mlflow"], ...] = Field(
+        default=(), description="Also log to Weights & Biases or MLflow, beside TensorBoard and metrics.csv."
+    )
+    eval_episodes: NonNegativeInt = Field(
+        default=EVAL_EPISODES,
+        description="Episodes of an evaluation (the same number for each agent of a world); 0: none at the end.",
+    )
+    eval_every: NonNegativeInt = Field(
+        default=0,
+        description="Environment steps between evaluations during training, the best of which is kept; 0: none.",
+    )
+    policies: Literal["shared", "independent"] = Field(
+        default="shared", description="Of several agents: one policy for all, or a policy and optimiser for each."
+    )
+    enforce_norms: bool = Field(
+        default=False,
+        description="Add the guilt of internalised norms to the rewards, in a world that tells of punishments.",
+    )
+    network: NetworkConfig = Field(default_factory=NetworkConfig, description="Shape of the policy.")
+    ppo: PPOConfig = Field(default_factory=PPOConfig, description="The update.")
+    world: SerializeAsAny[WorldConfig] = Field(
+        default_factory=WorldConfig,
+        validate_default=True,
+        description="Settings of the world's own class; `CommonsConfig` of the commons.",
+    )
+    norms: NormConfig = Field(default_factory=NormConfig, description="How fast norms form, fade and weigh.")
+    turnover: TurnoverConfig = Field(default_factory=TurnoverConfig, description="When newcomers take whose place.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _begin_with_the_preset(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or given.get("preset", "default") not in ("tuned", "spec"):
+            return given
+        preset, env = given["preset"], str(given.get("env"))
+        is_id = given.get("env_from", "id") == "id"
+        if preset == "tuned" and not (is_id and tuned_settings(env)):
+            raise ValueError(
+                f"preset='tuned': nothing was tuned for {env!r}, only for {', '.join(TUNED)}; expected 'default'"
+            )
+        # Of a settings object those fields count that its maker named: PPOConfig(gamma=0.9) is one setting.
+        given = {
+            name: {field: getattr(value, field) for field in value.model_fields_set}
+            if isinstance(value, Config)
+            else value
+            for name, value in given.items()
+        }
+        return merged(preset_settings(preset, env, independent=given.get("policies") == "independent"), given)
+
+    @field_validator("world", mode="before")
+    @classmethod
+    def _of_the_world_s_own_class(cls, given: Any, info: ValidationInfo) -> Any:
+        env, is_id = info.data.get("env", ""), info.data.get("env_from") == "id"
+        settings = world_settings(env) if is_id else WorldConfig
+        if type(given) is WorldConfig and given == WorldConfig():
+            given = {}
+        if isinstance(given, Mapping):
+            given = settings(**given)
+        if not isinstance(given, settings):
+            raise ValueError(f"expected {settings.__name__}(...) for {env!r}, got {given!r}")
+        if is_id and settings is WorldConfig and given != WorldConfig():
+            raise ValueError(f"{env!r} has no settings of its own, got {given!r}")
+        return given
+
+    @property
+    def memory_name(self) -> str:
+        """What the recurrent core is called."""
+        return self.network.memory if self.memory is None else self.memory.rpartition(":")[2]
+
+    @property
+    def num_streams(self) -> int:
+        """Streams of experience, over all learners."""
+        return self.num_envs * self.world.num_agents
+
+    @model_validator(mode="after")
+    def _minibatch_fits(self) -> RunConfig:
+        per_learner = self.num_envs if self.policies == "independent" else self.num_streams
+        rollout_steps = per_learner * self.ppo.rollout_length
+        if self.ppo.batch_size > rollout_steps:
+            raise ValueError(
+                f"a rollout of {per_learner} streams x {self.ppo.rollout_length} steps = {rollout_steps} "
+                f"steps does not fill one minibatch of batch_size={self.ppo.batch_size}: raise rollout_length "
+                f"or num_envs, or lower batch_size to at most {rollout_steps}"
+            )
+        rollout_steps = self.num_streams * self.ppo.rollout_length
+        if self.total_steps < rollout_steps:
+            raise ValueError(
+                f"total_steps={self.total_steps} ends before the first update: one rollout is {self.num_streams} "
+                f"streams x {self.ppo.rollout_length} steps = {rollout_steps}; raise total_steps, or lower num_envs or "
+                f"rollout_length"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _agents_and_events_fit(self) -> RunConfig:
+        world, turnover = self.world, self.turnover
+        if type(world) is WorldConfig and world.num_agents == 1:
+            for name, asked in (
+                ("policies", self.policies == "independent"),
+                ("turnover", turnover.first_turn is not None),
+            ):
+                if asked:
+                    raise ValueError(f"{name}: expected a world of several agents, and {self.env!r} has one")
+        if turnover.num_agents > world.num_agents:
+            raise ValueError(
+                f"turnover.num_agents={turnover.num_agents}: expected at most the {world.num_agents} agents of a world"
+            )
+        num_turns = self.total_steps // self.num_streams
+        if (turnover.first_turn or 0) > num_turns:
+            raise ValueError(
+                f"turnover.first_turn={turnover.first_turn} comes after the run: total_steps={self.total_steps} are "
+                f"{num_turns} turns of {self.num_streams} agents"
+            )
+        if self.enforce_norms and not world.resources:
+            raise ValueError(
+                f"enforce_norms: expected a world that says who took and was punished for which resource, and "
+                f"{self.env!r} does not"
+            )
+        if self.enforce_norms and self.norms.mode != "resource":
+            raise ValueError(
+                f"norms.mode={self.norms.mode!r}: {self.env!r} tells who took and was punished for which resource; "
+                f"expected norms.mode='resource'"
+            )
+        if self.norms.resources not in (NormConfig().resources, world.resources):
+            raise ValueError(f"norms.resources: {self.env!r} has {world.resources}, got {self.norms.resources}")
+        return self
+
+
+# Settings found by experiment for single environments (docs/log.md says how), over those of the specification's class
+# on segments of 16. First matching pattern wins; a field lies in RunConfig, or under `network` / `ppo`.
+_SEGMENTS = {"ppo": {"sequence_length": 16, "state_refresh": "once", "bootstrap_last": True}}
+TUNED: dict[str, dict[str, Any]] = {
+    "dualhead/CartPoleNoVel-v1": {
+        "total_steps": 50_000,
+        "num_envs": 8,
+        "network": {"hidden_size": 64, "encoder_sizes": (64,)},
+        "ppo": {
+            "rollout_length": 128,
+            "batch_size": 256,
+            "num_epochs": 10,
+            "learning_rate": 1e-3,
+            "learning_rate_schedule": "linear",
+            "gae_lambda": 0.98,
+            "entropy_coef": 0.0,
+            "normalize_advantages": "minibatch",
+            "normalize_observations": True,
+            "normalize_rewards": True,
+        },
+    },
+    "dualhead/RecallCue-v0": {
+        "total_steps": 200_000,
+        "num_envs": 32,
+        "network": {"hidden_size": 128, "encoder_sizes": (64,), "forget_bias": 2.0},
+        "ppo": {
+            "rollout_length": 64,
+            "sequence_length": 32,
+            "batch_size": 512,
+            "num_epochs": 8,
+            "gae_lambda": 0.5,
+            "normalize_advantages": "minibatch",
+            "learning_rate": 1e-3,
+            "learning_rate_schedule": "linear",
+        },
+    },
+    COMMONS: {
+        "total_steps": 300_000,
+        "num_envs": 4,
+        "network": {"hidden_size": 64, "encoder_sizes": (64,)},
+        "ppo": {
+            "rollout_length": 50,
+            "batch_size": 500,
+            "learning_rate": 1e-3,
+            "gamma": 0.95,
+            "normalize_rewards": True,
+        },
+    },
+    "popgym-RepeatPrevious*": {
+        "total_steps": 1_500_000,
+        "num_envs": 64,
+        "network": {"hidden_size": 128, "encoder_sizes": (64,)},
+        "ppo": {
+            "rollout_length": 64,
+            "batch_size": 1024,
+            "num_epochs": 4,
+            "learning_rate": 1e-3,
+            "learning_rate_schedule": "linear",
+            "gamma": 0.95,
+        },
+    },
+}
+
+
+def tuned_settings(env: str) -> dict[str, Any]:
+    """What `TUNED` has for an environment id, nested as RunConfig is; empty where nothing was tuned."""
+    for pattern, settings in TUNED.items():
+        if fnmatch.fnmatchcase(env, pattern):
+            return settings
+    return {}
+
+
+def preset_settings(preset: str, env: str, *, independent: bool = False) -> dict[str, Any]:
+    """Every setting that a preset has for an environment id, nested as RunConfig is; none where that is our default.
+
+    Args:
+        preset, env: which.
+        independent: each agent has a policy of its own. The tuned minibatch is of all agents together, more than a
+            rollout of one: it gets the specification's.
+    """
+    if preset == "spec":
+        return SPEC
+    tuned = tuned_settings(env) if preset == "tuned" else {}
+    if not tuned:
+        return {}
+    settings = merged(merged(SPEC, _SEGMENTS), tuned)
+    return merged(settings, {"ppo": {"batch_size": SPEC["ppo"]["batch_size"]}}) if independent else settings
+
+
+def planned(env: str, **settings: Any) -> RunConfig:
+    """Settings of a run: where no preset is asked for those that were tuned for this environment, if there are any.
+
+    Raises:
+        SettingsError: they are not possible.
+    """
+    is_tuned = settings.get("env_from", "id") == "id" and tuned_settings(env)
+    return RunConfig(**{"env": env, "preset": "tuned" if is_tuned else "default"} | settings)

@@ -1,0 +1,99 @@
+"""The environment of a run: named by its settings, or handed over by who calls from Python."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any, TypeGuard
+
+import gymnasium as gym
+import torch
+from gymnasium.vector import VectorEnv
+
+from dualhead.config import WorldConfig
+from dualhead.errors import RunError
+from dualhead.running.config import RunConfig
+from dualhead.worlds.registry import open_world
+from dualhead.worlds.streams import GymnasiumStreams, Streams, make_streams
+
+Environment = Callable[[], gym.Env] | Streams | VectorEnv
+"""What Python may hand over instead of an id: what makes one environment, or streams that are there already."""
+
+
+def settings_of(env: str | Environment) -> dict[str, Any]:
+    """What `RunConfig` says of an environment: its name, where it is from, and of streams how many and whose they are.
+
+    Raises:
+        TypeError: it is none.
+        ValueError: it is a vector environment that fills in steps (see `GymnasiumStreams`).
+    """
+    if isinstance(env, str):
+        return {"env": env}
+    if is_streams(env):
+        streams = as_streams(env)
+        num_agents = getattr(streams, "num_agents", 1)
+        return {
+            "env": _name(getattr(getattr(streams, "envs", streams), "spec", None) or type(env)),
+            "env_from": "streams",
+            "num_envs": streams.num_streams // num_agents,
+            "world": WorldConfig(num_agents=num_agents, resources=tuple(getattr(streams, "resources", ()))),
+        }
+    if callable(env):
+        return {"env": _name(env), "env_from": "callable"}
+    raise TypeError(
+        f"env: expected an environment id, a callable that makes one environment, a Gymnasium vector environment, or "
+        f"Streams, got {env!r}" + ("; pass lambda: ... that makes it" if isinstance(env, gym.Env) else "")
+    )
+
+
+def is_streams(env: Any) -> TypeGuard[Streams | VectorEnv]:
+    """Whether these are streams, or a vector environment, rather than what makes an environment."""
+    if isinstance(env, str | type):
+        return False
+    return isinstance(env, VectorEnv) or all(hasattr(env, name) for name in ("num_streams", "reset", "step"))
+
+
+def as_streams(env: Streams | VectorEnv) -> Streams:
+    """The same as `Streams`."""
+    return GymnasiumStreams(env) if isinstance(env, VectorEnv) else env
+
+
+def _name(of: Any) -> str:
+    """What an environment is called in messages and in the name of its run's directory."""
+    given = getattr(of, "id", None) or getattr(of, "__name__", None) or type(of).__name__
+    return re.sub(r"[^\w.-]+", "-", given).strip("-.") or "environment"
+
+
+def open_streams(
+    config: RunConfig,
+    env: Environment | None = None,
+    *,
+    num_envs: int | None = None,
+    vectorization: str = "sync",
+    device: torch.device | str = "cpu",
+) -> Streams:
+    """The streams of a run's environment; those that were handed over belong to who did.
+
+    Args:
+        config: of the run.
+        env: in place of the environment that the settings name.
+        num_envs: environments (or worlds); None: as configured.
+        vectorization: of Gymnasium environments, see `make_streams`.
+        device: of a batched world.
+
+    Raises:
+        UnavailableEnvironment: it cannot be made.
+        RunError: the settings name none that could be made.
+    """
+    num_envs = config.num_envs if num_envs is None else num_envs
+    if env is None:
+        if config.env_from != "id":
+            raise RunError(
+                f"the environment {config.env!r} of this run was handed over in Python, as {config.env_from}, and its "
+                f"files cannot make it: call the function of the same name in Python with env=..., such as "
+                f"dualhead.resume(run, env=...)"
+            )
+        return open_world(config.env, config.world, num_envs=num_envs, vectorization=vectorization, device=device)
+    if is_streams(env):
+        return as_streams(env)
+    return make_streams(env, num_envs, vectorization=vectorization)  # type: ignore[arg-type]

@@ -1,0 +1,72 @@
+"""Evaluations while a run trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from dualhead.running.checkpoint import save_best
+from dualhead.running.config import EVAL_EPISODES
+from dualhead.running.environment import Environment, is_streams, open_streams
+from dualhead.running.evaluation import SELECTION_SEED, evaluation_size, play_episodes
+from dualhead.running.randomness import preserved_randomness
+from dualhead.running.session import Session
+from dualhead.running.writers import CSVWriter
+from dualhead.types import DataError
+
+
+class Evaluator:
+    """Evaluates a session's policy in environments of its own; rows of `evaluations.csv`, and the best checkpoint.
+
+    Training does not notice: global random states are as before.
+
+    Args:
+        session: whose policy plays.
+        run_dir: of the run.
+        env: what to play in; None: what the run's settings name.
+        resume_at: environment steps of the checkpoint that the run goes on from.
+    """
+
+    def __init__(
+        self, session: Session, run_dir: Path, *, env: Environment | None = None, resume_at: int | None = None
+    ) -> None:
+        self._session, self._run_dir, self._env = session, run_dir, env
+        self._writer = CSVWriter(run_dir, name="evaluations.csv", resume_at=resume_at)
+        self._num_envs, self._episodes = evaluation_size(session.config, session.config.eval_episodes or EVAL_EPISODES)
+        self._streams: Any = None
+        self._last: tuple[int, dict[str, float]] = (-1, {})
+
+    def __enter__(self) -> Evaluator:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._writer.close()
+        if self._streams is not None and not is_streams(self._env):
+            self._streams.close()
+
+    def evaluate(self) -> dict[str, float]:
+        """Plays episodes; metrics `evaluation/*`. The best by mean return is kept as `best.safetensors`.
+
+        Raises:
+            DataError: the environment gave what a policy cannot look at.
+            RunError: something cannot be written.
+        """
+        session, num_steps = self._session, self._session.learner.num_steps
+        if self._last[0] == num_steps:
+            return self._last[1]
+        with preserved_randomness():
+            if self._streams is None:
+                self._streams = open_streams(session.config, self._env, num_envs=self._num_envs)
+            try:
+                policy = session.learner.policy
+                played = play_episodes(policy, self._streams, episodes=self._episodes, seed=SELECTION_SEED)
+                summary = played.summary()
+            except DataError as error:
+                raise DataError(f"in an evaluation, {error}") from error
+        if self._writer.last_steps != num_steps:  # a run that was killed after this evaluation makes it once more
+            self._writer.write(num_steps, summary)
+        if session.config.eval_every:
+            save_best(self._run_dir, *session.learner.state(), score=summary["mean_return"])
+        metrics = {f"evaluation/{name}": value for name, value in summary.items()}
+        self._last = num_steps, metrics
+        return metrics

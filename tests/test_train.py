@@ -1,0 +1,264 @@
+"""`dualhead.train` from Python: environments, parts, writers, hooks and schedules that a user hands over."""
+
+import csv
+import json
+import subprocess
+import sys
+
+import gymnasium as gym
+import pytest
+import torch
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+
+import dualhead
+from dualhead import Commons, CommonsConfig, DualHeadRecurrentPPO, NetworkConfig, PPOConfig, RunError, SettingsError
+from dualhead.cli import main
+from dualhead.running.checkpoint import read_config
+from dualhead.running.config import planned
+from dualhead.worlds.tasks import RecallCue
+
+OWN_PARTS = """
+from torch import nn
+from dualhead import MemoryCell, RecurrentState
+
+class MyEncoder(nn.Module):
+    def __init__(self, observation_space):
+        super().__init__()
+        self.num_features = 6
+        self.layer = nn.Linear(observation_space.shape[0], 6)
+
+    def forward(self, observations):
+        return self.layer(observations["observation"]).relu()
+
+class MyCell(MemoryCell):
+    def __init__(self, input_size, hidden_size):
+        super().__init__(hidden_size, state_shapes={"h": (1, hidden_size)})
+        self.cell = nn.RNNCell(input_size, hidden_size)
+
+    def step(self, features, state):
+        h = self.cell(features, state.h[0])
+        return h, RecurrentState(h=h[None])
+"""
+SMALL = {
+    "total_steps": 200,
+    "num_envs": 2,
+    "eval_episodes": 0,
+    "show_progress": False,
+    "network": NetworkConfig(hidden_size=8, encoder_sizes=(8,)),
+    "ppo": PPOConfig(rollout_length=25, batch_size=25, num_epochs=1, sequence_length=5),
+}
+
+
+def make_cue():
+    return RecallCue(delay=3)
+
+
+def rows(run):
+    with (run / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def weights(result):
+    return torch.nn.utils.parameters_to_vector(result.agent.policy.parameters()).detach()
+
+
+def test_an_id_gives_the_run_of_the_command_line(tmp_path):
+    result = dualhead.train("CartPole-v1", run_dir=str(tmp_path / "python"), **SMALL)
+    assert isinstance(result.agent, DualHeadRecurrentPPO)
+    assert result.summary["steps"] == result.agent.num_steps == 200
+    options = "--total-steps 200 --num-envs 2 --eval-episodes 0 --hidden-size 8 --encoder-sizes 8 --rollout-length 25"
+    options += f" --batch-size 25 --num-epochs 1 --sequence-length 5 --run-dir {tmp_path / 'line'}"
+    assert main(["train", "CartPole-v1", *options.split()]) == 0
+    python, line = (read_config(tmp_path / name).model_dump(exclude={"run_dir"}) for name in ("python", "line"))
+    assert python == line
+    saved = dualhead.load_policy(tmp_path / "line")
+    assert torch.equal(torch.nn.utils.parameters_to_vector(saved.policy.parameters()), weights(result))
+
+
+def test_tuned_settings_are_used_and_lie_under_what_is_given():
+    tuned = planned("dualhead/CartPoleNoVel-v1", ppo=PPOConfig(gamma=0.9))
+    assert (tuned.preset, tuned.ppo.gamma, tuned.ppo.gae_lambda, tuned.ppo.rollout_length) == ("tuned", 0.9, 0.98, 128)
+    assert planned("CartPole-v1").preset == "default"
+    with pytest.raises(SettingsError, match=r"^ppo\.gama: Extra inputs"):
+        planned("dualhead/CartPoleNoVel-v1", ppo={"gama": 0.9})
+
+
+def test_a_callable_makes_environments_for_training_and_evaluation(tmp_path):
+    run = tmp_path / "run"
+    settings = SMALL | {"eval_episodes": 3, "run_dir": str(run)}
+    summary = dualhead.train(make_cue, **settings).summary
+    assert summary["evaluation"]["mean_length"] == 5  # the cue, three steps, the answer
+    said = json.loads((run / "config.json").read_text())
+    assert (said["env"], said["env_from"]) == ("make_cue", "callable")
+    for call in (lambda: dualhead.resume(run, total_steps=300), lambda: dualhead.evaluate(run, episodes=1)):
+        with pytest.raises(RunError, match=r"env=\.\.\."):
+            call()
+    assert dualhead.evaluate(run, env=make_cue, episodes=4).lengths == [5, 5, 5, 5]
+    assert dualhead.resume(run, env=make_cue, total_steps=300, show_progress=False).summary["steps"] == 300
+    dualhead.train("CartPole-v1", **SMALL, run_dir=str(tmp_path / "id"))
+    with pytest.raises(RunError, match="env: this run was begun without"):
+        dualhead.resume(tmp_path / "id", env=make_cue)
+
+
+def test_a_vector_environment_is_trained_in_and_stays_open(tmp_path):
+    settings = {name: value for name, value in SMALL.items() if name not in ("num_envs", "eval_episodes")}
+    envs = SyncVectorEnv([make_cue] * 2, autoreset_mode=AutoresetMode.SAME_STEP)
+    result = dualhead.train(envs, **settings, run_dir=str(tmp_path / "run"))
+    same = dualhead.train(make_cue, **SMALL, run_dir=str(tmp_path / "same"))
+    torch.testing.assert_close(weights(result), weights(same), rtol=0, atol=0)
+    envs.reset()  # a closed one would raise
+    assert "evaluation" not in result.summary
+    with pytest.raises(RunError, match="pass eval_env="):
+        dualhead.train(envs, **settings, eval_episodes=2, run_dir=str(tmp_path / "other"))
+    evaluated = dualhead.train(
+        envs, **settings, eval_env=make_cue, eval_episodes=2, run_dir=str(tmp_path / "evaluated")
+    )
+    assert evaluated.summary["evaluation"]["episodes"] == 2
+    with pytest.raises(TypeError, match="num_envs: the environment that was given decides"):
+        dualhead.train(envs, **settings, num_envs=2)
+    with pytest.raises(ValueError, match="SAME_STEP"):
+        dualhead.train(SyncVectorEnv([make_cue] * 2), **settings)
+
+
+def test_streams_bring_their_agents_and_events(tmp_path):
+    """The same commons by name and as an object."""
+    rules = CommonsConfig(form="bandit", num_agents=3)
+    ppo = PPOConfig(rollout_length=10, batch_size=20, num_epochs=1, sequence_length=5)
+    settings = {**SMALL, "ppo": ppo, "total_steps": 120, "policies": "independent", "enforce_norms": True}
+    named = dualhead.train("commons", world=rules, preset="default", **settings, run_dir=str(tmp_path / "named"))
+    del settings["num_envs"]
+    given = dualhead.train(Commons(rules, num_worlds=2), **settings, run_dir=str(tmp_path / "given"))
+    config = read_config(tmp_path / "given")
+    assert (config.env, config.env_from, config.num_envs, config.num_streams) == ("Commons", "streams", 2, 6)
+    assert config.world.resources == rules.resources
+    torch.testing.assert_close(weights(given), weights(named), rtol=0, atol=0)
+    going_on = dualhead.resume(
+        tmp_path / "given", env=Commons(rules, num_worlds=2), total_steps=180, show_progress=False
+    )
+    assert going_on.summary["steps"] == 180
+
+
+@pytest.mark.parametrize("env", [None, 3, gym.make("CartPole-v1")])
+def test_what_is_no_environment_is_refused(env):
+    with pytest.raises(TypeError, match="env: expected an environment id, a callable"):
+        dualhead.train(env, **SMALL)
+    with pytest.raises(TypeError, match="expected a callable that makes one Gymnasium environment"):
+        dualhead.train(lambda: env and 3, **SMALL)
+
+
+class Notes:
+    """A writer that remembers."""
+
+    def __init__(self):
+        self.written, self.num_closed = [], 0
+
+    def write(self, num_steps, metrics):
+        self.written.append((num_steps, dict(metrics)))
+
+    def close(self):
+        self.num_closed += 1
+
+
+def test_writers_and_a_hook_that_stops_the_run(tmp_path):
+    notes, run = Notes(), tmp_path / "run"
+
+    def on_update(session, metrics):
+        metrics["mine/answer"] = 42.0
+        session.learning_rate = 1e-4
+        return session.learner.num_steps >= 100
+
+    summary = dualhead.train(
+        "CartPole-v1", **SMALL | {"eval_episodes": 1}, run_dir=str(run), writers=[notes], on_update=on_update
+    ).summary
+    assert (summary["steps"], summary["stopped_early"], summary["evaluation"]["episodes"]) == (100, True, 1)
+    assert [steps for steps, _ in notes.written] == [50, 100]
+    assert [float(row["mine/answer"]) for row in rows(run)] == [42.0, 42.0]
+    assert [metrics["update/learning_rate"] for _, metrics in notes.written] == [PPOConfig().learning_rate, 1e-4]
+    assert notes.num_closed == 1
+    # What the hook had set holds on without it.
+    assert dualhead.resume(run, show_progress=False).summary["metrics"]["update/learning_rate"] == 1e-4
+    with pytest.raises(TypeError, match="expected a writer"):
+        dualhead.train("CartPole-v1", **SMALL, writers=[Notes])
+
+
+def test_a_writer_is_closed_where_the_hook_fails(tmp_path):
+    notes = Notes()
+    with pytest.raises(ZeroDivisionError):
+        dualhead.train("CartPole-v1", **SMALL, run_dir=str(tmp_path), writers=[notes], on_update=lambda *_: 1 / 0)
+    assert notes.num_closed == 1
+
+
+def test_a_schedule_sets_the_learning_rate(tmp_path):
+    """Four updates of 50 of 200 steps: progress before each is 0, 1/4, 1/2, 3/4."""
+    run = tmp_path / "run"
+
+    def schedule(progress):
+        return 1e-3 * (1 - progress) ** 2
+
+    dualhead.train("CartPole-v1", **SMALL, run_dir=str(run), learning_rate=schedule)
+    rates = [float(row["update/learning_rate"]) for row in rows(run)]
+    assert rates == pytest.approx([1e-3, 5.625e-4, 2.5e-4, 6.25e-5])
+    assert json.loads((run / "config.json").read_text())["learning_rate_from"] == "callable"
+    with pytest.raises(RunError, match=r"learning_rate=\.\.\."):
+        dualhead.resume(run, total_steps=250)
+    dualhead.resume(run, total_steps=250, learning_rate=schedule, show_progress=False)
+    assert float(rows(run)[-1]["update/learning_rate"]) == pytest.approx(1e-3 * 0.2**2)
+
+
+def test_own_parts_by_name_and_as_objects(tmp_path, capsys, monkeypatch):
+    """A file names them and nothing imports them unasked; with them a run goes on, is played, and is exported."""
+    (tmp_path / "mine.py").write_text(OWN_PARTS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    parts = ["--encoder", "mine:MyEncoder", "--memory", "mine:MyCell"]
+    options = "--total-steps 200 --num-envs 2 --rollout-length 25 --batch-size 25 --num-epochs 1 --eval-episodes 1"
+    assert main(["train", "CartPole-v1", *options.split(), *parts, "--run-dir", "run"]) == 0
+    said = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (said["encoder"], said["memory"]) == ("mine:MyEncoder", "mine:MyCell")
+    monkeypatch.delitem(sys.modules, "mine")
+    capsys.readouterr()
+    for command in (["eval", "run"], ["export", "run"], ["resume", "run", "--total-steps", "250"]):
+        assert main(command) == 1
+        assert "--encoder mine:MyEncoder" in capsys.readouterr().err
+    assert "mine" not in sys.modules
+    assert main(["eval", "run", "--episodes", "1", *parts]) == 0
+    assert main(["resume", "run", "--total-steps", "250", *parts]) == 0
+    mine = sys.modules["mine"]
+    again = dualhead.train(
+        "CartPole-v1",
+        **{name: SMALL[name] for name in ("total_steps", "num_envs", "show_progress")},
+        ppo={"rollout_length": 25, "batch_size": 25, "num_epochs": 1},
+        eval_episodes=1,
+        encoder=mine.MyEncoder,
+        memory=mine.MyCell,
+        run_dir=str(tmp_path / "again"),
+    )
+    assert read_config(tmp_path / "again").encoder == "mine:MyEncoder"
+    player = dualhead.load_policy(tmp_path / "again", encoder=mine.MyEncoder, memory=mine.MyCell)
+    assert torch.equal(torch.nn.utils.parameters_to_vector(player.policy.parameters()), weights(again))
+    for wrong, message in (("mine", "MODULE:NAME"), ("nowhere:X", "cannot import 'nowhere'"), ("mine:X", "has no X")):
+        assert main(["train", "CartPole-v1", "--encoder", wrong]) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_an_imported_module_brings_a_world_and_its_options(tmp_path, capsys, monkeypatch):
+    (tmp_path / "my_world.py").write_text(
+        "from pydantic import Field\n"
+        "from dualhead import CommonsConfig, Commons, WorldConfig, register_world\n"
+        "class MyConfig(WorldConfig):\n"
+        "    '''A small commons.'''\n"
+        "    num_agents: int = Field(default=2, description='Agents.')\n"
+        "    payoff: float = Field(default=1.0, description='What A pays.')\n"
+        "def open_mine(settings, *, num_worlds, device):\n"
+        "    rules = CommonsConfig(form='bandit', num_agents=settings.num_agents)\n"
+        "    return Commons(rules, num_worlds=num_worlds, device=device)\n"
+        "register_world('mine', MyConfig, open_mine)\n"
+    )
+    command = [sys.executable, "-m", "dualhead", "train", "mine", "--import", "my_world"]
+    said = subprocess.run([*command, "--help"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert "--world.payoff FLOAT" in said
+    assert "--world.punishment" not in said
+    options = "--world.payoff 3 --total-steps 80 --num-envs 2 --rollout-length 20 --batch-size 20 --eval-episodes 0"
+    subprocess.run([*command, *options.split(), "--run-dir", "run"], cwd=tmp_path, capture_output=True, check=True)
+    world = json.loads((tmp_path / "run" / "config.json").read_text())["world"]
+    assert world == {"num_agents": 2, "resources": [], "payoff": 3.0}
