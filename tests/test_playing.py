@@ -15,7 +15,7 @@ from dualhead.networks.policy import RecurrentPolicy
 from dualhead.running.checkpoint import RunError, checkpoints, read_config
 from dualhead.running.evaluation import Evaluation, play_episodes
 from dualhead.running.session import make_learner
-from dualhead.running.video import _frames, _frames_of_commons
+from dualhead.running.video import _frames
 from dualhead.spaces import ActionSpec, ObservationSpec
 from dualhead.storage import CheckpointError
 from dualhead.types import as_numpy
@@ -207,7 +207,7 @@ def test_who_evaluates_or_films_shows_the_policy_what_was_paid(monkeypatch):
             lambda player, env: play_episodes(player.policy, env, episodes=6, deterministic=False),
         ),
         (Ticking(), lambda player, env: list(_frames(env, player, 20, seed=0, deterministic=False))),
-        (commons, lambda player, env: list(_frames_of_commons(env, player, 20, seed=0, deterministic=False))),
+        (commons, lambda player, env: list(_frames(env, player, 20, seed=0, deterministic=False))),
     ):
         paid.clear()
         shown.clear()

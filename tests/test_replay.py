@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 
 from dualhead.storage import CheckpointError, read_tensors, write_tensors
 from dualhead.worlds import vectors
-from dualhead.worlds.commons import Commons, CommonsConfig
+from dualhead.worlds.commons.config import CommonsConfig
+from dualhead.worlds.commons.world import Commons
 from dualhead.worlds.replay import ActionLog, CannotReplay, as_actions
 from dualhead.worlds.replay_trial import why_not_replayed
 from dualhead.worlds.streams import GymnasiumStreams, make_streams, restart

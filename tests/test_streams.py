@@ -7,11 +7,11 @@ from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from gymnasium.wrappers.vector import RecordEpisodeStatistics
 
+from dualhead.worlds.registry import environment_ids
 from dualhead.worlds.replay_trial import legal_action
 from dualhead.worlds.streams import (
     GymnasiumStreams,
     UnavailableEnvironment,
-    environment_ids,
     make_env,
     make_streams,
 )

@@ -19,7 +19,7 @@ from dualhead.cli import main
 from dualhead.running.checkpoint import RunError
 from dualhead.running.trainer import train
 from dualhead.running.video import record_video
-from dualhead.worlds.commons import Commons
+from dualhead.worlds.commons.world import Commons
 
 
 class Counting(gym.Env):
