@@ -331,7 +331,7 @@ def test_missing_packages_are_said(tmp_path, monkeypatch, capsys):
     real, missing = importlib.util.find_spec, "onnxruntime"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == missing else real(name, *a))
     assert main(["export", str(run), "--out", str(out)]) == 0
-    assert "not checked: ONNX Runtime is not installed (pip install onnxruntime)" in capsys.readouterr().out
+    assert "not checked: ONNX Runtime is not installed (pip install -e '.[onnx]'" in capsys.readouterr().out
     assert json.loads(out.with_suffix(".json").read_text())["verified"] is None
     out.unlink()
     missing = "onnx"

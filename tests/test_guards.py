@@ -154,6 +154,10 @@ def test_the_optimiser_and_the_count_agree_on_what_is_skipped():
 # Runs.
 
 
+TRAINING_SEEDS = (np.random.SeedSequence(0).generate_state(2) >> 1).tolist()
+"""Of a run's two environments, by its seed 0."""
+
+
 class Bad(gym.Env):
     """Episodes of 9 steps. The 20th step of every environment gives something bad; or every fifth of an evaluation."""
 
@@ -166,7 +170,7 @@ class Bad(gym.Env):
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         if seed is not None:
-            self.is_evaluated = seed >= 10_000
+            self.is_evaluated = seed >= 10_000 and seed not in TRAINING_SEEDS
         self.t = 0
         return self._see(), {}
 

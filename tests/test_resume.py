@@ -139,7 +139,7 @@ def assert_nothing_differs(run_dir, never_stopped):
 # Kills.
 
 PLACES = {
-    "step": (Session, "step"),
+    "record": (Session, "record"),
     "learn": (Session, "learn"),
     "evaluate": (trainer, "evaluate"),
     "best": (trainer, "save_best"),
@@ -515,7 +515,7 @@ def test_an_episode_that_leads_elsewhere_begins_again(tmp_path, monkeypatch):
     run_in(run, config_of("Pendulum-v1", eval_every=0))
     monkeypatch.setattr(PendulumEnv, "step", lambda self, u, step=PendulumEnv.step: step(self, 0.5 * u))
     with pytest.warns(UserWarning, match="episodes of Pendulum-v1 begin again.*: environment 0: its last observation"):
-        assert resume(run, show_progress=False)["steps"] == 420
+        assert resume(run, show_progress=False).summary["steps"] == 420
 
 
 # Evaluation on the way.

@@ -138,7 +138,7 @@ def test_an_epoch_of_the_commons(tmp_path):
     """Eight turns, from the layout that the seed gives; five pictures a second."""
     rules = CommonsConfig(num_agents=2, epoch_turns=8)
     ppo = spec_segments(rollout_length=10, batch_size=20, num_epochs=1)
-    settings = {"network": NetworkConfig.spec(hidden_size=4, encoder_sizes=(4,)), "ppo": ppo, "commons": rules}
+    settings = {"network": NetworkConfig.spec(hidden_size=4, encoder_sizes=(4,)), "ppo": ppo, "world": rules}
     run = tmp_path / "run"
     train(RunConfig(env="commons", num_envs=1, total_steps=20, eval_episodes=0, run_dir=str(run), **settings))
     out = record_video(run, tmp_path / "epoch.gif", seed=3)

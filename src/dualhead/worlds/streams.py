@@ -249,7 +249,12 @@ def make_streams(
     """
 
     def one() -> gym.Env:
-        return make_env(env, **kwargs) if isinstance(env, str) else env(**kwargs)
+        if isinstance(env, str):
+            return make_env(env, **kwargs)
+        own = env(**kwargs)
+        if not isinstance(own, gym.Env):
+            raise TypeError(f"expected a callable that makes one Gymnasium environment, got one that made {own!r}")
+        return own
 
     if vectorization == "async":
         one().close()  # its errors are clearer from this process
