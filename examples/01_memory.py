@@ -12,8 +12,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from dualhead.running.config import RunConfig
-from dualhead.running.trainer import train
+import dualhead
 
 ENV = "dualhead/CartPoleNoVel-v1"
 
@@ -29,7 +28,7 @@ scores = {}
 for memory in ("lstm", "none"):
     print(f"\n{ENV}, memory {memory}: {args.total_steps:,} steps")
     settings = {"total_steps": args.total_steps, "network": {"memory": memory}, "run_dir": str(out / memory)}
-    summary = train(RunConfig(env=ENV, preset="tuned", **settings))
+    summary = dualhead.train(ENV, preset="tuned", **settings).summary
     if summary["stopped_early"]:
         raise SystemExit(f"stopped; checkpoint: {summary['checkpoint']}")
     scores[memory] = summary["evaluation"]

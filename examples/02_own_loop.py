@@ -1,31 +1,46 @@
-"""Drive the agent from a loop of your own: one plain Gymnasium environment, three calls."""
+"""Drive the agent from loops of your own: one plain Gymnasium environment, then a vector of them."""
 
 import gymnasium as gym
 
 import dualhead.worlds.tasks  # noqa: F401  (registers dualhead/...)
 from dualhead import DualHeadRecurrentPPO, NetworkConfig, PPOConfig
 
+
+def make_agent(envs, num_streams):
+    return DualHeadRecurrentPPO(
+        getattr(envs, "single_observation_space", envs.observation_space),
+        getattr(envs, "single_action_space", envs.action_space),
+        num_streams=num_streams,
+        config=PPOConfig(rollout_length=100, batch_size=100, learning_rate=1e-3),
+        network=NetworkConfig(memory="gru", hidden_size=32, encoder_sizes=(32,)),
+    )
+
+
+def report(agent, metrics):
+    print(f"{agent.num_steps:>5} steps  reward {metrics['rollout/task_reward']:.3f}  loss {metrics['loss/total']:.3f}")
+
+
 env = gym.make("dualhead/RecallCue-v0", delay=3)
-agent = DualHeadRecurrentPPO(
-    env.observation_space,
-    env.action_space,
-    config=PPOConfig(rollout_length=100, batch_size=50, sequence_length=4, learning_rate=1e-3),
-    network=NetworkConfig(memory="gru", hidden_size=32, encoder_sizes=(32,)),
-    seed=1,
-)
+agent = make_agent(env, 1)
 observation, _ = env.reset(seed=1)
-while agent.num_steps < 1_000:
-    actions = agent.act(observation)
-    action = {head: choice[0] for head, choice in actions.items()}  # the one stream of this environment
+while agent.num_steps < 500:
+    action = agent.act(observation)
+    action = {head: choice[0] for head, choice in action.items()}  # the one stream of this environment
     next_observation, reward, terminated, truncated, _ = env.step(action)
     agent.record(reward, terminated, truncated, final_observations=next_observation)
     if terminated or truncated:
         next_observation, _ = env.reset()
     observation = next_observation
     if agent.rollout_is_ready:
-        metrics = agent.learn(observation)
-        print(
-            f"{agent.num_steps:>5} steps  reward {metrics['rollout/task_reward']:.3f}  "
-            f"entropy where {metrics['entropy/where']:.2f} what {metrics['entropy/what']:.2f}  "
-            f"state drift {metrics['state_drift/value_last']:.4f}"
-        )
+        report(agent, agent.learn(observation))
+
+# gym.make_vec's default, NEXT_STEP, fills in a step after each episode, which would be learned from.
+same_step = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}
+envs = gym.make_vec("dualhead/RecallCue-v0", 4, vectorization_mode="sync", vector_kwargs=same_step, delay=3)
+agent = make_agent(envs, 4)
+observations, _ = envs.reset(seed=1)
+while agent.num_steps < 2_000:
+    observations, rewards, terminated, truncated, infos = envs.step(agent.act(observations))
+    agent.record(rewards, terminated, truncated, final_observations=infos.get("final_obs"))
+    if agent.rollout_is_ready:
+        report(agent, agent.learn(observations))

@@ -23,7 +23,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dualhead.cli import main
 from dualhead.config import NetworkConfig, TurnoverConfig
-from dualhead.running import checkpoint, trainer, writers
+from dualhead.running import checkpoint, evaluator, trainer, writers
 from dualhead.running.checkpoint import RunError, checkpoints, locked
 from dualhead.running.config import RunConfig
 from dualhead.running.evaluation import evaluate
@@ -141,8 +141,8 @@ def assert_nothing_differs(run_dir, never_stopped):
 PLACES = {
     "record": (Session, "record"),
     "learn": (Session, "learn"),
-    "evaluate": (trainer, "evaluate"),
-    "best": (trainer, "save_best"),
+    "evaluate": (evaluator, "play_episodes"),
+    "best": (evaluator, "save_best"),
     "checkpoint": (Session, "save"),
     "json": (trainer, "write_json"),
     "fsync": (os, "fsync"),

@@ -26,6 +26,7 @@ from dualhead.spaces import (
     all_finite,
     as_tensor,
     check_leaf,
+    holds_tensors,
     non_finite_message,
     torch_dtype,
 )
@@ -636,10 +637,3 @@ def _storage_dtype(space: gym.Space, dtype: torch.dtype) -> torch.dtype:
     """Observations are kept in their own dtype, floats in the policy's."""
     own = torch_dtype(space.dtype)
     return dtype if own.is_floating_point else own
-
-
-def holds_tensors(observations: Any) -> bool:
-    """Whether nested observations are tensors, judged by the first."""
-    while isinstance(observations, dict | tuple) and len(observations):
-        observations = next(iter(observations.values() if isinstance(observations, dict) else observations))
-    return isinstance(observations, Tensor)

@@ -109,6 +109,13 @@ class ObservationSpec:
         return concatenate(self.space, rows, batch)
 
 
+def holds_tensors(observations: Any) -> bool:
+    """Whether nested observations are tensors, judged by the first."""
+    while isinstance(observations, dict | tuple) and len(observations):
+        observations = next(iter(observations.values() if isinstance(observations, dict) else observations))
+    return isinstance(observations, Tensor)
+
+
 def check_leaf(leaf: Leaf, tensor: Tensor, streams: Tensor | None = None) -> None:
     """Refuses numbers [B, ...] that are not finite, outside a Discrete space, or that storing them would change.
 

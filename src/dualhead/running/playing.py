@@ -17,7 +17,7 @@ from dualhead.networks.memory import MemoryFactory
 from dualhead.networks.policy import RecurrentPolicy
 from dualhead.population import IndependentPolicies
 from dualhead.running.checkpoint import RunError, read_newest
-from dualhead.spaces import ActionSpec, ObservationSpec, all_finite, as_tensor
+from dualhead.spaces import ActionSpec, ObservationSpec, all_finite, as_tensor, holds_tensors
 from dualhead.storage import CheckpointError, fill, read_tensors, without_prefix
 from dualhead.types import DataError, RecurrentState, on_device
 
@@ -71,8 +71,8 @@ class Player:
             deterministic: the likeliest actions, or sampled ones.
 
         Returns:
-            Actions as the action space has them, NumPy arrays with a batch axis, or without where `episode_starts`
-            was a single bool.
+            Actions as the action space has them, with a batch axis, or without where `episode_starts` was a single
+            bool: NumPy arrays, or tensors where tensors came in.
 
         Raises:
             DataError: wrong shapes, missing parts, missing rewards, non-finite numbers, a mask without a legal choice.
@@ -103,7 +103,7 @@ class Player:
         distribution = output.distribution
         chosen = distribution.mode() if deterministic else distribution.sample(self._sampling)
         self._actions = chosen
-        actions = self._action_spec.to_env(chosen, numpy=True)
+        actions = self._action_spec.to_env(chosen, numpy=not holds_tensors(observations))
         return actions if starts.ndim else _first(actions)
 
     def _rewards(self, rewards: Any, num_streams: int) -> Tensor:
