@@ -16,6 +16,7 @@ from dualhead import DataError, DualHeadRecurrentPPO, NetworkConfig
 from dualhead.cli import main
 from dualhead.learning import update
 from dualhead.running.checkpoint import checkpoints
+from dualhead.running.evaluation import SELECTION_SEED
 from dualhead.types import DivergedError
 
 NETWORK = NetworkConfig.spec(hidden_size=5, encoder_sizes=(4,))
@@ -166,7 +167,7 @@ class Bad(gym.Env):
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         if seed is not None:
-            self.is_evaluated = seed >= 10_000
+            self.is_evaluated = seed in np.random.SeedSequence(SELECTION_SEED).generate_state(2) >> 1
         self.t = 0
         return self._see(), {}
 
