@@ -268,7 +268,7 @@ def imported(tmp_path_factory):
 @forks
 @pytest.mark.usefixtures("imported")
 def test_a_killed_run_goes_on_to_the_same_bits(tmp_path):
-    places = ["after step 70", "before replace 5", "torn append 4"]
+    places = ["after record 70", "before replace 5", "torn append 4"]
     kill_and_compare(config_of(), tmp_path, places=places)
 
 
@@ -280,7 +280,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path):
     [
         ("vector lstm", ["before replace 1", "after evaluate 2", "after best 1"]),
         ("vector gru", ["before learn 2", "torn append 6", "after fsync 8"]),
-        ("image lstm", ["before step 1", "before fsync 5", "before json 1"]),
+        ("image lstm", ["before record 1", "before fsync 5", "before json 1"]),
         ("image gru", ["after checkpoint 2", "before unlink 1", "after evaluate 3"]),
         ("bandit lstm", ["before checkpoint 1", "after append 5", "after replace 6"]),
         ("bandit gru", ["after learn 3", "before best 2", "before json 1"]),
@@ -557,12 +557,17 @@ def test_the_best_checkpoint_is_chosen_on_other_episodes_than_eval_reports(tmp_p
         seeds.append(seed)
         return real(self, seed=seed)
 
+    chosen_on, save_best = set(), evaluator.save_best
     monkeypatch.setattr(streams.GymnasiumStreams, "reset", reset)
+    monkeypatch.setattr(
+        evaluator, "save_best", lambda *given, **by: chosen_on.add(seeds[-1]) or save_best(*given, **by)
+    )
     run_in(tmp_path / "run", config_of())
-    while_training = set(seeds)
-    assert len(while_training) == 2  # the run's own, and that of its evaluations
+    assert len(chosen_on) == 1
+    assert seeds[-1] not in chosen_on  # the evaluation at the end, which the summary has
     evaluate(tmp_path / "run", episodes=1)
-    assert seeds[-1] not in while_training
+    assert seeds[-1] == seeds[-2]
+    assert seeds[0] not in chosen_on | {seeds[-1]}  # the run's own
 
 
 class GlobalNoise(gym.Env):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dualhead.running.checkpoint import save_best
-from dualhead.running.config import EVAL_EPISODES
+from dualhead.running.config import EVAL_EPISODES, EVALUATION_SEED
 from dualhead.running.environment import Environment, is_streams, open_streams
 from dualhead.running.evaluation import SELECTION_SEED, evaluation_size, play_episodes
 from dualhead.running.randomness import preserved_randomness
@@ -45,7 +45,7 @@ class Evaluator:
             self._streams.close()
 
     def evaluate(self) -> dict[str, float]:
-        """Plays episodes; metrics `evaluation/*`. The best by mean return is kept as `best.safetensors`.
+        """Plays episodes on the way; metrics `evaluation/*`. The best by mean return is kept as `best.safetensors`.
 
         Raises:
             DataError: the environment gave what a policy cannot look at.
@@ -54,19 +54,32 @@ class Evaluator:
         session, num_steps = self._session, self._session.learner.num_steps
         if self._last[0] == num_steps:
             return self._last[1]
+        summary = self._play(SELECTION_SEED)
+        save_best(self._run_dir, *session.learner.state(), score=summary["mean_return"])
+        metrics = {f"evaluation/{name}": value for name, value in summary.items()}
+        self._last = num_steps, metrics
+        return metrics
+
+    def conclude(self) -> dict[str, float]:
+        """The summary of the run's last evaluation: of the episodes that `dualhead eval` plays, which chose nothing.
+
+        Raises:
+            DataError, RunError: as `evaluate`.
+        """
+        if self._session.config.eval_every:
+            self.evaluate()
+        return self._play(EVALUATION_SEED)
+
+    def _play(self, seed: int) -> dict[str, float]:
+        """Plays episodes and writes their row, unless these steps have one."""
+        session, num_steps = self._session, self._session.learner.num_steps
         with preserved_randomness():
             if self._streams is None:
                 self._streams = open_streams(session.config, self._env, num_envs=self._num_envs)
             try:
-                policy = session.learner.policy
-                played = play_episodes(policy, self._streams, episodes=self._episodes, seed=SELECTION_SEED)
-                summary = played.summary()
+                played = play_episodes(session.learner.policy, self._streams, episodes=self._episodes, seed=seed)
             except DataError as error:
                 raise DataError(f"in an evaluation, {error}") from error
         if self._writer.last_steps != num_steps:  # a run that was killed after this evaluation makes it once more
-            self._writer.write(num_steps, summary)
-        if session.config.eval_every:
-            save_best(self._run_dir, *session.learner.state(), score=summary["mean_return"])
-        metrics = {f"evaluation/{name}": value for name, value in summary.items()}
-        self._last = num_steps, metrics
-        return metrics
+            self._writer.write(num_steps, played.summary())
+        return played.summary()

@@ -348,7 +348,6 @@ def _conclude(session: Session, evaluator: Evaluator, run_dir: Path, *, interrup
         "metrics": session.metrics,
     }
     if config.eval_episodes and not interrupted:
-        evaluated = evaluator.evaluate()
-        summary["evaluation"] = {name.removeprefix("evaluation/"): value for name, value in evaluated.items()}
+        summary["evaluation"] = evaluator.conclude()
     write_json(run_dir / "summary.json", summary)
     return summary
