@@ -69,7 +69,7 @@ class Meter:
             writer.write(num_steps, metrics)
         logged = time.perf_counter()
         self.logging_s.append(logged - now)
-        self._session.save(self._run_dir)
+        self._session.save(self._run_dir, seconds=0.0)
         self._began = time.perf_counter()
         self.checkpoint_s.append(self._began - logged)
 

@@ -69,7 +69,7 @@ def packed(
     order = torch.from_numpy(begins[segment] + step).to(features.device)
     back = order.argsort()
     batch_sizes = torch.from_numpy(np.bincount(step))
-    begin = state.h if state.c is None else tuple(state)
+    begin = tuple(state) if len(state.parts) > 1 else state.h
 
     def call() -> Tensor:
         output, _ = memory.cell(PackedSequence(features.index_select(0, order), batch_sizes), begin)

@@ -42,7 +42,8 @@ def work(root: Path, workload: str, threads: int) -> None:
         began = time.perf_counter()
         while not session.learner.rollout_is_ready:
             if hasattr(session, "step"):  # in versions before the loop called these by name
-                session.step()
+                step = session.streams.step(session.learner.act(session.observations))
+                session.record(step)
             else:
                 session.record(session.streams.step(session.learner.act(session.observations)))
         rollout_ended = time.perf_counter()
