@@ -4,8 +4,10 @@ import csv
 import json
 import subprocess
 import sys
+import warnings
 
 import gymnasium as gym
+import numpy as np
 import pytest
 import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
@@ -146,6 +148,65 @@ def test_what_is_no_environment_is_refused(env):
         dualhead.train(lambda: env and 3, **SMALL)
 
 
+class Judged(gym.Env):
+    """Episodes of three steps: the last step's info has numbers, a word, an array, and what a wrapper adds."""
+
+    observation_space, action_space = gym.spaces.Box(-1, 1, (2,)), gym.spaces.Discrete(2)
+
+    def __init__(self):
+        self.num_episodes = 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.num_episodes, self.turn = self.num_episodes + 1, 0
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):
+        self.turn += 1
+        info = {"success": False, "score": -1.0}
+        if self.turn == 3:
+            info = {"success": self.num_episodes % 2 == 1, "score": 10.0 * self.num_episodes, "text": "x"}
+            info |= {"array": np.ones(3), "episode": {"r": 5.0, "l": 3, "t": 0.1, "lives": 2}}
+            if self.num_episodes == 1:
+                info["only_first"] = 7
+        return np.zeros(2, np.float32), 0.0, self.turn == 3, False, info
+
+
+@pytest.mark.parametrize("how", ["sync", "async", "given"])
+def test_numbers_of_episodes_are_logged(tmp_path, how):
+    """Two environments, 16 steps each in two rollouts of 8: two episodes each, then five."""
+    settings = SMALL | {"total_steps": 32, "ppo": {"rollout_length": 8, "batch_size": 16, "num_epochs": 1}}
+    env = Judged
+    if how == "given":
+        del settings["num_envs"]
+        # Inside a wrapper the environments are stepped by Gymnasium itself.
+        env = gym.vector.VectorWrapper(SyncVectorEnv([Judged] * 2, autoreset_mode=AutoresetMode.SAME_STEP))
+    else:
+        settings["vectorization"] = how
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Judged|VectorWrapper")  # cannot be resumed exactly
+        dualhead.train(env, **settings, run_dir=str(tmp_path / "run"))
+    first, second = rows(tmp_path / "run")
+    assert [float(first[f"episode/{name}"]) for name in ("success", "score", "lives")] == [0.5, 15.0, 2.0]
+    assert [float(second[f"episode/{name}"]) for name in ("success", "score", "only_first")] == [0.6, 30.0, 7.0]
+    logged = {name for name in first if name.startswith("episode/")}
+    ours = {"episode/mean_return", "episode/mean_length", "episode/count"}
+    assert logged == ours | {f"episode/{name}" for name in ("success", "score", "lives", "only_first")}
+
+
+def test_a_world_that_lacks_something_is_told_what(tmp_path):
+    class World:
+        num_streams = 2
+        observation_space, action_space = gym.spaces.Box(-1, 1, (2,)), gym.spaces.Discrete(2)
+
+        def reset(self, *, seed=None): ...
+
+        def step(self, actions): ...
+
+    with pytest.raises(TypeError, match="World lacks resumable, statistics, close of"):
+        dualhead.train(World(), **{name: SMALL[name] for name in ("total_steps", "ppo")})
+
+
 class Notes:
     """A writer that remembers."""
 
@@ -201,6 +262,8 @@ def test_a_schedule_sets_the_learning_rate(tmp_path):
     assert json.loads((run / "config.json").read_text())["learning_rate_from"] == "callable"
     with pytest.raises(RunError, match=r"learning_rate=\.\.\."):
         dualhead.resume(run, total_steps=250)
+    with pytest.raises(RunError, match="expected the schedule to give a number of at least 0, got -1"):
+        dualhead.resume(run, total_steps=250, learning_rate=lambda progress: -1, show_progress=False)
     dualhead.resume(run, total_steps=250, learning_rate=schedule, show_progress=False)
     assert float(rows(run)[-1]["update/learning_rate"]) == pytest.approx(1e-3 * 0.2**2)
 

@@ -54,8 +54,18 @@ def is_streams(env: Any) -> TypeGuard[Streams | VectorEnv]:
 
 
 def as_streams(env: Streams | VectorEnv) -> Streams:
-    """The same as `Streams`."""
-    return GymnasiumStreams(env) if isinstance(env, VectorEnv) else env
+    """The same as `Streams`.
+
+    Raises:
+        TypeError: something is missing that every source of experience has.
+        ValueError: a vector environment that fills in steps.
+    """
+    if isinstance(env, VectorEnv):
+        return GymnasiumStreams(env)
+    needed = ("observation_space", "action_space", "resumable", "statistics", "close")
+    if missing := [name for name in needed if not hasattr(env, name)]:
+        raise TypeError(f"{type(env).__name__} lacks {', '.join(missing)} of dualhead.Streams")
+    return env
 
 
 def _name(of: Any) -> str:

@@ -88,7 +88,7 @@ class Session:
             final_observations=step.final_observations,
             events=step.events if self.config.enforce_norms else None,
         )
-        self.tracker.step(step)
+        self.tracker.step(step, step.numbers)
         if self.turnover is not None and step.events is not None:
             self.turnover.count(step.events)
         self.observations = step.observations
@@ -97,7 +97,10 @@ class Session:
         """Updates the learner, and lets newcomers in where they are due; metrics of the rollout and the update."""
         if self._schedule is not None:
             before = self.learner.num_steps - self.config.num_streams * self.config.ppo.rollout_length
-            self.learning_rate = self._schedule(before / self.config.total_steps)
+            rate = self._schedule(before / self.config.total_steps)
+            if not (isinstance(rate, float | int) and 0 <= rate < math.inf):
+                raise RunError(f"learning_rate: expected the schedule to give a number of at least 0, got {rate!r}")
+            self.learning_rate = float(rate)
         self.metrics = metrics = self.learner.learn(self.observations, learning_rate=self.learning_rate)
         metrics |= self.tracker.metrics() | self.streams.statistics()
         if self.turnover is not None:

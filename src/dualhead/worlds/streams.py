@@ -8,7 +8,7 @@ import importlib.util
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
@@ -26,7 +26,13 @@ from dualhead.storage import with_prefix, without_prefix
 from dualhead.worlds.replay import CannotReplay, as_actions
 from dualhead.worlds.replay_files import pack, pack_randomness, set_global_randomness, unpack, unpack_randomness
 from dualhead.worlds.replay_trial import why_not_replayed
-from dualhead.worlds.vectors import LeanSyncVectorEnv, ReplayingAsyncVectorEnv, with_final_observations
+from dualhead.worlds.vectors import (
+    NUMBERS,
+    LeanSyncVectorEnv,
+    ReplayingAsyncVectorEnv,
+    gymnasium_numbers,
+    with_final_observations,
+)
 
 _EXTRAS = {"popgym": ("popgym-",), "minigrid": ("MiniGrid-", "BabyAI-")}
 """Package and extra of the same name -> prefixes of its environment ids."""
@@ -45,6 +51,8 @@ class StreamStep(NamedTuple):
         final_observations: [B, ...] what was seen before any reset (right for every stream), or None where no
             episode ended.
         events: what happened as far as norms are concerned, or None from a world that does not say.
+        numbers: by name, numbers [B] about the episodes that ended with this step, such as `success`; NaN where an
+            episode has none or goes on. None where there are none. The log has their means, as `episode/NAME`.
 
     Gymnasium's worlds give NumPy arrays, batched ones tensors on their device.
     """
@@ -55,10 +63,15 @@ class StreamStep(NamedTuple):
     truncated: Any
     final_observations: Any
     events: NormEvents | None = None
+    numbers: Mapping[str, Any] | None = None
 
 
 class Streams(Protocol):
-    """A source of experience."""
+    """A source of experience.
+
+    A world of several agents has `num_agents` besides (stream = world · num_agents + agent), and `resources`, the names
+    of resource kinds, if its steps have events about them.
+    """
 
     num_streams: int
 
@@ -168,7 +181,8 @@ class GymnasiumStreams:
         final = None
         if "final_obs" in infos:
             final = self._join(observations, infos["final_obs"])
-        return StreamStep(observations, rewards, terminated, truncated, final)
+        numbers = infos.get(NUMBERS) or gymnasium_numbers(infos.get("final_info"))
+        return StreamStep(observations, rewards, terminated, truncated, final, numbers=numbers)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """How the episodes in progress began, the actions since, and the process's global generators; see `replay`.
@@ -249,12 +263,7 @@ def make_streams(
     """
 
     def one() -> gym.Env:
-        if isinstance(env, str):
-            return make_env(env, **kwargs)
-        own = env(**kwargs)
-        if not isinstance(own, gym.Env):
-            raise TypeError(f"expected a callable that makes one Gymnasium environment, got one that made {own!r}")
-        return own
+        return make_env(env, **kwargs)
 
     if vectorization == "async":
         one().close()  # its errors are clearer from this process

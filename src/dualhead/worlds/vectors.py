@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import functools
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from gymnasium.vector.utils import batch_space, concatenate, create_empty_array, iterate
+from numpy.typing import NDArray
 
 from dualhead.worlds.replay import (
     ActionLog,
@@ -25,12 +26,17 @@ from dualhead.worlds.replay import (
 )
 from dualhead.worlds.replay_trial import legal_action
 
+NUMBERS = "numbers"
+"""Where `LeanSyncVectorEnv` puts the numbers [B] of episodes that ended, by name."""
+_OURS = ("r", "l", "t")
+"""What `RecordEpisodeStatistics` says of an episode is counted here anyway."""
+
 
 class LeanSyncVectorEnv(SyncVectorEnv):
     """Gymnasium's SyncVectorEnv in SAME_STEP mode without what learning does not use.
 
-    Infos carry only `final_obs`, and returned arrays are overwritten by the next step: on small environments those
-    two cost more than the environments themselves.
+    Infos carry only `final_obs` and the numbers of episodes that ended, and returned arrays are overwritten by the next
+    step: on small environments those two cost more than the environments themselves.
 
     Attributes:
         makers: of the environments.
@@ -57,7 +63,7 @@ class LeanSyncVectorEnv(SyncVectorEnv):
         rewards, terminations, truncations = [], [], []
         self._log.append(actions)
         for i, (env, action) in enumerate(zip(self.envs, iterate(self.action_space, actions))):
-            observation, reward, terminated, truncated, _ = env.step(action)
+            observation, reward, terminated, truncated, info = env.step(action)
             rewards.append(reward)
             terminations.append(terminated)
             truncations.append(truncated)
@@ -67,6 +73,9 @@ class LeanSyncVectorEnv(SyncVectorEnv):
                 # reset() may write to the same arrays.
                 is_array = type(observation) is np.ndarray
                 infos["final_obs"][i] = observation.copy() if is_array else copy.deepcopy(observation)
+                for name, number in _numbers(info):
+                    numbers = infos.setdefault(NUMBERS, {}).setdefault(name, np.full(self.num_envs, np.nan))
+                    numbers[i] = number
                 observation = self._beginnings[i].reset()
                 self._log.begin(i)
             if plain:
@@ -223,6 +232,32 @@ def with_final_observations(envs: VectorEnv) -> VectorEnv:
     elif isinstance(inner, AsyncVectorEnv) and not isinstance(inner, ReplayingAsyncVectorEnv):
         _refuse_overwritten(inner.env_fns[0])
     return envs
+
+
+def _numbers(info: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """The numbers in the `info` of an episode's last step: at its top, and under `episode`."""
+    of_episode = info.get("episode")
+    named = [*info.items()]
+    if isinstance(of_episode, dict):
+        named += [(name, value) for name, value in of_episode.items() if name not in _OURS]
+    for name, value in named:
+        if isinstance(value, bool | int | float | np.bool_ | np.integer | np.floating):
+            yield name, float(value)
+
+
+def gymnasium_numbers(final_info: Any) -> dict[str, NDArray[np.float64]] | None:
+    """The same from `infos["final_info"]` of Gymnasium's vector environments: arrays, and under `_NAME` who has one."""
+    if not isinstance(final_info, dict):
+        return None
+    found: dict[str, NDArray[np.float64]] = {}
+    of_episode = final_info.get("episode")
+    for infos in (final_info, of_episode if isinstance(of_episode, dict) else {}):
+        for name, values in infos.items():
+            mask = infos.get(f"_{name}")
+            is_numbers = isinstance(values, np.ndarray) and values.ndim == 1 and values.dtype.kind in "biuf"
+            if is_numbers and isinstance(mask, np.ndarray) and not (infos is not final_info and name in _OURS):
+                found[name] = np.where(mask, values, np.nan)
+    return found or None
 
 
 def _itself(env: gym.Env) -> gym.Env:
