@@ -127,7 +127,8 @@ def _finish(figure: Figure, study: StudyConfig, name: str, note: str) -> None:
 
 def legend(figure: Figure, entries: list[Any], *, title: str) -> None:
     """A legend below all axes, in as many columns as its entries have room for."""
-    fits = len(entries) <= 5 and sum(len(entry.get_label()) for entry in entries) < 90
+    # A letter takes about a ninth of an inch, and a line with its gaps as much as eight letters.
+    fits = sum(len(entry.get_label()) + 8 for entry in entries) < 9 * figure.get_figwidth()
     figure.legend(
         handles=entries,
         title=title,
