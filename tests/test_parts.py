@@ -202,7 +202,7 @@ def test_a_file_and_the_parts_are_enough(tmp_path):
     agent = make_agent(memory=SteppedLSTM, encoder=Squares, norms=None)
     play(agent, 13)
     agent.save(tmp_path / "agent")
-    with pytest.raises(CheckpointError, match=r"encoder that is not part of dualhead, .*:Squares.*encoder=Squares"):
+    with pytest.raises(CheckpointError, match=r"encoder .*:Squares, which is not part of dualhead.*encoder=Squares"):
         DualHeadRecurrentPPO.from_file(tmp_path / "agent", memory=SteppedLSTM)
     with pytest.raises(CheckpointError, match="memory=SteppedLSTM"):
         load_policy(tmp_path / "agent", encoder=Squares)
