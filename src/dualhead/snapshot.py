@@ -111,8 +111,8 @@ def foreign_arguments(metadata: dict[str, Any], *, source: str, **given: Any) ->
         if name in saved and part is None:
             how = f"{name}={str(saved[name]).rpartition(':')[2]}, or --{name} {saved[name]} on the command line"
             raise CheckpointError(
-                f"{source} was saved with the {name} {saved[name]}, which is not part of dualhead and is not imported by "
-                f"itself: pass it, {how}"
+                f"{source} was saved with the {name} {saved[name]}, which is not part of dualhead and is not imported "
+                f"by itself: pass it, {how}"
             )
         if name not in saved and part is not None:
             raise CheckpointError(f"{source} was saved with dualhead's own {name}: expected {name}=None, got {part!r}")
