@@ -105,7 +105,7 @@ class WorldConfig(Config):
 class NetworkConfig(Config):
     """Shape of the policy: encoder, memory, heads."""
 
-    memory: Literal["lstm", "gru", "none"] = Field(
+    memory: Literal["lstm", "gru", "mingru", "lru", "none"] = Field(
         default="lstm",
         description="Recurrent core; `none` is the memoryless control. `dualhead train --memory MODULE:NAME` takes one "
         "of your own.",
@@ -134,7 +134,7 @@ class NetworkConfig(Config):
     previous_reward: bool = Field(
         default=False, description="Show the policy the reward of the step before (R2D2), zero at an episode's start."
     )
-    critic_memory: Literal["shared", "lstm", "gru", "none"] = Field(
+    critic_memory: Literal["shared", "lstm", "gru", "mingru", "lru", "none"] = Field(
         default="shared",
         description="Memory of the critic: the policy's, an own one of the same size, or none (a layer in its place).",
     )

@@ -240,6 +240,11 @@ def make_memory(config: NetworkConfig, kind: str, input_size: int) -> MemoryCell
     """The recurrent core, or memoryless control, that a configuration asks for."""
     if kind == "none":
         return NoMemory(input_size, hidden_size=config.hidden_size)
+    if kind in ("mingru", "lru"):
+        from dualhead.networks.scan import LRU, MinGRU
+
+        sizes = {"hidden_size": config.hidden_size, "num_layers": config.num_layers}
+        return MinGRU(input_size, **sizes, forget_bias=config.forget_bias) if kind == "mingru" else LRU(input_size, **sizes)
     if kind not in ("lstm", "gru"):
         raise ValueError(
             f"memory {kind!r} is not one of ours (lstm, gru, none): pass it, memory={kind.rpartition(':')[2]}"
