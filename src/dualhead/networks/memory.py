@@ -241,10 +241,15 @@ def make_memory(config: NetworkConfig, kind: str, input_size: int) -> MemoryCell
     if kind == "none":
         return NoMemory(input_size, hidden_size=config.hidden_size)
     if kind in ("mingru", "lru"):
-        from dualhead.networks.scan import LRU, MinGRU
+        from dualhead.networks.scan import ScanMemory  # which derives from MemoryCell
 
-        sizes = {"hidden_size": config.hidden_size, "num_layers": config.num_layers}
-        return MinGRU(input_size, **sizes, forget_bias=config.forget_bias) if kind == "mingru" else LRU(input_size, **sizes)
+        return ScanMemory(
+            kind,
+            input_size,
+            hidden_size=config.hidden_size,
+            num_layers=config.num_layers,
+            forget_bias=config.forget_bias,
+        )
     if kind not in ("lstm", "gru"):
         raise ValueError(
             f"memory {kind!r} is not one of ours (lstm, gru, none): pass it, memory={kind.rpartition(':')[2]}"

@@ -16,6 +16,7 @@ from dualhead.networks.memory import Memory, MemoryFactory, make_memory
 from dualhead.networks.normalizer import ObservationNormalizer
 from dualhead.networks.parts import check_encoder, check_memory, make_part, part_name
 from dualhead.networks.previous import PreviousStep
+from dualhead.networks.scan import ScanMemory
 from dualhead.spaces import ActionSpec, ObservationSpec
 from dualhead.types import IntArray, Observations, Plan, RecurrentState, SegmentBatch, on_device
 
@@ -127,7 +128,7 @@ class RecurrentPolicy(nn.Module):
         self.critic = nn.Linear(num_critic, 1)
         foreign = {"encoder": encoder is not None, "memory": memory is not None}
         for name, part in self.named_children():
-            if not foreign.get(name):
+            if not foreign.get(name) and not isinstance(part, ScanMemory):
                 init_layers(part)
         for head in self.heads.linears:
             init_layers(head, config.head_gain)

@@ -1,8 +1,8 @@
 """Memories that learn without a loop over time: minGRU and LRU, unrolled by a parallel scan with resets inside.
 
 Both are linear in their state, h_t = a_t h_{t-1} + b_t, with a_t and b_t that depend on the input alone. Segments lie
-one after another in flat steps [N, ...]; a_t is zero at the first step of each, so nothing crosses from one to the next,
-and the state that a segment begins from goes into its b_t.
+one after another in flat steps [N, ...]. a_t is zero at the first step of each segment, so nothing crosses from one to
+the next; the state that a segment begins from goes into its first b_t.
 """
 
 from __future__ import annotations
@@ -70,108 +70,60 @@ def _scan(a: Tensor, h: Tensor) -> None:
         h[step].addcmul_(a[step], h[step - 1])
 
 
-class ScanCell(MemoryCell):
-    """A memory of layers that are scanned; a derived class says what a layer does."""
+class MinGRUBlock(nn.Module):
+    """minGRU, a GRU whose gate and candidate do not see the state, with an output gate and a skip connection.
 
-    num_layers: int
+        z_t = sigmoid(W_z u_t + b_z),  h_t = (1 - z_t) h_{t-1} + z_t (W_h u_t + b_h),  u = LayerNorm(x)
+        block(x) = x + h * SiLU(W_o u + b_o)
 
-    def plan(self, lengths: IntArray, *, device: torch.device, final_states: bool = False) -> Plan:
-        """Segments one after another, without padding."""
-        ends = np.cumsum(lengths)
-        segment = np.repeat(np.arange(len(lengths)), lengths)
-        step = np.arange(len(segment)) - (ends - lengths)[segment]
-        first, last = (on_device(torch.from_numpy(places), device) for places in (ends - lengths, ends - 1))
-        return Plan(segment, step, Ends(first, last))
+    Each h_t is a weighted mean of candidates, and the scan multiplies numbers between 0 and 1. That is safe without the
+    paper's log space, whose candidates have to be positive.
 
-    def step(self, features: Tensor, state: RecurrentState) -> tuple[Tensor, RecurrentState]:
-        return self._through(features, state, None)
+    At the start the units keep their content for 1 to `SLOWEST` steps, uniform on a log scale: alike units would forget
+    alike. `forget_bias` is added to the gate 1 - z.
 
-    def unroll(self, features: Tensor, state: RecurrentState, layout: Ends) -> tuple[Tensor, RecurrentState]:
-        return self._through(features, state, layout)
-
-    def _through(self, x: Tensor, state: RecurrentState, ends: Ends | None) -> tuple[Tensor, RecurrentState]:
-        raise NotImplementedError
-
-
-class MinGRU(ScanCell):
-    """minGRU: a GRU whose gate and candidate do not see the state.
-
-        z_t = sigmoid(W_z x_t + b_z),  h_t = (1 - z_t) h_{t-1} + z_t (W_h x_t + b_h)
-
-    Every h_t is a weighted mean of candidates, and the scan multiplies numbers between 0 and 1: that is safe without
-    the paper's log space, whose candidates would have to be positive.
-
-    Args:
-        input_size, hidden_size, num_layers: F, H, L.
-        forget_bias: added to the gate that keeps the past, 1 - z.
-
-    Source: Feng et al. 2024, arXiv:2410.01201, section 3.1.
+    Source: Feng et al. 2024, arXiv:2410.01201, section 3.1; time scales: Tallec and Ollivier 2018, arXiv:1804.11188.
     """
 
-    def __init__(self, input_size: int, *, hidden_size: int, num_layers: int, forget_bias: float = 0.0) -> None:
-        super().__init__(hidden_size, state_shapes={"h": (num_layers, hidden_size)})
-        self.layers = nn.ModuleList(
-            nn.Linear(input_size if layer == 0 else hidden_size, 2 * hidden_size) for layer in range(num_layers)
-        )
-        for layer in self.layers:
-            for matrix in layer.weight.split(hidden_size):
-                nn.init.orthogonal_(matrix)
-            nn.init.zeros_(layer.bias)
-            nn.init.constant_(layer.bias[:hidden_size], -forget_bias)
+    parts = ("h",)
+    SLOWEST = 64.0
 
-    def _through(self, x: Tensor, state: RecurrentState, ends: Ends | None) -> tuple[Tensor, RecurrentState]:
-        after = []
-        for layer, before in zip(self.layers, state.h):
-            gate, candidate = layer(x).to(before.dtype).chunk(2, dim=1)
-            written, kept = gate.sigmoid() * candidate, (-gate).sigmoid()
-            if ends is None:
-                x = kept * before + written
-                after.append(x)
-            else:
-                x = scan_segments(kept, written, before, ends)
-                after.append(x[ends.last])
-        return x, RecurrentState(torch.stack(after))
+    def __init__(self, size: int, *, forget_bias: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(size)
+        self.linear = nn.Linear(size, 3 * size)
+        for matrix in self.linear.weight.split(size):
+            nn.init.orthogonal_(matrix)
+        nn.init.zeros_(self.linear.bias)
+        steps_kept = self.SLOWEST ** torch.rand(size)
+        with torch.no_grad():
+            self.linear.bias[:size] = -steps_kept.log() - forget_bias
+
+    def forward(self, x: Tensor, h: Tensor, ends: Ends | None) -> tuple[Tensor, Tensor]:
+        gate, candidate, shown = self.linear(self.norm(x)).to(h.dtype).chunk(3, dim=1)
+        kept, written = (-gate).sigmoid(), gate.sigmoid() * candidate
+        h = kept * h + written if ends is None else scan_segments(kept, written, h, ends)
+        return x + h * nn.functional.silu(shown), h if ends is None else h[ends.last]
 
 
-class LRU(ScanCell):
-    """The linear recurrent unit: a complex diagonal state, in blocks with layer norm, gate and skip connection.
+class LRUBlock(nn.Module):
+    """The linear recurrent unit: a complex diagonal state, with layer norm, gated output and skip connection.
 
-        s_t = λ s_{t-1} + γ (B u_t),  y_t = Re(C s_t) + D u_t,  λ = exp(-exp(ν) + i exp(θ))
-        block(x) = x + GLU(GELU(y)),  u = LayerNorm(x)
+        s_t = λ s_{t-1} + γ (B u_t),  y_t = Re(C s_t) + D u_t,  λ = exp(-exp(ν) + i exp(θ)),  u = LayerNorm(x)
+        block(x) = x + GLU(W GELU(y) + b)
 
-    |λ| < 1 whatever ν is. The state is kept as two real parts, `re` and `im`.
-
-    Args:
-        input_size, hidden_size, num_layers: F, H (also the number of complex units), L blocks.
+    |λ| < 1 whatever ν is; at the start it is uniform on the disc of radius `GREATEST`. The state is kept as two real
+    parts, `re` and `im`. `forget_bias` has no meaning here.
 
     Source: Orvieto et al. 2023, arXiv:2303.06349, section 3 and appendix A.
     """
 
-    SMALLEST, GREATEST = 0.0, 0.99
-    """Between which |λ| lies at the start, uniform on the ring."""
+    parts = ("re", "im")
+    GREATEST = 0.99
 
-    def __init__(self, input_size: int, *, hidden_size: int, num_layers: int) -> None:
-        super().__init__(
-            hidden_size, state_shapes={"re": (num_layers, hidden_size), "im": (num_layers, hidden_size)}
-        )
-        self.project = nn.Linear(input_size, hidden_size)
-        self.blocks = nn.ModuleList(LRUBlock(hidden_size, self.SMALLEST, self.GREATEST) for _ in range(num_layers))
-
-    def _through(self, x: Tensor, state: RecurrentState, ends: Ends | None) -> tuple[Tensor, RecurrentState]:
-        x = self.project(x)
-        after: list[tuple[Tensor, Tensor]] = []
-        for block, re, im in zip(self.blocks, *state):
-            x, re, im = block(x, re, im, ends)
-            after.append((re, im))
-        return x, RecurrentState(**dict(zip(("re", "im"), map(torch.stack, zip(*after)))))
-
-
-class LRUBlock(nn.Module):
-    """One block of `LRU`; see there."""
-
-    def __init__(self, size: int, smallest: float, greatest: float) -> None:
+    def __init__(self, size: int, *, forget_bias: float) -> None:
         super().__init__()
-        squared = smallest**2 + torch.rand(size) * (greatest**2 - smallest**2)
+        squared = torch.rand(size) * self.GREATEST**2
         self.nu_log = nn.Parameter((-0.5 * squared.log()).log())
         self.theta_log = nn.Parameter((torch.rand(size) * 2 * math.pi).log())
         self.gamma_log = nn.Parameter(0.5 * (1 - squared).log())
@@ -182,22 +134,65 @@ class LRUBlock(nn.Module):
         self.gate = nn.Linear(size, 2 * size)
         nn.init.normal_(self.B.weight, std=(2 * size) ** -0.5)
         nn.init.normal_(self.C.weight, std=size**-0.5)
+        nn.init.orthogonal_(self.gate.weight)
+        nn.init.zeros_(self.gate.bias)
 
     def forward(self, x: Tensor, re: Tensor, im: Tensor, ends: Ends | None) -> tuple[Tensor, Tensor, Tensor]:
         decay, angle = (-self.nu_log.exp()).exp(), self.theta_log.exp()
         factor_re, factor_im = decay * angle.cos(), decay * angle.sin()
         u = self.norm(x)
-        in_re, in_im = (self.B(u).to(re.dtype) * self.gamma_log.exp().repeat(2)).chunk(2, dim=1)
+        written_re, written_im = (self.B(u).to(re.dtype) * self.gamma_log.exp().repeat(2)).chunk(2, dim=1)
         if ends is None:
-            re, im = factor_re * re - factor_im * im + in_re, factor_re * im + factor_im * re + in_im
-            states = after = (re, im)
+            re, im = factor_re * re - factor_im * im + written_re, factor_re * im + factor_im * re + written_im
+            y = torch.cat([re, im], dim=1)
         else:
             factors = torch.complex(factor_re, factor_im).expand(len(x), -1)
-            scanned = scan_segments(factors, torch.complex(in_re, in_im), torch.complex(re, im), ends)
-            states = (scanned.real, scanned.imag)
-            after = (scanned.real[ends.last], scanned.imag[ends.last])
-        y = self.C(torch.cat(states, dim=1)) + self.D * u
-        return x + nn.functional.glu(self.gate(nn.functional.gelu(y)), dim=1), *after
+            states = scan_segments(factors, torch.complex(written_re, written_im), torch.complex(re, im), ends)
+            y = torch.cat([states.real, states.imag], dim=1)
+            re, im = states.real[ends.last], states.imag[ends.last]
+        y = self.C(y) + self.D * u
+        return x + nn.functional.glu(self.gate(nn.functional.gelu(y)), dim=1), re, im
+
+
+BLOCKS: dict[str, Any] = {"mingru": MinGRUBlock, "lru": LRUBlock}
+
+
+class ScanMemory(MemoryCell):
+    """Layers of minGRU or LRU blocks behind a linear layer.
+
+    Args:
+        kind: `mingru` or `lru`.
+        input_size, hidden_size, num_layers: F, H (of an LRU also the number of its complex units), L.
+        forget_bias: see `MinGRUBlock`.
+    """
+
+    def __init__(
+        self, kind: str, input_size: int, *, hidden_size: int, num_layers: int, forget_bias: float = 0.0
+    ) -> None:
+        block = BLOCKS[kind]
+        super().__init__(hidden_size, state_shapes=dict.fromkeys(block.parts, (num_layers, hidden_size)))
+        self.project = nn.Linear(input_size, hidden_size)
+        nn.init.orthogonal_(self.project.weight)
+        nn.init.zeros_(self.project.bias)
+        self.blocks = nn.ModuleList(block(hidden_size, forget_bias=forget_bias) for _ in range(num_layers))
+
+    def plan(self, lengths: IntArray, *, device: torch.device, final_states: bool = False) -> Plan:
+        """Segments one after another, without padding."""
+        after = np.cumsum(lengths)
+        segment = np.repeat(np.arange(len(lengths)), lengths)
+        step = np.arange(len(segment)) - (after - lengths)[segment]
+        first, last = (on_device(torch.from_numpy(places), device) for places in (after - lengths, after - 1))
+        return Plan(segment, step, Ends(first, last))
+
+    def step(self, features: Tensor, state: RecurrentState) -> tuple[Tensor, RecurrentState]:
+        return self.unroll(features, state, None)
+
+    def unroll(self, features: Tensor, state: RecurrentState, layout: Any) -> tuple[Tensor, RecurrentState]:
+        x, layers = self.project(features), []
+        for block, *before in zip(self.blocks, *state):
+            x, *after = block(x, *before, layout)
+            layers.append(after)
+        return x, RecurrentState(**dict(zip(state.parts, map(torch.stack, zip(*layers)))))
 
 
 def scan_segments(factors: Tensor, inputs: Tensor, before: Tensor, ends: Ends) -> Tensor:
