@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import subprocess
 import sys
 import warnings
@@ -13,7 +14,16 @@ import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 import dualhead
-from dualhead import Commons, CommonsConfig, DualHeadRecurrentPPO, NetworkConfig, PPOConfig, RunError, SettingsError
+from dualhead import (
+    Commons,
+    CommonsConfig,
+    DualHeadRecurrentPPO,
+    NetworkConfig,
+    PPOConfig,
+    RunError,
+    SettingsError,
+    StreamStep,
+)
 from dualhead.cli import main
 from dualhead.running.checkpoint import read_config
 from dualhead.running.config import planned
@@ -262,8 +272,6 @@ def test_a_schedule_sets_the_learning_rate(tmp_path):
     assert json.loads((run / "config.json").read_text())["learning_rate_from"] == "callable"
     with pytest.raises(RunError, match=r"learning_rate=\.\.\."):
         dualhead.resume(run, total_steps=250)
-    with pytest.raises(RunError, match="expected the schedule to give a number of at least 0, got -1"):
-        dualhead.resume(run, total_steps=250, learning_rate=lambda progress: -1, show_progress=False)
     dualhead.resume(run, total_steps=250, learning_rate=schedule, show_progress=False)
     assert float(rows(run)[-1]["update/learning_rate"]) == pytest.approx(1e-3 * 0.2**2)
 
@@ -325,3 +333,116 @@ def test_an_imported_module_brings_a_world_and_its_options(tmp_path, capsys, mon
     subprocess.run([*command, *options.split(), "--run-dir", "run"], cwd=tmp_path, capture_output=True, check=True)
     world = json.loads((tmp_path / "run" / "config.json").read_text())["world"]
     assert world == {"num_agents": 2, "resources": [], "payoff": 3.0}
+
+
+class Points:
+    """Own streams: two of them, whose episodes are cut off after four steps."""
+
+    num_streams, resumable = 2, "it keeps count"
+    observation_space, action_space = gym.spaces.Box(-1, 1, (2,)), gym.spaces.Discrete(2)
+
+    def __init__(self, **given):
+        self.time, self.given = 0, {"final_observations": np.zeros((2, 2), np.float32)} | given
+
+    def reset(self, *, seed=None):
+        return np.zeros((2, 2), np.float32)
+
+    def step(self, actions):
+        self.time += 1
+        ended = np.full(2, self.time % 4 == 0)
+        return StreamStep(self.reset(), np.ones(2), np.zeros(2, bool), ended, **self.given)
+
+    def statistics(self):
+        return {"points/numpy": np.float32(0.5), "points/tensor": torch.tensor(1.5), "points/count": np.int64(3)}
+
+    def close(self): ...
+
+
+STREAMS_SMALL = {name: value for name, value in SMALL.items() if name != "num_envs"}
+
+
+@pytest.mark.filterwarnings("ignore:Points")  # it cannot be resumed exactly
+def test_metrics_of_every_number_type_are_saved(tmp_path):
+    def on_update(session, metrics):
+        metrics |= {"mine/array": np.array(0.25), "mine/flag": np.bool_(True), "mine/tensor": torch.tensor([7])}
+        session.learning_rate = np.float32(0.125)
+
+    run = tmp_path / "run"
+    dualhead.train(Points(), **STREAMS_SMALL, run_dir=str(run), on_update=on_update)
+    expected = {"points/numpy": 0.5, "points/tensor": 1.5, "points/count": 3.0, "mine/array": 0.25, "mine/flag": 1.0}
+    expected |= {"mine/tensor": 7.0, "update/learning_rate": 0.125}
+    assert {name: float(rows(run)[-1][name]) for name in expected} == expected
+    saved = json.loads((run / "summary.json").read_text())["metrics"]
+    assert {name: saved[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("mine/word", "high"), ("mine/array", np.ones(2)), ("mine/none", None), ("steps", 1.0)]
+)
+def test_what_is_no_metric_is_refused_by_name_at_the_first_update(tmp_path, name, value):
+    notes = Notes()
+    with pytest.raises(RunError, match=f"'{name}'"):
+        dualhead.train(
+            "CartPole-v1",
+            **SMALL,
+            run_dir=str(tmp_path),
+            writers=[notes],
+            on_update=lambda session, metrics: metrics.update({name: value}),
+        )
+    assert (notes.written, notes.num_closed) == ([], 1)
+
+
+@pytest.mark.parametrize("rate", [-1, math.nan, math.inf, "1e-3", np.float32(-1), torch.ones(2)])
+def test_an_impossible_learning_rate_is_refused(tmp_path, rate):
+    def on_update(session, metrics):
+        session.learning_rate = rate
+
+    for number, given in enumerate(({"on_update": on_update}, {"learning_rate": lambda progress: rate})):
+        with pytest.raises(RunError, match="learning_rate: expected a finite number of at least 0"):
+            dualhead.train("CartPole-v1", **SMALL, run_dir=str(tmp_path / str(number)), **given)
+
+
+def test_a_learning_rate_that_is_no_schedule_is_refused_at_the_call(tmp_path):
+    for call in (
+        lambda: dualhead.train("CartPole-v1", **SMALL, run_dir=str(tmp_path / "run"), learning_rate=1e-3),
+        lambda: dualhead.resume(tmp_path / "run", learning_rate=1e-3),
+    ):
+        with pytest.raises(TypeError, match=r"learning_rate: expected a schedule.*got 0\.001.*ppo="):
+            call()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("eval_env", "message"),
+    [
+        (gym.make("CartPole-v1"), "expected an environment id, a callable"),
+        (3, "expected an environment id, a callable"),
+        (SyncVectorEnv([make_cue] * 2), ".*SAME_STEP"),
+        (lambda: 3, "expected a callable that makes one Gymnasium environment"),
+        ("Nothing-v0", "unknown environment 'Nothing-v0'"),
+        ("CartPole-v1", "expected the observation space"),
+    ],
+)
+def test_a_wrong_evaluation_environment_is_refused_at_the_start(tmp_path, eval_env, message):
+    run = tmp_path / "run"
+    with pytest.raises(RunError, match=f"^eval_env: {message}"):
+        dualhead.train(make_cue, **SMALL | {"eval_episodes": 1}, run_dir=str(run), eval_env=eval_env)
+    assert not run.exists()
+    dualhead.train(make_cue, **SMALL, run_dir=str(run))
+    before = (run / "config.json").read_bytes()
+    with pytest.raises(RunError, match=f"^eval_env: {message}"):
+        dualhead.resume(run, env=make_cue, total_steps=300, eval_env=eval_env)
+    assert (run / "config.json").read_bytes() == before
+
+
+@pytest.mark.filterwarnings("ignore:Points")
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"final_observations": None}, r"6 steps \(3 of each stream\): streams \[0, 1\] were truncated"),
+        ({"numbers": {"score": [1.0]}}, r"8 steps \(4 of each stream\): 'score'"),
+    ],
+)
+def test_a_step_of_own_streams_that_lacks_something_names_environment_and_step(tmp_path, given, message):
+    with pytest.raises(RunError, match=rf"^Points after {message}"):
+        dualhead.train(Points(**given), **STREAMS_SMALL, run_dir=str(tmp_path))

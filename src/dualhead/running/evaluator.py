@@ -5,14 +5,39 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from dualhead.errors import RunError, UnavailableEnvironment
 from dualhead.running.checkpoint import save_best
 from dualhead.running.config import EVAL_EPISODES, EVALUATION_SEED
-from dualhead.running.environment import Environment, is_streams, open_streams
+from dualhead.running.environment import Environment, is_streams, open_streams, settings_of
 from dualhead.running.evaluation import SELECTION_SEED, evaluation_size, play_episodes
 from dualhead.running.randomness import preserved_randomness
 from dualhead.running.session import Session
 from dualhead.running.writers import CSVWriter
 from dualhead.types import DataError
+from dualhead.worlds.streams import Streams
+
+
+def open_evaluation(session: Session, env: str | Environment) -> Streams:
+    """Opens what a run is evaluated in, where that was handed over.
+
+    Raises:
+        RunError: it cannot be opened, or has other spaces than the session's streams.
+    """
+    config, trained = session.config, session.streams
+    try:
+        settings_of(env)
+        num_envs, _ = evaluation_size(config, config.eval_episodes or EVAL_EPISODES)
+        with preserved_randomness():
+            streams = open_streams(config, env, num_envs=num_envs)  # type: ignore[arg-type]
+        for name in ("observation_space", "action_space"):
+            theirs, ours = getattr(streams, name), getattr(trained, name)
+            if theirs != ours:
+                if not is_streams(env):
+                    streams.close()
+                raise ValueError(f"expected the {name.replace('_', ' ')} of the training, {ours}, got {theirs}")
+    except (TypeError, ValueError, UnavailableEnvironment) as error:
+        raise RunError(f"eval_env: {str(error).removeprefix('env: ')}") from error
+    return streams
 
 
 class Evaluator:

@@ -19,6 +19,7 @@ from dualhead.running.config import RunConfig
 from dualhead.running.environment import Environment, is_streams, open_streams
 from dualhead.running.episodes import EpisodeTracker
 from dualhead.storage import RUN_PREFIX, CheckpointError, with_prefix, without_prefix
+from dualhead.types import DataError
 from dualhead.worlds.replay import CannotReplay
 from dualhead.worlds.streams import Streams, StreamStep, restart
 
@@ -57,7 +58,7 @@ class Session:
         schedule: Callable[[float], float] | None = None,
     ) -> None:
         self.config, self._schedule = config, schedule
-        self.learning_rate: float | None = None
+        self._learning_rate: float | None = None
         device = choose_device(config)
         self.streams = open_streams(config, env, vectorization=config.vectorization, device=device)
         self._owns_streams = not is_streams(env)
@@ -75,20 +76,38 @@ class Session:
         self.next_checkpoint = config.checkpoint_every
         self.next_evaluation = config.eval_every or math.inf
 
+    @property
+    def learning_rate(self) -> float | None:
+        """Raises, where it is set:
+        RunError: it is no finite number of at least 0.
+        """
+        return self._learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, rate: Any) -> None:
+        self._learning_rate = None if rate is None else _possible_rate(rate)
+
     def begin(self) -> None:
         """The first observations."""
         self.observations = self.streams.reset(seed=self.config.seed)
 
     def record(self, step: StreamStep) -> None:
-        """Takes in what the world answered to the last actions."""
-        self.learner.record(
-            step.rewards,
-            step.terminated,
-            step.truncated,
-            final_observations=step.final_observations,
-            events=step.events if self.config.enforce_norms else None,
-        )
-        self.tracker.step(step, step.numbers)
+        """Takes in what the world answered to the last actions.
+
+        Raises:
+            DataError: something of the step is missing, or cannot be learned from.
+        """
+        try:
+            self.learner.record(
+                step.rewards,
+                step.terminated,
+                step.truncated,
+                final_observations=step.final_observations,
+                events=step.events if self.config.enforce_norms else None,
+            )
+            self.tracker.step(step, step.numbers)
+        except ValueError as error:
+            raise DataError(str(error)) from error
         if self.turnover is not None and step.events is not None:
             self.turnover.count(step.events)
         self.observations = step.observations
@@ -97,10 +116,7 @@ class Session:
         """Updates the learner, and lets newcomers in where they are due; metrics of the rollout and the update."""
         if self._schedule is not None:
             before = self.learner.num_steps - self.config.num_streams * self.config.ppo.rollout_length
-            rate = self._schedule(before / self.config.total_steps)
-            if not (isinstance(rate, float | int) and 0 <= rate < math.inf):
-                raise RunError(f"learning_rate: expected the schedule to give a number of at least 0, got {rate!r}")
-            self.learning_rate = float(rate)
+            self._learning_rate = _possible_rate(self._schedule(before / self.config.total_steps))
         self.metrics = metrics = self.learner.learn(self.observations, learning_rate=self.learning_rate)
         metrics |= self.tracker.metrics() | self.streams.statistics()
         if self.turnover is not None:
@@ -203,6 +219,37 @@ class Session:
         """Closes the environments, unless they were handed over."""
         if self._owns_streams:
             self.streams.close()
+
+
+def as_number(value: Any) -> float | None:
+    """A Python number of one of Python, NumPy or torch; None of anything else."""
+    try:
+        number = value.item() if isinstance(value, np.generic | np.ndarray | Tensor) else value
+    except (ValueError, RuntimeError):  # several numbers
+        return None
+    return float(number) if isinstance(number, bool) else number if isinstance(number, int | float) else None
+
+
+def _possible_rate(rate: Any) -> float:
+    number = as_number(rate)
+    if number is None or not 0 <= number < math.inf:
+        raise RunError(f"learning_rate: expected a finite number of at least 0, got {rate!r}")
+    return float(number)
+
+
+def make_numbers(metrics: dict[str, Any]) -> None:
+    """Makes every metric a Python number, in place.
+
+    Raises:
+        RunError: one is no number, or has the name of the column of steps.
+    """
+    for name, value in metrics.items():
+        number = as_number(value)
+        if number is None:
+            raise RunError(f"metric {name!r}: expected a number, got {value!r}")
+        metrics[name] = number
+    if "steps" in metrics:
+        raise RunError("metric 'steps': expected another name, the environment steps of every update have this one")
 
 
 def choose_device(config: RunConfig) -> str:

@@ -25,11 +25,11 @@ from dualhead.running.checkpoint import (
 )
 from dualhead.running.config import RunConfig, planned
 from dualhead.running.environment import Environment, is_streams, settings_of
-from dualhead.running.evaluator import Evaluator
+from dualhead.running.evaluator import Evaluator, open_evaluation
 from dualhead.running.machine import CoreUse, Stopwatch, keep_freed_memory
 from dualhead.running.parts import find_part, name_of
 from dualhead.running.randomness import preserved_randomness, seed_everything
-from dualhead.running.session import Session
+from dualhead.running.session import Session, make_numbers
 from dualhead.running.signals import stop_requests
 from dualhead.running.writers import Writer, expect_writers, make_writers, require_packages
 from dualhead.types import DataError, DivergedError
@@ -56,7 +56,7 @@ def train(
     learning_rate: Schedule | None = None,
     writers: Iterable[Writer] = (),
     on_update: OnUpdate | None = None,
-    eval_env: Environment | None = None,
+    eval_env: str | Environment | None = None,
     show_progress: bool = True,
     **settings: Any,
 ) -> TrainingResult:
@@ -86,11 +86,14 @@ def train(
         The summary, and the agent.
 
     Raises:
+        TypeError: an argument is not what it should be.
+        ValueError: `env` is a vector environment in another mode than SAME_STEP.
         SettingsError: settings that are not possible.
         UnavailableEnvironment: the environment cannot be made.
         RunError: spaces or settings do not go together, the run directory cannot be written or is in use, or the
             environment gave what cannot be learned from.
     """
+    _expect_schedule(learning_rate)
     if isinstance(env, RunConfig):
         if settings:
             raise TypeError(f"train(RunConfig(...)) takes no further settings, got {sorted(settings)}")
@@ -111,6 +114,8 @@ def train(
     _prepare(config)
     session = Session(config, env=given, schedule=learning_rate, **_parts(encoder, memory))
     try:
+        if eval_env is not None:
+            evaluation_env = open_evaluation(session, eval_env)
         run_dir = new_run_dir(config)
         with locked(run_dir):
             if show_progress:
@@ -131,7 +136,7 @@ def resume(
     learning_rate: Schedule | None = None,
     writers: Iterable[Writer] = (),
     on_update: OnUpdate | None = None,
-    eval_env: Environment | None = None,
+    eval_env: str | Environment | None = None,
     show_progress: bool = True,
 ) -> TrainingResult:
     """Goes on with a run that was stopped, from its newest whole checkpoint, to the bits of one that never stopped.
@@ -151,6 +156,7 @@ def resume(
             does.
         CheckpointError: its checkpoint does not fit its configuration.
     """
+    _expect_schedule(learning_rate)
     run_dir = Path(run)
     config = read_config(run_dir).model_copy(update={"run_dir": str(run_dir)})
     if total_steps is not None:
@@ -172,6 +178,8 @@ def resume(
                 raise RunError(f"{run_dir} has done {num_steps} steps: expected at least that, got {total_steps=}")
         session = Session(config, env=env, schedule=learning_rate, **_parts(encoder, memory))
         try:
+            if eval_env is not None:
+                evaluation_env = open_evaluation(session, eval_env)
             if saved is None:
                 print(f"{run_dir} was stopped before its first checkpoint: it begins again")
                 session.begin()
@@ -194,12 +202,20 @@ def resume(
             session.close()
 
 
-def _without_evaluation(of_env: dict[str, Any], eval_env: Environment | None) -> dict[str, Any]:
+def _expect_schedule(learning_rate: Any) -> None:
+    if learning_rate is not None and not callable(learning_rate):
+        raise TypeError(
+            f"learning_rate: expected a schedule, a function of progress from 0 to 1, got {learning_rate!r}; pass a "
+            f"number by ppo=PPOConfig(learning_rate=...)"
+        )
+
+
+def _without_evaluation(of_env: dict[str, Any], eval_env: Any) -> dict[str, Any]:
     """Streams that were handed over are busy with training: unasked, nothing is evaluated."""
     return {"eval_episodes": 0} if of_env.get("env_from") == "streams" and eval_env is None else {}
 
 
-def _evaluation_env(config: RunConfig, env: Environment | None, eval_env: Environment | None) -> Environment | None:
+def _evaluation_env(config: RunConfig, env: Environment | None, eval_env: Any) -> Environment | None:
     """What evaluations play in; None: what the settings name.
 
     Raises:
@@ -325,6 +341,7 @@ def run_loop(
             if session.is_due_for_evaluation():
                 metrics |= evaluator.evaluate()
             is_enough = on_update is not None and bool(on_update(session, metrics))
+            make_numbers(metrics)
             for writer in writers:
                 writer.write(learner.num_steps, metrics)
             cores.warn_once()
