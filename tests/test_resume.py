@@ -376,7 +376,7 @@ def test_a_second_ctrl_c_stops_at_once_and_says_how_to_go_on(tmp_path, monkeypat
         run_in(run, config_of())
     said = capsys.readouterr().err
     assert "stopping after this step; once more to stop at once" in said
-    assert f"the newest checkpoint is {checkpoints(run)[0]}; go on with: dualhead resume {run}" in said
+    assert f"the newest checkpoint is {checkpoints(run)[0]}; resume with: dualhead resume {run}" in said
     assert checkpoints(run)[0].name == "step-000000000128.safetensors"
     assert resume(run, show_progress=False).summary["steps"] == 420
 
@@ -496,7 +496,7 @@ def test_an_environment_that_cannot_be_saved_begins_its_episodes_again(tmp_path,
         return real(session, *arguments, **settings)
 
     monkeypatch.setattr(trainer, "run_loop", run_loop)
-    forgotten = f"^{BEGIN_AGAIN}: their state was not saved, and 32 steps that were not learned from yet are forgotten$"
+    forgotten = f"^{BEGIN_AGAIN}: their state was not saved, and 32 steps that were not learned from yet are dropped$"
     with pytest.warns(UserWarning, match=CANNOT), pytest.warns(UserWarning, match=forgotten):
         summary = resume(run, show_progress=False).summary
     assert seen == [(128, 0, 0), [0.0, 0.0], [0.0, 0.0], [True, True], [0.0, 0.0], [0, 0], True]

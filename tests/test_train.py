@@ -108,7 +108,7 @@ def test_a_callable_makes_environments_for_training_and_evaluation(tmp_path):
     assert dualhead.evaluate(run, env=make_cue, episodes=4).lengths == [5, 5, 5, 5]
     assert dualhead.resume(run, env=make_cue, total_steps=300, show_progress=False).summary["steps"] == 300
     dualhead.train("CartPole-v1", **SMALL, run_dir=str(tmp_path / "id"))
-    with pytest.raises(RunError, match="env: this run was begun without"):
+    with pytest.raises(RunError, match="env: this run began without"):
         dualhead.resume(tmp_path / "id", env=make_cue)
 
 
@@ -398,7 +398,7 @@ def test_an_impossible_learning_rate_is_refused(tmp_path, rate):
         session.learning_rate = rate
 
     for number, given in enumerate(({"on_update": on_update}, {"learning_rate": lambda progress: rate})):
-        with pytest.raises(RunError, match="learning_rate: expected a finite number of at least 0"):
+        with pytest.raises(RunError, match=r"learning_rate: expected a (finite )?number"):
             dualhead.train("CartPole-v1", **SMALL, run_dir=str(tmp_path / str(number)), **given)
 
 
@@ -420,7 +420,7 @@ def test_a_learning_rate_that_is_no_schedule_is_refused_at_the_call(tmp_path):
         (SyncVectorEnv([make_cue] * 2), ".*SAME_STEP"),
         (lambda: 3, "expected a callable that makes one Gymnasium environment"),
         ("Nothing-v0", "unknown environment 'Nothing-v0'"),
-        ("CartPole-v1", "expected the observation space"),
+        ("CartPole-v1", "expected the observation_space"),
     ],
 )
 def test_a_wrong_evaluation_environment_is_refused_at_the_start(tmp_path, eval_env, message):

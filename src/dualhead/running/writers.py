@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import importlib.util
 import io
 import json
@@ -14,8 +15,8 @@ import socket
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Protocol, TextIO, runtime_checkable
 
@@ -23,7 +24,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from dualhead.config import flat
-from dualhead.running.checkpoint import RunError, write_json
+from dualhead.errors import RunError
+from dualhead.running.checkpoint import write_json, writing
 from dualhead.running.config import RunConfig
 from dualhead.running.results import read_rows
 from dualhead.storage import write_bytes
@@ -31,20 +33,20 @@ from dualhead.storage import write_bytes
 
 @runtime_checkable
 class Writer(Protocol):
-    """Takes a run's metrics, once per update. Any object with these two methods is one."""
+    """Gets a run's metrics once per update. Any object with these two methods is a writer."""
 
     def write(self, num_steps: int, metrics: Mapping[str, float]) -> None:
-        """Takes the metrics after `num_steps` environment steps. A number may be NaN."""
+        """Writes the metrics after `num_steps` environment steps. A number may be NaN."""
 
     def close(self) -> None:
-        """Writes what is not written yet. Called once, also where the run fails."""
+        """Writes what is not written yet. Called once, also when the run fails."""
 
 
 def expect_writers(writers: Iterable[object]) -> list[Writer]:
-    """The same objects, as a list, if they are writers.
+    """The same objects as a list.
 
     Raises:
-        TypeError: one is not; a class instead of its instance, say.
+        TypeError: one of them is no writer, such as a class in place of its instance.
     """
     given = list(writers)
     for writer in given:
@@ -61,8 +63,7 @@ def make_writers(
     """Opens the writers of a run.
 
     Args:
-        config: of the run.
-        run_dir: of the run.
+        config, run_dir: of the run.
         resume_at: environment steps of the checkpoint that the run resumes from; what was written after it is dropped.
         show_progress: add the display on the terminal.
 
@@ -70,22 +71,18 @@ def make_writers(
         RunError: a package is missing, or something cannot be opened or written.
     """
     require_packages(config)
+    services: list[Any] = [functools.partial(ServiceWriter, name, config=config) for name in config.log_to]
     writers: list[Writer] = []
-    try:
-        writers.append(CSVWriter(run_dir, resume_at=resume_at))
-        writers.append(TensorBoardWriter(run_dir, resume_at=resume_at))
-        for name in config.log_to:
-            writer = WandbWriter if name == "wandb" else MLflowWriter
-            writers.append(writer(run_dir, config=config, resume_at=resume_at))
-    except BaseException:
-        for opened in writers:
-            opened.close()
-        raise
+    with ExitStack() as opened:  # where one cannot be opened the others are closed
+        for make in (CSVWriter, TensorBoardWriter, *services):
+            writers.append(make(run_dir, resume_at=resume_at))
+            opened.callback(writers[-1].close)
+        opened.pop_all()
     return [*writers, ProgressDisplay(config.total_steps)] if show_progress else writers
 
 
 def require_packages(config: RunConfig) -> None:
-    """Checks that the packages which the writers of a run need are installed, without importing them.
+    """Checks, without an import, that the packages of a run's writers are installed.
 
     Raises:
         RunError: one is missing; the message says how to install it.
@@ -105,14 +102,13 @@ class CSVWriter:
     Args:
         run_dir: where the file lies.
         name: of the file.
-        resume_at: keep the rows of the existing file up to this many environment steps; later rows, and a row that
-            was cut off when its process was killed, are dropped. None: the first row starts a new file.
+        resume_at: keep the rows of the existing file up to this many environment steps. None: start a new file.
 
     Attributes:
         last_steps: environment steps of the last row; None if there is no row.
 
     Raises:
-        RunError: the existing file is no file of metrics, or it cannot be written.
+        RunError: the existing file holds no metrics, or the file cannot be written. The rows before stay.
     """
 
     def __init__(self, run_dir: Path, *, name: str = "metrics.csv", resume_at: int | None = None) -> None:
@@ -120,26 +116,26 @@ class CSVWriter:
         self.last_steps: int | None = None
         self._columns: list[str] = []
         self._file: io.FileIO | None = None
-        if resume_at is not None and self.path.exists():
-            try:
-                self._take_up(resume_at)
-            except OSError as error:
-                raise self._failed(error) from error
+        if resume_at is None:
+            return
+        columns, rows, num_damaged = read_rows(self.path)
+        if num_damaged:
+            warnings.warn(f"{self.path}: {num_damaged} damaged rows are left out", stacklevel=4)
+        if columns:
+            kept = [row for row in rows if int(row[0]) <= resume_at]
+            self.last_steps = int(kept[-1][0]) if kept else None
+            with writing(self.path):
+                self._replace(columns, kept)
 
     def write(self, num_steps: int, metrics: Mapping[str, float]) -> None:
-        """Raises:
-        RunError: it cannot be written; the rows before are there.
-        """
         row: dict[str, Any] = {"steps": num_steps, **metrics}
         added = [name for name in row if name not in self._columns]
-        try:
+        with writing(self.path):
             if added:
                 rows = read_rows(self.path)[1] if self._columns else []
                 self._replace([*self._columns, *added], [old + [""] * len(added) for old in rows])
             assert self._file is not None
             append_whole(self._file, _lines([[row.get(name, "") for name in self._columns]]))
-        except OSError as error:
-            raise self._failed(error) from error
         self.last_steps = num_steps
 
     def close(self) -> None:
@@ -151,18 +147,6 @@ class CSVWriter:
         self.close()
         self._columns, self._file = columns, io.FileIO(self.path, "a")
 
-    def _take_up(self, resume_at: int) -> None:
-        columns, rows, num_damaged = read_rows(self.path)
-        if num_damaged:
-            warnings.warn(f"{self.path}: {num_damaged} damaged rows are left out", stacklevel=4)
-        kept = [row for row in rows if int(row[0]) <= resume_at]
-        if columns:
-            self._replace(columns, kept)
-        self.last_steps = int(kept[-1][0]) if kept else None
-
-    def _failed(self, error: OSError) -> RunError:
-        return RunError(f"cannot write {self.path}: {error.strerror or error}; the rows before this one are there")
-
 
 def _lines(rows: Iterable[Iterable[Any]]) -> bytes:
     text = io.StringIO(newline="")
@@ -173,181 +157,164 @@ def _lines(rows: Iterable[Iterable[Any]]) -> bytes:
 class TensorBoardWriter:
     """TensorBoard event files in the run directory; non-finite numbers are left out.
 
-    One record per update, written immediately and whole. (`torch.utils.tensorboard` writes every number separately
-    from a thread, in which nobody catches the error of a full disk.)
+    One record per update, written whole and at once. (`torch.utils.tensorboard` writes every number separately from a
+    thread, where nobody catches the error of a full disk.)
 
     Args:
         run_dir: of the run.
         resume_at: TensorBoard drops what an earlier part of this run logged after this many environment steps.
 
     Raises:
-        RunError: they cannot be written.
+        RunError: the file cannot be written. What was logged before stays.
     """
 
     def __init__(self, run_dir: Path, *, resume_at: int | None = None) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.event_pb2 import SessionLog
 
-        folder = run_dir / "tensorboard"
         # TensorBoard reads files in the order of their names.
-        self.path = folder / f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
-        try:
-            folder.mkdir(exist_ok=True)
+        name = f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
+        self.path = run_dir / "tensorboard" / name
+        with writing(self.path):
+            self.path.parent.mkdir(exist_ok=True)
             self._file = io.FileIO(self.path, "a")
-        except OSError as error:
-            raise self._failed(error) from error
-        try:
-            self._add(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        with ExitStack() as opened:
+            opened.callback(self.close)
+            self._add(file_version="brain.Event:2")
             if resume_at is not None:
-                start = SessionLog(status=SessionLog.START)
-                self._add(Event(wall_time=time.time(), step=resume_at + 1, session_log=start))
-        except RunError:
-            self.close()
-            raise
+                self._add(step=resume_at + 1, session_log=SessionLog(status=SessionLog.START))
+            opened.pop_all()
 
     def write(self, num_steps: int, metrics: Mapping[str, float]) -> None:
-        """Raises:
-        RunError: it cannot be written; what was logged before is there.
-        """
-        from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         values = [Summary.Value(tag=name, simple_value=value) for name, value in finite(metrics).items()]
-        self._add(Event(wall_time=time.time(), step=num_steps, summary=Summary(value=values)))
+        self._add(step=num_steps, summary=Summary(value=values))
 
     def close(self) -> None:
         self._file.close()
 
-    def _add(self, event: Any) -> None:
+    def _add(self, **event: Any) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         record = io.BytesIO()
-        RecordWriter(record).write(event.SerializeToString())
-        try:
+        RecordWriter(record).write(Event(wall_time=time.time(), **event).SerializeToString())
+        with writing(self.path):
             append_whole(self._file, record.getvalue())
-        except OSError as error:
-            raise self._failed(error) from error
-
-    def _failed(self, error: OSError) -> RunError:
-        return RunError(f"cannot write {self.path}: {error.strerror or error}")
 
 
-class WandbWriter:
-    """A run of Weights & Biases: `steps` is the horizontal axis, the settings are its config.
+class ServiceWriter:
+    """A run at Weights & Biases or MLflow.
 
-    `wandb.json` keeps its id, so that a resumed run continues the same W&B run; what was logged after the checkpoint
-    is logged again. Project, entity and mode (`WANDB_MODE=offline`) are taken from W&B's own environment variables.
+    A file in the run directory, such as `wandb.json`, keeps its id, so that a resumed run continues it; what was logged
+    after the checkpoint is logged again. Where to log is taken from the service's own environment variables. A service
+    that fails later is warned of once; the run continues, and metrics.csv has the metrics.
 
     Args:
-        run_dir: of the run.
-        config: of the run.
-        resume_at: not None to continue the existing run.
+        name: `wandb` or `mlflow`.
+        run_dir, config: of the run.
+        resume_at: not None to continue the existing run of the service.
 
     Raises:
-        RunError: W&B refuses; not logged in, most likely.
+        RunError: the service refuses, or its file cannot be read or written.
     """
 
-    def __init__(self, run_dir: Path, *, config: RunConfig, resume_at: int | None = None) -> None:
-        remembered = _remembered(run_dir / "wandb.json") if resume_at is not None else {}
-        run_id = remembered.get("id") or secrets.token_hex(4)
+    def __init__(self, name: str, run_dir: Path, *, config: RunConfig, resume_at: int | None = None) -> None:
+        path, known = run_dir / f"{name}.json", {}
+        title = f"{config.env} {config.memory_name}-seed{config.seed}"
+        self._service, begin, hint = _SERVICES[name]
         try:
-            import wandb
-
-            self._run = wandb.init(
-                project=os.environ.get("WANDB_PROJECT", "dualhead"),
-                id=run_id,
-                name=_title(config),
-                dir=str(run_dir),
-                config=config.model_dump(),
-                resume="allow",
-                settings={"console": "off"},  # standard output and error stay as they are
-            )
-            self._run.define_metric("steps")
-            self._run.define_metric("*", step_metric="steps")
-        except Exception as error:
+            if resume_at is not None and path.exists():
+                known = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
             raise RunError(
-                f"cannot begin a W&B run: {error} (WANDB_MODE=offline logs to the run directory, without an account)"
+                f"cannot read {path}: {error}; without it a new run would be logged: mend or remove it"
             ) from error
-        write_json(run_dir / "wandb.json", {"id": run_id})
-        self._warned = False
+        try:
+            known, self._log, self._end = begin(run_dir, config, title, known)
+        except Exception as error:
+            raise RunError(f"cannot begin a run of {self._service}: {error} ({hint})") from error
+        self._has_warned = False
+        write_json(path, known)
 
     def write(self, num_steps: int, metrics: Mapping[str, float]) -> None:
-        """Warns once if W&B refuses metrics. The run continues, and metrics.csv has them."""
         try:
-            self._run.log({"steps": num_steps, **finite(metrics)})
+            self._log(num_steps, finite(metrics))
         except Exception as error:
-            if not self._warned:
-                warnings.warn(f"W&B took no metrics: {error}", stacklevel=2)
-            self._warned = True
+            if not self._has_warned:
+                warnings.warn(f"{self._service} took no metrics: {error}", stacklevel=2)
+            self._has_warned = True
 
     def close(self) -> None:
-        self._run.finish(exit_code=int(_is_failing()))
-
-
-class MLflowWriter:
-    """A run of MLflow; the settings are its parameters.
-
-    It is stored in `mlflow.db` in the run directory, or at `MLFLOW_TRACKING_URI` if that is set, in the experiment
-    `dualhead` unless `MLFLOW_EXPERIMENT_NAME` names another. `mlflow.json` keeps its id, so that a resumed run
-    continues the same MLflow run; what was logged after the checkpoint is logged again.
-
-    Args:
-        run_dir: of the run.
-        config: of the run.
-        resume_at: not None to go on with the run that is there.
-
-    Raises:
-        RunError: MLflow refuses.
-    """
-
-    _MOST_PARAMS = 100  # in one call
-
-    def __init__(self, run_dir: Path, *, config: RunConfig, resume_at: int | None = None) -> None:
-        uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(run_dir / 'mlflow.db').resolve()}"
-        remembered = _remembered(run_dir / "mlflow.json") if resume_at is not None else {}
         try:
-            from mlflow import MlflowClient
-            from mlflow.entities import Param
-
-            self._client = MlflowClient(tracking_uri=uri)
-            if remembered.get("tracking_uri") == uri:
-                self._run_id = remembered["run_id"]
-                self._client.update_run(self._run_id, status="RUNNING")
-            else:
-                name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "dualhead")
-                experiment = self._client.get_experiment_by_name(name)
-                experiment_id = experiment.experiment_id if experiment else self._client.create_experiment(name)
-                self._run_id = self._client.create_run(experiment_id, run_name=_title(config)).info.run_id
-                params = [Param(name, str(value)) for name, value in flat(config.model_dump()).items()]
-                for begin in range(0, len(params), self._MOST_PARAMS):
-                    self._client.log_batch(self._run_id, params=params[begin : begin + self._MOST_PARAMS])
+            self._end(sys.exc_info()[0] is not None)  # a failed run closes its writers while the error is raised
         except Exception as error:
-            raise RunError(f"cannot begin an MLflow run at {uri}: {error}") from error
-        write_json(run_dir / "mlflow.json", {"run_id": self._run_id, "tracking_uri": uri})
-        self._warned = False
+            warnings.warn(f"{self._service} was not told of the end: {error}", stacklevel=2)
 
-    def write(self, num_steps: int, metrics: Mapping[str, float]) -> None:
-        """Warns once if MLflow refuses metrics. The run continues, and metrics.csv has them."""
-        from mlflow.entities import Metric
 
+_Known = dict[str, str]
+_Service = tuple[_Known, Callable[[int, dict[str, float]], None], Callable[[bool], None]]
+"""What identifies a service's run later, what logs metrics after a number of steps, and what ends it, failed or not."""
+
+
+def _wandb(run_dir: Path, config: RunConfig, title: str, known: _Known) -> _Service:
+    import wandb
+
+    run_id = known.get("id") or secrets.token_hex(4)
+    run = wandb.init(
+        project=os.environ.get("WANDB_PROJECT", "dualhead"),
+        id=run_id,
+        name=title,
+        dir=str(run_dir),
+        config=config.model_dump(),
+        resume="allow",
+        settings={"console": "off"},  # standard output and error stay as they are
+    )
+    run.define_metric("steps")
+    run.define_metric("*", step_metric="steps")
+
+    def log(num_steps: int, metrics: dict[str, float]) -> None:
+        run.log({"steps": num_steps, **metrics})
+
+    def end(is_failed: bool) -> None:
+        run.finish(exit_code=int(is_failed))
+
+    return {"id": run_id}, log, end
+
+
+def _mlflow(run_dir: Path, config: RunConfig, title: str, known: _Known) -> _Service:
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric, Param
+
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(run_dir / 'mlflow.db').resolve()}"
+    client = MlflowClient(tracking_uri=uri)
+    if known.get("tracking_uri") == uri:
+        run_id = known["run_id"]
+        client.update_run(run_id, status="RUNNING")
+    else:
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "dualhead")
+        experiment = client.get_experiment_by_name(name)
+        experiment_id = experiment.experiment_id if experiment else client.create_experiment(name)
+        run_id = client.create_run(experiment_id, run_name=title).info.run_id
+        params = [Param(name, str(value)) for name, value in flat(config.model_dump()).items()]
+        for begin in range(0, len(params), 100):  # MLflow takes no more in one call
+            client.log_batch(run_id, params=params[begin : begin + 100])
+
+    def log(num_steps: int, metrics: dict[str, float]) -> None:
         now = int(time.time() * 1000)
-        try:
-            self._client.log_batch(
-                self._run_id,
-                metrics=[
-                    Metric(re.sub(r"[^\w./ -]", "_", name), value, now, num_steps)
-                    for name, value in finite(metrics).items()
-                ],
-            )
-        except Exception as error:
-            if not self._warned:
-                warnings.warn(f"MLflow took no metrics: {error}", stacklevel=2)
-            self._warned = True
+        legal = {re.sub(r"[^\w./ -]", "_", name): value for name, value in metrics.items()}
+        client.log_batch(run_id, metrics=[Metric(name, value, now, num_steps) for name, value in legal.items()])
 
-    def close(self) -> None:
-        try:
-            self._client.set_terminated(self._run_id, status="FAILED" if _is_failing() else "FINISHED")
-        except Exception as error:
-            warnings.warn(f"MLflow was not told of the end: {error}", stacklevel=2)
+    def end(is_failed: bool) -> None:
+        client.set_terminated(run_id, status="FAILED" if is_failed else "FINISHED")
+
+    return {"run_id": run_id, "tracking_uri": uri}, log, end
+
+
+_SERVICES = {
+    "wandb": ("W&B", _wandb, "WANDB_MODE=offline logs to the run directory, without an account"),
+    "mlflow": ("MLflow", _mlflow, "MLFLOW_TRACKING_URI names the server; unset, the run directory is used"),
+}
 
 
 def append_whole(file: io.FileIO, contents: bytes) -> None:
@@ -368,27 +335,6 @@ def append_whole(file: io.FileIO, contents: bytes) -> None:
 def finite(metrics: Mapping[str, float]) -> dict[str, float]:
     """The metrics that are finite numbers."""
     return {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
-
-
-def _remembered(path: Path) -> dict[str, str]:
-    try:
-        known = json.loads(path.read_text())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise RunError(
-            f"cannot read {path}: {error}; without it a new run would be logged: mend or remove it"
-        ) from error
-    return known if isinstance(known, dict) else {}
-
-
-def _title(config: RunConfig) -> str:
-    return f"{config.env} {config.memory_name}-seed{config.seed}"
-
-
-def _is_failing() -> bool:
-    """Whether a writer is closed because of an error: writers are closed in a `finally`."""
-    return sys.exc_info()[0] is not None
 
 
 class ProgressDisplay:
