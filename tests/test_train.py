@@ -403,13 +403,13 @@ def test_an_impossible_learning_rate_is_refused(tmp_path, rate):
 
 
 def test_a_learning_rate_that_is_no_schedule_is_refused_at_the_call(tmp_path):
-    for call in (
-        lambda: dualhead.train("CartPole-v1", **SMALL, run_dir=str(tmp_path / "run"), learning_rate=1e-3),
-        lambda: dualhead.resume(tmp_path / "run", learning_rate=1e-3),
-    ):
-        with pytest.raises(TypeError, match=r"learning_rate: expected a schedule.*got 0\.001.*ppo="):
-            call()
-    assert not (tmp_path / "run").exists()
+    run, refused = tmp_path / "run", r"learning_rate: expected a schedule.*got 0\.001.*ppo="
+    with pytest.raises(TypeError, match=refused):
+        dualhead.train("CartPole-v1", **SMALL, run_dir=str(run), learning_rate=1e-3)
+    assert not run.exists()
+    dualhead.train("CartPole-v1", **SMALL, run_dir=str(run), learning_rate=lambda progress: 1e-3)
+    with pytest.raises(TypeError, match=refused):
+        dualhead.resume(run, total_steps=300, learning_rate=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,7 @@
-"""The run directory, written by one process at a time: configuration, summary, and checkpoints."""
+"""The run directory, written by one process at a time: configuration, summary, and checkpoints.
+
+Every function raises RunError for what it cannot read or write; what was there before stays as it was.
+"""
 
 from __future__ import annotations
 
@@ -34,11 +37,7 @@ _held: set[int] = set()
 
 @contextmanager
 def writing(what: object, *, run_dir: Path | None = None) -> Iterator[None]:
-    """Names what cannot be written, and the newest checkpoint of `run_dir`.
-
-    Raises:
-        RunError: in place of an OSError.
-    """
+    """Raises RunError in place of OSError: it says what cannot be written, and the newest checkpoint of `run_dir`."""
     try:
         yield
     except OSError as error:
@@ -57,7 +56,6 @@ def locked(run_dir: str | os.PathLike[str]) -> Iterator[None]:
 
     Raises:
         RunInUseError: another process, or this one already, holds it.
-        RunError: it cannot be written.
     """
     path = Path(run_dir)
     with writing(f"the run directory {path}"):
@@ -102,11 +100,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def new_run_dir(config: RunConfig) -> Path:
-    """Makes the directory of a run and writes its configuration; of two processes that try at once each gets its own.
-
-    Raises:
-        RunError: the requested directory already holds a run, is in use, or cannot be written.
-    """
+    """Makes the directory of a run and writes its configuration; two that begin at once get two directories."""
     base = Path("runs") / config.env.replace("/", "-") / f"{config.memory_name}-seed{config.seed}"
     path, number = base if config.run_dir is None else Path(config.run_dir), 1
     while True:
@@ -128,11 +122,7 @@ def new_run_dir(config: RunConfig) -> Path:
 
 
 def write_json(path: Path, contents: Any) -> None:
-    """Replaces a JSON file atomically.
-
-    Raises:
-        RunError: it cannot be written; the file that was there stays as it was.
-    """
+    """Replaces a JSON file atomically."""
     with writing(path):
         write_bytes(path, (json.dumps(contents, indent=2) + "\n").encode())
 
@@ -147,11 +137,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def read_config(run_dir: str | os.PathLike[str]) -> RunConfig:
-    """The configuration of a run.
-
-    Raises:
-        RunError: no run is there.
-    """
+    """The configuration of a run."""
     path = Path(run_dir) / "config.json"
     try:
         return RunConfig.model_validate_json(path.read_text())
@@ -169,9 +155,6 @@ def save_checkpoint(run_dir: Path, tensors: dict[str, Tensor], metadata: dict[st
     """Writes the checkpoint of `metadata["num_steps"]` and removes all but the newest `keep`.
 
     Checkpoints of later steps are broken ones that a resumed run passed over. They are renamed, and count no more.
-
-    Raises:
-        RunError: it cannot be written; the checkpoints that were there stay.
     """
     path = run_dir / "checkpoints" / f"step-{metadata['num_steps']:012d}.safetensors"
     with writing(f"checkpoint {path}", run_dir=run_dir):
@@ -187,17 +170,11 @@ def save_checkpoint(run_dir: Path, tensors: dict[str, Tensor], metadata: dict[st
 def save_best(run_dir: Path, tensors: dict[str, Tensor], metadata: dict[str, Any], *, score: float) -> bool:
     """Writes `checkpoints/best.safetensors` unless a whole one of at least this score is there; whether it did.
 
-    Args:
-        run_dir: of the run.
-        tensors, metadata: the agent's state; `score` is added to the metadata.
-        score: such as the mean return of an evaluation; NaN is never the best.
-
-    Raises:
-        RunError: it cannot be written; the best one before stays.
+    `score`, such as the mean return of an evaluation, is added to the metadata; NaN is never the best.
     """
-    path = _best_path(run_dir)
     if math.isnan(score):
         return False
+    path = _best_path(run_dir)
     if path.exists():
         try:
             if read_best(run_dir)[2]["score"] >= score:
@@ -219,11 +196,7 @@ def _best_path(run_dir: str | os.PathLike[str]) -> Path:
 
 
 def read_best(run_dir: str | os.PathLike[str]) -> Checkpoint:
-    """The checkpoint with the best evaluation, whose mean return is `metadata["score"]`.
-
-    Raises:
-        RunError: there is none, or it is broken.
-    """
+    """The checkpoint with the best evaluation, whose mean return is `metadata["score"]`."""
     path = _best_path(run_dir)
     if not path.exists():
         raise RunError(f"{run_dir} holds no best checkpoint: no evaluation during training has saved one")
@@ -237,11 +210,7 @@ def read_best(run_dir: str | os.PathLike[str]) -> Checkpoint:
 
 
 def read_newest(run_dir: str | os.PathLike[str]) -> Checkpoint:
-    """The newest whole checkpoint; broken ones are warned of and passed over.
-
-    Raises:
-        RunError: there is none.
-    """
+    """The newest whole checkpoint; warns of broken ones and passes over them."""
     paths = checkpoints(run_dir)
     if not paths:
         raise RunError(f"{run_dir} has no checkpoint yet: `dualhead resume` continues a run that was stopped before")

@@ -17,11 +17,7 @@ from dualhead.worlds.streams import Streams
 
 
 def open_evaluation(session: Session, env: str | Environment | None) -> Streams:
-    """The streams in which a session's policy is evaluated; training's global random states stay as they are.
-
-    Raises:
-        RunError: `env` is none, cannot be opened, or has other spaces than the session's streams.
-    """
+    """Streams for evaluating a session's policy; RunError if they cannot be opened, or have other spaces."""
     config = session.config
     num_envs, _ = evaluation_size(config, config.eval_episodes or EVAL_EPISODES)
     try:
@@ -41,9 +37,9 @@ def open_evaluation(session: Session, env: str | Environment | None) -> Streams:
 class Evaluator:
     """Evaluates a session's policy in streams of its own: rows of `evaluations.csv`, and the best checkpoint.
 
+    Training does not notice: global random states stay as they are.
+
     Args:
-        session: whose policy plays.
-        run_dir: of the run.
         env: what to play in; None: what the run's settings name.
         resume_at: environment steps of the checkpoint that the run resumes from.
     """
@@ -65,12 +61,7 @@ class Evaluator:
             self._streams.close()
 
     def evaluate(self) -> dict[str, float]:
-        """Plays episodes during training; metrics `evaluation/*`. Saves the best mean return as `best.safetensors`.
-
-        Raises:
-            DataError: the environment gave what a policy cannot use.
-            RunError: a file cannot be written.
-        """
+        """Plays episodes during training; metrics `evaluation/*`. Saves the best mean return as `best.safetensors`."""
         num_steps = self._session.learner.num_steps
         if self._last[0] != num_steps:
             summary = self._play(SELECTION_SEED)
@@ -79,11 +70,7 @@ class Evaluator:
         return self._last[1]
 
     def conclude(self) -> dict[str, float]:
-        """The summary of the episodes that `dualhead eval` plays too, and that did not choose the best checkpoint.
-
-        Raises:
-            DataError, RunError: as `evaluate`.
-        """
+        """The summary of the episodes that `dualhead eval` plays too, and that did not choose the best checkpoint."""
         if self._session.config.eval_every:
             self.evaluate()
         return self._play(EVALUATION_SEED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Callable
@@ -30,7 +31,6 @@ class Session:
     """A run in progress: learner, streams, and what is counted.
 
     Args:
-        config: of the run.
         env: in place of the environment that the settings name; streams are not closed.
         encoder, memory: the user's own parts of the policy.
         schedule: learning rate by progress, from 0 to 1; None: as configured.
@@ -62,7 +62,7 @@ class Session:
         self.streams = open_streams(config, env, vectorization=config.vectorization, device=device)
         self._owns_streams = not is_streams(env)
         try:
-            if self.streams.num_streams != config.num_streams:
+            if self.streams.num_streams != config.num_streams:  # streams that `resume` got
                 raise ValueError(f"expected {config.num_streams} streams, got {self.streams.num_streams}")
             self.learner = make_learner(config, self.streams, device=device, encoder=encoder, memory=memory)
         except (TypeError, ValueError) as error:
@@ -84,11 +84,7 @@ class Session:
 
     @property
     def learning_rate(self) -> float | None:
-        """Of the next updates, in place of the configured one; None: as configured. Checkpoints keep it.
-
-        Raises:
-            RunError: it is set to something else than a finite number of at least 0.
-        """
+        """Of the next updates, in place of the configured one; None: as configured. Checkpoints keep it."""
         return self._learning_rate
 
     @learning_rate.setter
@@ -100,11 +96,7 @@ class Session:
         self.observations = self.streams.reset(seed=self.config.seed)
 
     def record(self, step: StreamStep) -> None:
-        """Records what followed the last actions.
-
-        Raises:
-            DataError: a part of the step is missing, or cannot be learned from.
-        """
+        """Records what followed the last actions; DataError if a part is missing or cannot be learned from."""
         try:
             self.learner.record(
                 step.rewards,
@@ -139,16 +131,15 @@ class Session:
     def is_due(self, what: Literal["checkpoint", "eval"]) -> bool:
         """Whether a checkpoint or an evaluation is due; if so, plans the next one."""
         every, num_steps = getattr(self.config, f"{what}_every"), self.learner.num_steps
-        is_due = every > 0 and num_steps >= self._due[what]
-        if is_due:
-            self._due[what] = num_steps + every
-        return is_due
+        if every == 0 or num_steps < self._due[what]:
+            return False
+        self._due[what] = num_steps + every
+        return True
 
-    def save(self, run_dir: Path, *, seconds: float) -> Path:
+    def save(self, run_dir: Path, *, seconds: float) -> None:
         """Writes a checkpoint, after so many seconds of training."""
         self.seconds = seconds
-        tensors, metadata = self.state()
-        return save_checkpoint(run_dir, tensors, metadata, keep=self.config.keep_checkpoints)
+        save_checkpoint(run_dir, *self.state(), keep=self.config.keep_checkpoints)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and JSON of a checkpoint: the learner's own, and those of the run under the prefix `run`."""
@@ -173,13 +164,10 @@ class Session:
         return tensors | with_prefix(RUN_PREFIX, of_run), metadata | {RUN_PREFIX: run}
 
     def restore(self, tensors: dict[str, Tensor], metadata: dict[str, Any], *, source: str) -> None:
-        """Continues from a `state`.
+        """Continues from a `state`; CheckpointError if it belongs to another run.
 
-        Streams that could not be saved begin new episodes, with zero recurrent states; recorded steps that were not
-        learned from are dropped.
-
-        Raises:
-            CheckpointError: it belongs to another run.
+        Streams that could not be saved begin new episodes, with zero recurrent states. Recorded steps that were not
+        learned from are dropped then.
         """
         own = {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{RUN_PREFIX}/")}
         of_run = without_prefix(RUN_PREFIX, tensors)
@@ -221,11 +209,7 @@ class Session:
 
 
 def make_numbers(metrics: dict[str, Any]) -> None:
-    """Converts every metric to a Python number, in place.
-
-    Raises:
-        RunError: a metric is no number, or its name is that of the column of steps.
-    """
+    """Converts every metric to a Python number, in place; RunError if one is no number, or is called `steps`."""
     if "steps" in metrics:
         raise RunError("metric 'steps': expected another name, this one is taken by the number of environment steps")
     for name, value in metrics.items():
@@ -268,23 +252,21 @@ def make_learner(
     if config.enforce_norms:
         norms = config.norms.model_copy(update={"resources": config.world.resources})
 
-    def make(seed: int) -> DualHeadRecurrentPPO:
-        return DualHeadRecurrentPPO(
-            streams.observation_space,
-            streams.action_space,
-            num_streams=streams.num_streams // num_learners,
-            config=ppo,
-            network=config.network,
-            norms=norms,
-            encoder=encoder,
-            memory=memory,
-            seed=seed,
-            device=device,
-        )
-
+    make = functools.partial(
+        DualHeadRecurrentPPO,
+        streams.observation_space,
+        streams.action_space,
+        num_streams=streams.num_streams // num_learners,
+        config=ppo,
+        network=config.network,
+        norms=norms,
+        encoder=encoder,
+        memory=memory,
+        device=device,
+    )
     if config.policies == "shared":
-        return make(config.seed)
+        return make(seed=config.seed)
     for name, part in (("encoder", encoder), ("memory", memory)):
         if isinstance(part, nn.Module):
             raise ValueError(f"{name}: independent policies need one each: expected a class or factory, got a module")
-    return IndependentLearners(make, num_agents=num_learners, seed=config.seed)
+    return IndependentLearners(lambda seed: make(seed=seed), num_agents=num_learners, seed=config.seed)

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from dualhead.agent import DualHeadRecurrentPPO
 from dualhead.errors import RunError, SettingsError
 from dualhead.population import IndependentLearners
+from dualhead.running import machine
 from dualhead.running.checkpoint import (
-    Checkpoint,
     checkpoints,
     locked,
     new_run_dir,
@@ -27,14 +28,6 @@ from dualhead.running.checkpoint import (
 from dualhead.running.config import RunConfig, planned
 from dualhead.running.environment import Environment, is_streams, settings_of
 from dualhead.running.evaluator import Evaluator, open_evaluation
-from dualhead.running.machine import (
-    CoreUse,
-    Stopwatch,
-    keep_freed_memory,
-    preserved_randomness,
-    seed_everything,
-    stop_requests,
-)
 from dualhead.running.parts import find_part, name_of
 from dualhead.running.session import Session, make_numbers
 from dualhead.running.writers import Writer, expect_writers, make_writers, require_packages
@@ -46,8 +39,8 @@ Schedule = Callable[[float], float]
 
 class TrainingResult(NamedTuple):
     """Fields:
-    summary: what `summary.json` says: steps, seconds, the last metrics, the evaluation, and where the run is.
-    agent: as it is after the last update; one agent for each place with `policies="independent"`.
+    summary: the contents of `summary.json`: steps, seconds, the last metrics, the evaluation, and where the run is.
+    agent: after the last update; one agent for each place with `policies="independent"`.
     """
 
     summary: dict[str, Any]
@@ -65,14 +58,6 @@ class _Given(NamedTuple):
     on_update: OnUpdate | None
     eval_env: str | Environment | None
     show_progress: bool
-
-    def checked(self) -> _Given:
-        if self.learning_rate is not None and not callable(self.learning_rate):
-            raise TypeError(
-                f"learning_rate: expected a schedule, a function of progress from 0 to 1, got {self.learning_rate!r}; "
-                f"pass a number by ppo=PPOConfig(learning_rate=...)"
-            )
-        return self._replace(writers=expect_writers(self.writers))
 
 
 def train(
@@ -118,7 +103,7 @@ def train(
             written or is in use, the environment gave data that cannot be learned from, or a metric is no number.
     """
     own_env = None if isinstance(env, str | RunConfig) else env
-    given = _Given(own_env, encoder, memory, learning_rate, writers, on_update, eval_env, show_progress).checked()
+    given = _Given(own_env, encoder, memory, learning_rate, writers, on_update, eval_env, show_progress)
     if isinstance(env, RunConfig):
         if settings:
             raise TypeError(f"train(RunConfig(...)) takes no further settings, got {sorted(settings)}")
@@ -164,7 +149,7 @@ def resume(
         RunError: no run is there, it is complete, another process is writing it, an object is missing, or as `train`.
         CheckpointError: its checkpoint does not fit its configuration.
     """
-    given = _Given(env, encoder, memory, learning_rate, writers, on_update, eval_env, show_progress).checked()
+    given = _Given(env, encoder, memory, learning_rate, writers, on_update, eval_env, show_progress)
     config = read_config(run).model_copy(update={"run_dir": str(run)})
     if total_steps is not None:
         try:
@@ -188,47 +173,50 @@ def resume(
 
 def _run(config: RunConfig, given: _Given, *, resumed: Path | None = None) -> TrainingResult:
     """Begins a run, or resumes the one in `resumed`; trains to the end, evaluates, and writes the summary."""
+    own_writers, schedule = expect_writers(given.writers), given.learning_rate
+    if schedule is not None and not callable(schedule):
+        raise TypeError(
+            f"learning_rate: expected a schedule, a function of progress from 0 to 1, got {schedule!r}; pass a number "
+            f"by ppo=PPOConfig(learning_rate=...)"
+        )
     if is_streams(given.env) and given.eval_env is None and (config.eval_episodes or config.eval_every):
         raise RunError(
             f"eval_episodes={config.eval_episodes}, eval_every={config.eval_every}: the streams that were given are "
             f"busy with training; pass eval_env=... to evaluate in, or set both to 0"
         )
     require_packages(config)
-    keep_freed_memory()
+    machine.keep_freed_memory()
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
-    seed_everything(config.seed)
+    machine.seed_everything(config.seed)
     with ExitStack() as stack:
         saved = None
         if resumed is not None:
             stack.enter_context(locked(resumed))
             saved = _newest_unfinished(resumed, config)
         parts = {name: find_part(getattr(given, name), what=name) for name in ("encoder", "memory")}
-        session = Session(config, env=given.env, schedule=given.learning_rate, **parts)
+        session = Session(config, env=given.env, schedule=schedule, **parts)
         stack.callback(session.close)
         evaluation_env = given.env
         if given.eval_env is not None:
             evaluation_env = open_evaluation(session, given.eval_env)
             if not is_streams(given.eval_env):
                 stack.callback(evaluation_env.close)
+        run_dir = resumed or new_run_dir(config)
         if resumed is None:
-            run_dir = new_run_dir(config)
             stack.enter_context(locked(run_dir))
             if given.show_progress:
                 print(f"writing to {run_dir}", flush=True)
-        else:
-            run_dir = resumed
-        if saved is not None:
-            path, tensors, metadata = saved
-            session.restore(tensors, metadata, source=str(path))
-            print(f"resuming from {path}")
-        else:
-            if resumed is not None:
-                print(f"{run_dir} was stopped before its first checkpoint: it begins again")
+        elif saved is None:
+            print(f"{run_dir} was stopped before its first checkpoint: it begins again")
+        if saved is None:
             session.begin()
+        else:
+            session.restore(saved[1], saved[2], source=str(saved[0]))
+            print(f"resuming from {saved[0]}")
         if resumed is not None and read_config(run_dir).total_steps != config.total_steps:
             write_json(run_dir / "config.json", config.model_dump())
-        with preserved_randomness():  # it is found by playing
+        with machine.preserved_randomness():  # it is found by playing
             reason = session.streams.resumable
         if reason is not None:
             warnings.warn(
@@ -237,40 +225,35 @@ def _run(config: RunConfig, given: _Given, *, resumed: Path | None = None) -> Tr
                 stacklevel=3,
             )
         resume_at = None if resumed is None else session.learner.num_steps
-        for writer in given.writers:
+        for writer in own_writers:
             stack.callback(writer.close)
         writers = make_writers(config, run_dir, resume_at=resume_at, show_progress=given.show_progress)
         for writer in writers:
             stack.callback(writer.close)
+        writers += own_writers
         evaluator = stack.enter_context(Evaluator(session, run_dir, env=evaluation_env, resume_at=resume_at))
-        stop = stack.enter_context(stop_requests())
+        stop = stack.enter_context(machine.stop_requests())
         try:
-            all_writers = [*writers, *given.writers]
-            run_loop(session, all_writers, evaluator, run_dir, stop=stop, on_update=given.on_update)
+            run_loop(session, writers, evaluator, run_dir, stop=stop, on_update=given.on_update)
             return TrainingResult(_conclude(session, evaluator, run_dir, interrupted=bool(stop)), session.learner)
         except (DataError, DivergedError) as error:
             num_steps = session.learner.num_steps
-            raise RunError(
-                f"{config.env} after {num_steps} steps ({num_steps // config.num_streams} of each stream): {error}; "
-                f"{_name_newest(run_dir)}"
-            ) from error
+            done = f"{num_steps} steps ({num_steps // config.num_streams} of each stream)"
+            raise RunError(f"{config.env} after {done}: {error}; {_name_newest(run_dir)}") from error
         except KeyboardInterrupt:
             print(f"stopped at once; {_name_newest(run_dir)}; resume with: dualhead resume {run_dir}", file=sys.stderr)
             raise
 
 
-def _newest_unfinished(run_dir: Path, config: RunConfig) -> Checkpoint | None:
-    """The checkpoint to resume from; None before the first one.
-
-    Raises:
-        RunError: the run is complete (it trained to its end and has a summary), or has passed the end asked for.
-    """
+def _newest_unfinished(run_dir: Path, config: RunConfig) -> tuple[Path, dict[str, Tensor], dict[str, Any]] | None:
+    """The checkpoint to resume from, or None before the first one; RunError if the run has reached its end."""
     if not checkpoints(run_dir):
         return None
     newest = read_newest(run_dir)
     num_steps, summary = newest[2].get("num_steps", 0), read_json(run_dir / "summary.json") or {}
-    has_summary = summary.get("steps") == num_steps and not summary.get("stopped_early")
-    if num_steps >= config.total_steps and has_summary:
+    # A run that was killed in its last evaluation has no summary yet.
+    is_concluded = summary.get("steps") == num_steps and not summary.get("stopped_early")
+    if num_steps >= config.total_steps and is_concluded:
         raise RunError(f"{run_dir} is complete: say --total-steps with more than {num_steps} to train it longer")
     if num_steps >= config.total_steps + config.num_streams:
         raise RunError(
@@ -295,7 +278,7 @@ def run_loop(
 ) -> None:
     """Act, step, record, learn, log, until `total_steps`, a request to stop, or an `on_update` that asks for it."""
     learner, streams = session.learner, session.streams
-    clock, cores, is_enough = Stopwatch(session.seconds, learner.num_steps), CoreUse(), False
+    clock, cores, is_enough = machine.Stopwatch(session.seconds, learner.num_steps), machine.CoreUse(), False
     while learner.num_steps < session.config.total_steps and not stop and not is_enough:
         actions = learner.act(session.observations)
         step = streams.step(actions)

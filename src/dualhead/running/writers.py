@@ -43,32 +43,21 @@ class Writer(Protocol):
 
 
 def expect_writers(writers: Iterable[object]) -> list[Writer]:
-    """The same objects as a list.
-
-    Raises:
-        TypeError: one of them is no writer, such as a class in place of its instance.
-    """
-    given = list(writers)
-    for writer in given:
+    """The same objects as a list; TypeError if one is no writer, such as a class in place of its instance."""
+    checked: list[Writer] = []
+    for writer in writers:
         if isinstance(writer, type) or not isinstance(writer, Writer):
-            raise TypeError(
-                f"expected a writer, with the methods write(num_steps, metrics) and close(), got {writer!r}"
-            )
-    return given  # type: ignore[return-value]
+            raise TypeError(f"expected a writer, with methods write(num_steps, metrics) and close(), got {writer!r}")
+        checked.append(writer)
+    return checked
 
 
 def make_writers(
     config: RunConfig, run_dir: Path, *, resume_at: int | None = None, show_progress: bool = True
 ) -> list[Writer]:
-    """Opens the writers of a run.
+    """Opens the writers of a run; RunError if a package is missing, or something cannot be written.
 
-    Args:
-        config, run_dir: of the run.
-        resume_at: environment steps of the checkpoint that the run resumes from; what was written after it is dropped.
-        show_progress: add the display on the terminal.
-
-    Raises:
-        RunError: a package is missing, or something cannot be opened or written.
+    `resume_at`: environment steps of the checkpoint that the run resumes from; what was written after it is dropped.
     """
     require_packages(config)
     services: list[Any] = [functools.partial(ServiceWriter, name, config=config) for name in config.log_to]
@@ -82,11 +71,7 @@ def make_writers(
 
 
 def require_packages(config: RunConfig) -> None:
-    """Checks, without an import, that the packages of a run's writers are installed.
-
-    Raises:
-        RunError: one is missing; the message says how to install it.
-    """
+    """Checks, without an import, that the packages of a run's writers are installed; if not, RunError says how."""
     for name in config.log_to:
         if importlib.util.find_spec(name) is None:
             raise RunError(
@@ -100,15 +85,14 @@ class CSVWriter:
     A row is written whole or not at all, even when the disk is full.
 
     Args:
-        run_dir: where the file lies.
-        name: of the file.
+        run_dir, name: of the file.
         resume_at: keep the rows of the existing file up to this many environment steps. None: start a new file.
 
     Attributes:
         last_steps: environment steps of the last row; None if there is no row.
 
     Raises:
-        RunError: the existing file holds no metrics, or the file cannot be written. The rows before stay.
+        RunError: the existing file holds no metrics, or the file cannot be written.
     """
 
     def __init__(self, run_dir: Path, *, name: str = "metrics.csv", resume_at: int | None = None) -> None:
@@ -157,15 +141,12 @@ def _lines(rows: Iterable[Iterable[Any]]) -> bytes:
 class TensorBoardWriter:
     """TensorBoard event files in the run directory; non-finite numbers are left out.
 
-    One record per update, written whole and at once. (`torch.utils.tensorboard` writes every number separately from a
-    thread, where nobody catches the error of a full disk.)
-
-    Args:
-        run_dir: of the run.
-        resume_at: TensorBoard drops what an earlier part of this run logged after this many environment steps.
+    One record per update, written whole and at once: `torch.utils.tensorboard` writes every number separately from a
+    thread, where nobody catches the error of a full disk. With `resume_at`, TensorBoard drops what an earlier part of
+    the run logged after that many environment steps.
 
     Raises:
-        RunError: the file cannot be written. What was logged before stays.
+        RunError: the file cannot be written.
     """
 
     def __init__(self, run_dir: Path, *, resume_at: int | None = None) -> None:
@@ -204,16 +185,11 @@ class TensorBoardWriter:
 
 
 class ServiceWriter:
-    """A run at Weights & Biases or MLflow.
+    """A run at Weights & Biases (`name="wandb"`) or MLflow (`name="mlflow"`).
 
-    A file in the run directory, such as `wandb.json`, keeps its id, so that a resumed run continues it; what was logged
-    after the checkpoint is logged again. Where to log is taken from the service's own environment variables. A service
-    that fails later is warned of once; the run continues, and metrics.csv has the metrics.
-
-    Args:
-        name: `wandb` or `mlflow`.
-        run_dir, config: of the run.
-        resume_at: not None to continue the existing run of the service.
+    The service's own environment variables say where to log. `wandb.json` or `mlflow.json` in the run directory keeps
+    the run's id, so that a resumed run continues it; what was logged after the checkpoint is logged again. If the
+    service fails later, the run warns once and goes on; metrics.csv has the metrics.
 
     Raises:
         RunError: the service refuses, or its file cannot be read or written.
@@ -227,9 +203,7 @@ class ServiceWriter:
             if resume_at is not None and path.exists():
                 known = json.loads(path.read_text())
         except (OSError, ValueError) as error:
-            raise RunError(
-                f"cannot read {path}: {error}; without it a new run would be logged: mend or remove it"
-            ) from error
+            raise RunError(f"cannot read {path}: {error}; repair it, or remove it to log a new run") from error
         try:
             known, self._log, self._end = begin(run_dir, config, title, known)
         except Exception as error:
@@ -254,7 +228,7 @@ class ServiceWriter:
 
 _Known = dict[str, str]
 _Service = tuple[_Known, Callable[[int, dict[str, float]], None], Callable[[bool], None]]
-"""What identifies a service's run later, what logs metrics after a number of steps, and what ends it, failed or not."""
+"""The contents of the service's file, what logs metrics after a number of steps, and what ends a run, failed or not."""
 
 
 def _wandb(run_dir: Path, config: RunConfig, title: str, known: _Known) -> _Service:
@@ -273,13 +247,11 @@ def _wandb(run_dir: Path, config: RunConfig, title: str, known: _Known) -> _Serv
     run.define_metric("steps")
     run.define_metric("*", step_metric="steps")
 
-    def log(num_steps: int, metrics: dict[str, float]) -> None:
-        run.log({"steps": num_steps, **metrics})
-
-    def end(is_failed: bool) -> None:
-        run.finish(exit_code=int(is_failed))
-
-    return {"id": run_id}, log, end
+    return (
+        {"id": run_id},
+        lambda num_steps, metrics: run.log({"steps": num_steps, **metrics}),
+        lambda is_failed: run.finish(exit_code=int(is_failed)),
+    )
 
 
 def _mlflow(run_dir: Path, config: RunConfig, title: str, known: _Known) -> _Service:
@@ -305,10 +277,11 @@ def _mlflow(run_dir: Path, config: RunConfig, title: str, known: _Known) -> _Ser
         legal = {re.sub(r"[^\w./ -]", "_", name): value for name, value in metrics.items()}
         client.log_batch(run_id, metrics=[Metric(name, value, now, num_steps) for name, value in legal.items()])
 
-    def end(is_failed: bool) -> None:
-        client.set_terminated(run_id, status="FAILED" if is_failed else "FINISHED")
-
-    return {"run_id": run_id, "tracking_uri": uri}, log, end
+    return (
+        {"run_id": run_id, "tracking_uri": uri},
+        log,
+        lambda is_failed: client.set_terminated(run_id, status="FAILED" if is_failed else "FINISHED"),
+    )
 
 
 _SERVICES = {
@@ -318,11 +291,7 @@ _SERVICES = {
 
 
 def append_whole(file: io.FileIO, contents: bytes) -> None:
-    """Writes all of it at the end of a file that was opened for appending, or nothing.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Writes all of it at the end of a file that was opened for appending, or nothing."""
     size, left = os.fstat(file.fileno()).st_size, memoryview(contents)
     try:
         while left:  # a disk that is nearly full accepts a part before it refuses the rest
@@ -338,17 +307,10 @@ def finite(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 class ProgressDisplay:
-    """A live progress line on a terminal; elsewhere a plain line per update.
-
-    Args:
-        total_steps: of the run.
-        stream: where to write; standard error by default.
-    """
+    """A live progress line on a terminal; elsewhere a plain line per update."""
 
     def __init__(self, total_steps: int, *, stream: TextIO | None = None) -> None:
-        self.total_steps = total_steps
-        self.stream = stream or sys.stderr
-        self.started = time.perf_counter()
+        self.total_steps, self.stream = total_steps, stream or sys.stderr
         self._progress: Progress | None = None
         if self.stream.isatty() and os.environ.get("TERM") != "dumb":
             self._progress = Progress(
@@ -358,7 +320,7 @@ class ProgressDisplay:
                 TextColumn("{task.fields[speed]:,.0f} steps/s  return {task.fields[score]:.3g}  left"),
                 TimeRemainingColumn(),
                 console=Console(file=self.stream),
-                refresh_per_second=2,  # each takes half a millisecond from the training
+                refresh_per_second=2,  # each costs the training half a millisecond
             )
             self._progress.start()
             self._task = self._progress.add_task("", total=total_steps, speed=0.0, score=math.nan)
@@ -370,13 +332,9 @@ class ProgressDisplay:
             return
         left = max(0, self.total_steps - num_steps) / max(speed, 1e-9)
         shown = "-" if math.isnan(score) else f"{score:.3f}"  # no episode has ended yet
-        with suppress(OSError):  # the reader is gone or the disk is full: the run must not end for that
-            print(
-                f"steps {num_steps:>9,} / {self.total_steps:,}  {speed:>8,.0f} steps/s  return {shown:>8}  "
-                f"left {left:>5.0f} s",
-                file=self.stream,
-                flush=True,
-            )
+        line = f"steps {num_steps:>9,} / {self.total_steps:,}  {speed:>8,.0f} steps/s  return {shown:>8}  left"
+        with suppress(OSError):  # the reader is gone or the disk is full: the run goes on
+            print(line, f"{left:>5.0f} s", file=self.stream, flush=True)
 
     def close(self) -> None:
         if self._progress is not None:
