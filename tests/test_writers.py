@@ -13,6 +13,7 @@ import pytest
 from full_disk import files_of_at_most
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import dualhead
 from dualhead import RunConfig
 from dualhead.running.checkpoint import RunError
 from dualhead.running.episodes import EpisodeTracker
@@ -339,7 +340,7 @@ def test_a_missing_package_is_said_with_how_to_install_it(name, tmp_path, monkey
     with pytest.raises(RunError, match=rf"log_to='{name}' needs .*pip install -e '\.\[{name}\]'"):
         require_packages(with_log_to(name))
     with pytest.raises(RunError, match="pip install"):
-        make_writers(with_log_to(name), tmp_path)
+        dualhead.train(with_log_to(name, run_dir=str(tmp_path / "run")))
     assert os.listdir(tmp_path) == []
 
 

@@ -31,6 +31,7 @@ except ImportError:  # Windows
 
 Checkpoint = tuple[Path, dict[str, Tensor], dict[str, Any]]
 """Its file, its tensors, and its metadata."""
+_BEST = "best.safetensors"
 _held: set[int] = set()
 """Descriptors of the locks this process holds."""
 
@@ -174,7 +175,7 @@ def save_best(run_dir: Path, tensors: dict[str, Tensor], metadata: dict[str, Any
     """
     if math.isnan(score):
         return False
-    path = _best_path(run_dir)
+    path = run_dir / "checkpoints" / _BEST
     if path.exists():
         try:
             if read_best(run_dir)[2]["score"] >= score:
@@ -191,13 +192,9 @@ def checkpoints(run_dir: str | os.PathLike[str]) -> list[Path]:
     return sorted((Path(run_dir) / "checkpoints").glob("step-*.safetensors"), reverse=True)
 
 
-def _best_path(run_dir: str | os.PathLike[str]) -> Path:
-    return Path(run_dir) / "checkpoints" / "best.safetensors"
-
-
 def read_best(run_dir: str | os.PathLike[str]) -> Checkpoint:
     """The checkpoint with the best evaluation, whose mean return is `metadata["score"]`."""
-    path = _best_path(run_dir)
+    path = Path(run_dir) / "checkpoints" / _BEST
     if not path.exists():
         raise RunError(f"{run_dir} holds no best checkpoint: no evaluation during training has saved one")
     try:

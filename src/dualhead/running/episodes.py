@@ -21,11 +21,7 @@ def _window(values: Iterable[float] = ()) -> deque[float]:
 
 
 class EpisodeTracker:
-    """Return, length and other numbers of the last 100 episodes that ended.
-
-    Args:
-        num_streams: B.
-    """
+    """Return, length and other numbers of the last 100 episodes that ended, in B streams."""
 
     def __init__(self, num_streams: int) -> None:
         self.running_returns = np.zeros(num_streams)
@@ -36,21 +32,16 @@ class EpisodeTracker:
         self._waiting: list[tuple[Any, NDArray[np.bool_]]] = []
 
     def step(self, step: StreamStep) -> None:
-        """Adds the rewards of a step, and the numbers of the episodes that ended with it.
+        """Adds the rewards of a step, and the numbers of the episodes that ended; DataError if they are not [B].
 
         Rewards on an accelerator are fetched later, many steps at once, so no step forces a host-device sync.
-
-        Raises:
-            DataError: the step's `numbers` have not the shape [B].
         """
         ended = as_numpy(step.terminated) | as_numpy(step.truncated)
         if step.numbers and ended.any():
             for name, given in step.numbers.items():
                 values = np.asarray(as_numpy(given), dtype=np.float64)
                 if values.shape != ended.shape:
-                    raise DataError(
-                        f"{name!r} of episodes: expected one number per stream {ended.shape}, got {values.shape}"
-                    )
+                    raise DataError(f"{name!r} of episodes: expected shape {ended.shape}, got {values.shape}")
                 if len(values := values[ended & ~np.isnan(values)]):
                     self._numbers.setdefault(name, _window()).extend(values.tolist())
         self._waiting.append((step.rewards, ended))
@@ -58,11 +49,10 @@ class EpisodeTracker:
             self._fetch()
 
     def _fetch(self) -> None:
-        if not self._waiting:
-            return
-        rewards, ends = zip(*self._waiting)
-        self._waiting = []
-        for reward, ended in zip(as_numpy(torch.stack(rewards) if isinstance(rewards[0], Tensor) else rewards), ends):
+        rewards = [reward for reward, _ in self._waiting]
+        if rewards and isinstance(rewards[0], Tensor):
+            rewards = list(as_numpy(torch.stack(rewards)))
+        for reward, (_, ended) in zip(rewards, self._waiting):
             self.running_returns += reward
             self.running_lengths += 1
             self._returns.extend(self.running_returns[ended].tolist())
@@ -70,6 +60,7 @@ class EpisodeTracker:
             self.num_episodes += int(ended.sum())
             self.running_returns[ended] = 0.0
             self.running_lengths[ended] = 0
+        self._waiting = []
 
     def metrics(self) -> dict[str, float]:
         """Means over the last 100 episodes (NaN before the first one ends), and the count of all episodes."""
@@ -100,11 +91,7 @@ class EpisodeTracker:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continues from a `state`.
-
-        Raises:
-            ValueError: it has another number of streams.
-        """
+        """Continues from a `state`; ValueError if it has another number of streams."""
         running = np.array(state["running_returns"], dtype=np.float64)
         if running.shape != self.running_returns.shape:
             raise ValueError(f"episodes of {len(running)} streams, expected {len(self.running_returns)}")

@@ -21,7 +21,6 @@ import torch
 
 _SECONDS_BEFORE_LOOKING = 2.0
 """After this many seconds a run checks once whether other programs compete for its cores."""
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _WORK = ("user", "nice", "system", "irq", "softirq", "interrupt")
 """CPU times that are work; the others are idle, counted in these already, or of other virtual machines."""
 
@@ -35,8 +34,8 @@ def keep_freed_memory() -> None:
     if sys.platform.startswith("linux"):
         with suppress(OSError, AttributeError):
             libc = ctypes.CDLL("libc.so.6")
-            libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
-            libc.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
+            libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+            libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
 
 
 def num_cores() -> int:
@@ -45,12 +44,7 @@ def num_cores() -> int:
 
 
 class Stopwatch:
-    """Seconds of rollouts, of updates, and of the whole training.
-
-    Args:
-        seconds: of training before, in a run that is resumed.
-        num_steps: environment steps done before.
-    """
+    """Seconds of rollouts, of updates, and of the whole training, which began `seconds` and `num_steps` before."""
 
     def __init__(self, seconds: float, num_steps: int) -> None:
         self._lap_began = self._update_began = time.perf_counter()

@@ -20,35 +20,21 @@ FloatArray = NDArray[np.float64]
 
 
 class Table(NamedTuple):
-    """Numbers of a `metrics.csv` or `evaluations.csv`.
+    """Numbers of a `metrics.csv` or `evaluations.csv`."""
 
-    Fields:
-        steps: [U] environment steps of each row, rising.
-        columns: name -> [U]; NaN where a cell is empty or no number.
-    """
-
-    steps: NDArray[np.int64]
-    columns: dict[str, FloatArray]
+    steps: NDArray[np.int64]  # [U] environment steps of each row, rising
+    columns: dict[str, FloatArray]  # [U] each; NaN where a cell is empty or no number
 
 
 class Run(NamedTuple):
-    """A run that is finished, stopped, or still going.
-
-    Fields:
-        path: its directory.
-        config: environment, seed and all other settings.
-        metrics: a row per update.
-        evaluations: a row per evaluation.
-        summary: of `summary.json`; empty if that is missing, or older than the newest row.
-        condition: of the study that the run belongs to, or "".
-    """
+    """A run that is finished, stopped, or still going."""
 
     path: Path
     config: RunConfig
-    metrics: Table
-    evaluations: Table
-    summary: dict[str, Any]
-    condition: str = ""
+    metrics: Table  # a row per update
+    evaluations: Table  # a row per evaluation
+    summary: dict[str, Any]  # empty if `summary.json` is missing, or older than the newest row
+    condition: str = ""  # of the study that the run belongs to
 
     @property
     def steps(self) -> NDArray[np.int64]:

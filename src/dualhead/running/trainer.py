@@ -38,13 +38,10 @@ Schedule = Callable[[float], float]
 
 
 class TrainingResult(NamedTuple):
-    """Fields:
-    summary: the contents of `summary.json`: steps, seconds, the last metrics, the evaluation, and where the run is.
-    agent: after the last update; one agent for each place with `policies="independent"`.
-    """
+    """The contents of `summary.json` (steps, seconds, last metrics, evaluation, where the run is), and the agent."""
 
     summary: dict[str, Any]
-    agent: DualHeadRecurrentPPO | IndependentLearners
+    agent: DualHeadRecurrentPPO | IndependentLearners  # one agent for each place with `policies="independent"`
 
 
 class _Given(NamedTuple):

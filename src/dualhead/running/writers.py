@@ -22,6 +22,9 @@ from typing import Any, Protocol, TextIO, runtime_checkable
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from dualhead.config import flat
 from dualhead.errors import RunError
@@ -55,11 +58,10 @@ def expect_writers(writers: Iterable[object]) -> list[Writer]:
 def make_writers(
     config: RunConfig, run_dir: Path, *, resume_at: int | None = None, show_progress: bool = True
 ) -> list[Writer]:
-    """Opens the writers of a run; RunError if a package is missing, or something cannot be written.
+    """Opens the writers of a run; RunError if one cannot be opened.
 
     `resume_at`: environment steps of the checkpoint that the run resumes from; what was written after it is dropped.
     """
-    require_packages(config)
     services: list[Any] = [functools.partial(ServiceWriter, name, config=config) for name in config.log_to]
     writers: list[Writer] = []
     with ExitStack() as opened:  # where one cannot be opened the others are closed
@@ -150,8 +152,6 @@ class TensorBoardWriter:
     """
 
     def __init__(self, run_dir: Path, *, resume_at: int | None = None) -> None:
-        from tensorboard.compat.proto.event_pb2 import SessionLog
-
         # TensorBoard reads files in the order of their names.
         name = f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
         self.path = run_dir / "tensorboard" / name
@@ -166,8 +166,6 @@ class TensorBoardWriter:
             opened.pop_all()
 
     def write(self, num_steps: int, metrics: Mapping[str, float]) -> None:
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
         values = [Summary.Value(tag=name, simple_value=value) for name, value in finite(metrics).items()]
         self._add(step=num_steps, summary=Summary(value=values))
 
@@ -175,9 +173,6 @@ class TensorBoardWriter:
         self._file.close()
 
     def _add(self, **event: Any) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.summary.writer.record_writer import RecordWriter
-
         record = io.BytesIO()
         RecordWriter(record).write(Event(wall_time=time.time(), **event).SerializeToString())
         with writing(self.path):
