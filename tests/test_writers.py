@@ -1,12 +1,12 @@
 """Where metrics go: files that a killed run can go on with, full disks, and services that are optional."""
 
 import csv
-import importlib
 import json
 import math
 import os
 import sys
 import warnings
+from unittest.mock import MagicMock, call
 
 import numpy as np
 import pytest
@@ -144,96 +144,19 @@ def test_tensorboard_on_a_full_disk(tmp_path):
         TensorBoardWriter(tmp_path / "nowhere")
 
 
-FAKE_WANDB = """
-calls = []
-
-class Run:
-    def define_metric(self, name, step_metric=None):
-        calls.append(("define_metric", name, step_metric))
-
-    def log(self, values):
-        if "refused" in values:
-            raise OSError("no line")
-        calls.append(("log", values))
-
-    def finish(self, exit_code):
-        calls.append(("finish", exit_code))
-
-def init(**settings):
-    if settings["config"]["env"] == "refused":
-        raise ValueError("No API key configured.")
-    calls.append(("init", settings))
-    return Run()
-"""
-
-FAKE_MLFLOW = """
-from types import SimpleNamespace as Record
-
-runs = {}
-
-class MlflowClient:
-    def __init__(self, tracking_uri):
-        self.uri = tracking_uri
-
-    def get_experiment_by_name(self, name):
-        return Record(experiment_id="7") if name == "known" else None
-
-    def create_experiment(self, name):
-        return "new " + name
-
-    def create_run(self, experiment_id, run_name):
-        run_id = f"run{len(runs)}"
-        runs[run_id] = Record(experiment=experiment_id, name=run_name, uri=self.uri, params={}, metrics=[], status="")
-        return Record(info=Record(run_id=run_id))
-
-    def update_run(self, run_id, status):
-        runs[run_id].status = status
-
-    def log_batch(self, run_id, metrics=(), params=()):
-        assert len(params) <= 100
-        if any(metric[0] == "refused" for metric in metrics):
-            raise ConnectionError("no line")
-        runs[run_id].metrics += [(name, value, step) for name, value, _, step in metrics]
-        runs[run_id].params.update(params)
-
-    def set_terminated(self, run_id, status):
-        runs[run_id].status = status
-"""
-
-FAKE_ENTITIES = """
-def Metric(name, value, timestamp, step):
-    assert timestamp > 1_600_000_000_000, "milliseconds"
-    return (name, value, timestamp, step)
-
-def Param(name, value):
-    assert isinstance(value, str)
-    return (name, value)
-"""
-
-
 @pytest.fixture
-def fakes(tmp_path, monkeypatch):
-    """Packages `wandb` and `mlflow` that remember what they were told."""
-
-    def forget():
-        names = [name for name in sys.modules if name.split(".")[0] in ("wandb", "mlflow")]
-        return {name: sys.modules.pop(name) for name in names}
-
-    packages = tmp_path / "packages"
-    for name, source in (
-        ("wandb/__init__.py", FAKE_WANDB),
-        ("mlflow/__init__.py", FAKE_MLFLOW),
-        ("mlflow/entities.py", FAKE_ENTITIES),
-    ):
-        (packages / name).parent.mkdir(parents=True, exist_ok=True)
-        (packages / name).write_text(source)
+def services(monkeypatch):
+    """Records the calls of `wandb`, and of the `MlflowClient` of `mlflow`, in the place of both packages."""
     for name in ("WANDB_PROJECT", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
         monkeypatch.delenv(name, raising=False)
-    real = forget()
-    monkeypatch.syspath_prepend(packages)
-    yield importlib.import_module("wandb").calls, importlib.import_module("mlflow").runs
-    forget()
-    sys.modules.update(real)
+    wandb, mlflow, entities = MagicMock(), MagicMock(), MagicMock(Metric=lambda *metric: metric, Param=lambda *p: p)
+    for name, module in (("wandb", wandb), ("mlflow", mlflow), ("mlflow.entities", entities)):
+        monkeypatch.setitem(sys.modules, name, module)
+    client = mlflow.MlflowClient.return_value
+    client.get_experiment_by_name.side_effect = lambda name: MagicMock(experiment_id="7") if name == "known" else None
+    client.create_experiment.return_value = "8"
+    client.create_run.return_value.info.run_id = "run0"
+    return wandb, mlflow.MlflowClient
 
 
 def with_log_to(*names, **changes):
@@ -259,76 +182,82 @@ def test_a_run_writes_csv_tensorboard_and_progress(tmp_path, capsys):
     assert "steps       150 / 800" in capsys.readouterr().err
 
 
-def test_wandb_is_told_once_and_goes_on(fakes, tmp_path):
-    calls, _ = fakes
+def test_wandb_gets_metrics_and_a_resumed_run_continues_there(services, tmp_path):
+    wandb, _ = services
     write_and_close(tmp_path, with_log_to("wandb"), 100)
-    (_, settings), *rest = calls
-    assert settings["project"] == "dualhead"
-    assert settings["name"] == "CartPole-v1 lstm-seed3"
-    assert settings["dir"] == str(tmp_path)
-    assert settings["config"]["ppo"]["gamma"] == 0.99
-    assert rest == [
-        ("define_metric", "steps", None),
-        ("define_metric", "*", "steps"),
-        ("log", {"steps": 100, "time/steps_per_s": 10.0, "episode/mean_return": 1.5}),
-        ("finish", 0),
+    settings, run = wandb.init.call_args.kwargs, wandb.init.return_value
+    assert (settings["project"], settings["name"]) == ("dualhead", "CartPole-v1 lstm-seed3")
+    assert (settings["dir"], settings["config"]["ppo"]["gamma"]) == (str(tmp_path), 0.99)
+    assert run.mock_calls == [
+        call.define_metric("steps"),
+        call.define_metric("*", step_metric="steps"),
+        call.log({"steps": 100, "time/steps_per_s": 10.0, "episode/mean_return": 1.5}),
+        call.finish(exit_code=0),
     ]
-    calls.clear()
     write_and_close(tmp_path, with_log_to("wandb"), 200, resume_at=100)
-    assert (calls[0][1]["id"], calls[0][1]["resume"]) == (settings["id"], "allow")
-    calls.clear()
+    resumed = wandb.init.call_args.kwargs
+    assert (resumed["id"], resumed["resume"]) == (settings["id"], "allow")
     (tmp_path / "other").mkdir()
     write_and_close(tmp_path / "other", with_log_to("wandb"), 100)
-    assert calls[0][1]["id"] != settings["id"]
+    assert wandb.init.call_args.kwargs["id"] != settings["id"]
 
 
-def test_mlflow_is_told_once_and_goes_on(fakes, tmp_path, monkeypatch):
-    _, runs = fakes
+def test_mlflow_gets_metrics_and_a_resumed_run_continues_there(services, tmp_path, monkeypatch):
+    _, make_client = services
+    client = make_client.return_value
     write_and_close(tmp_path, with_log_to("mlflow"), 100, logged={**LOGGED, "entropy/Wo? (x)": 2.0})
-    (run,) = runs.values()
-    assert run.uri == f"sqlite:///{tmp_path}/mlflow.db"
-    assert (run.experiment, run.name, run.status) == ("new dualhead", "CartPole-v1 lstm-seed3", "FINISHED")
-    assert run.params["ppo.gamma"] == "0.99"
-    assert run.params["network.memory"] == "lstm"
-    assert run.metrics == [
-        ("time/steps_per_s", 10.0, 100),
-        ("episode/mean_return", 1.5, 100),
-        ("entropy/Wo_ _x_", 2.0, 100),
-    ]
+    assert make_client.call_args == call(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
+    assert client.create_run.call_args_list == [call("8", run_name="CartPole-v1 lstm-seed3")]
+    *parameters, logged = client.log_batch.call_args_list
+    assert all(len(given.kwargs["params"]) <= 100 for given in parameters)
+    pairs = [pair for given in parameters for pair in given.kwargs["params"]]
+    assert {("ppo.gamma", "0.99"), ("network.memory", "lstm")} <= set(pairs)
+    metrics = {name: (value, step) for name, value, _, step in logged.kwargs["metrics"]}
+    assert metrics == {"time/steps_per_s": (10, 100), "episode/mean_return": (1.5, 100), "entropy/Wo_ _x_": (2, 100)}
+    assert all(when > 1_600_000_000_000 for _, _, when, _ in logged.kwargs["metrics"])  # milliseconds
+    assert client.set_terminated.call_args == call("run0", status="FINISHED")
     write_and_close(tmp_path, with_log_to("mlflow"), 200, resume_at=100)
-    assert list(runs) == ["run0"]
-    assert run.metrics[-1] == ("episode/mean_return", 1.5, 200)
+    assert client.create_run.call_count == 1
+    assert client.update_run.call_args == call("run0", status="RUNNING")
+    assert client.log_batch.call_args.args == ("run0",)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://elsewhere")
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "known")
     write_and_close(tmp_path, with_log_to("mlflow"), 300, resume_at=200)
-    assert (runs["run1"].uri, runs["run1"].experiment) == ("https://elsewhere", "7")
+    assert make_client.call_args == call(tracking_uri="https://elsewhere")
+    assert client.create_run.call_args.args == ("7",)
 
 
-def test_a_failed_run_is_a_failed_run_there_too(fakes, tmp_path):
-    calls, runs = fakes
-    with pytest.raises(KeyError, match="time/steps_per_s"):  # the progress line wants it
+def test_a_failed_run_is_a_failed_run_there_too(services, tmp_path):
+    wandb, make_client = services
+    with pytest.raises(KeyError, match="time/steps_per_s"):  # the progress line needs it
         write_and_close(tmp_path, with_log_to("wandb", "mlflow"), 100, logged={"a": 1.0})
-    assert calls[-1] == ("finish", 1)
-    assert runs["run0"].status == "FAILED"
+    assert wandb.init.return_value.finish.call_args == call(exit_code=1)
+    assert make_client.return_value.set_terminated.call_args == call("run0", status="FAILED")
 
 
-def test_a_service_that_fails_is_warned_of_once_and_ends_no_run(fakes, tmp_path):
+def test_a_service_that_fails_is_warned_of_once_and_ends_no_run(services, tmp_path):
+    wandb, make_client = services
     writers = make_writers(with_log_to("wandb", "mlflow"), tmp_path)
+    for refusing in (wandb.init.return_value.log, make_client.return_value.log_batch):
+        refusing.side_effect = ConnectionError("no line")
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         for step in range(100, 400, 100):
             for writer in writers:
-                writer.write(step, {**LOGGED, "refused": 1.0})
-    for writer in writers:
-        writer.close()
+                writer.write(step, LOGGED)
+        wandb.init.return_value.finish.side_effect = ConnectionError("no line")
+        for writer in writers:
+            writer.close()
     said = [str(warning.message) for warning in warned]
-    assert said == ["W&B took no metrics: no line", "MLflow took no metrics: no line"]
+    took_none = ["W&B took no metrics: no line", "MLflow took no metrics: no line"]
+    assert said == [*took_none, "W&B was not told of the end: no line"]
     assert len((tmp_path / "metrics.csv").read_text().split()) == 4
 
 
-def test_a_service_that_refuses_says_so_before_the_run(fakes, tmp_path):
+def test_a_service_that_refuses_says_so_before_the_run(services, tmp_path):
+    services[0].init.side_effect = ValueError("No API key configured.")
     with pytest.raises(RunError, match=r"cannot begin a run of W&B: No API key configured.*WANDB_MODE=offline"):
-        make_writers(with_log_to("wandb", env="refused"), tmp_path)
+        make_writers(with_log_to("wandb"), tmp_path)
     (tmp_path / "wandb.json").write_text("{")
     with pytest.raises(RunError, match=r"cannot read .*wandb.json"):
         make_writers(with_log_to("wandb"), tmp_path, resume_at=100)
