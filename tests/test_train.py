@@ -1,17 +1,18 @@
 """`dualhead.train` from Python: environments, parts, writers, hooks and schedules that a user hands over."""
 
-import csv
 import json
 import math
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from saved_runs import rows_of
 
 import dualhead
 from dualhead import (
@@ -59,15 +60,12 @@ SMALL = {
     "network": NetworkConfig(hidden_size=8, encoder_sizes=(8,)),
     "ppo": PPOConfig(rollout_length=25, batch_size=25, num_epochs=1, sequence_length=5),
 }
+STREAMS_SMALL = {name: value for name, value in SMALL.items() if name != "num_envs"}
+"""Streams say themselves how many they are."""
 
 
 def make_cue():
     return RecallCue(delay=3)
-
-
-def rows(run):
-    with (run / "metrics.csv").open() as file:
-        return list(csv.DictReader(file))
 
 
 def weights(result):
@@ -113,7 +111,7 @@ def test_a_callable_makes_environments_for_training_and_evaluation(tmp_path):
 
 
 def test_a_vector_environment_is_trained_in_and_stays_open(tmp_path):
-    settings = {name: value for name, value in SMALL.items() if name not in ("num_envs", "eval_episodes")}
+    settings = {name: value for name, value in STREAMS_SMALL.items() if name != "eval_episodes"}
     envs = SyncVectorEnv([make_cue] * 2, autoreset_mode=AutoresetMode.SAME_STEP)
     result = dualhead.train(envs, **settings, run_dir=str(tmp_path / "run"))
     same = dualhead.train(make_cue, **SMALL, run_dir=str(tmp_path / "same"))
@@ -122,10 +120,8 @@ def test_a_vector_environment_is_trained_in_and_stays_open(tmp_path):
     assert "evaluation" not in result.summary
     with pytest.raises(RunError, match="pass eval_env="):
         dualhead.train(envs, **settings, eval_episodes=2, run_dir=str(tmp_path / "other"))
-    evaluated = dualhead.train(
-        envs, **settings, eval_env=make_cue, eval_episodes=2, run_dir=str(tmp_path / "evaluated")
-    )
-    assert evaluated.summary["evaluation"]["episodes"] == 2
+    evaluation = {"eval_env": make_cue, "eval_episodes": 2, "run_dir": str(tmp_path / "evaluated")}
+    assert dualhead.train(envs, **settings, **evaluation).summary["evaluation"]["episodes"] == 2
     with pytest.raises(TypeError, match="num_envs: the environment that was given decides"):
         dualhead.train(envs, **settings, num_envs=2)
     with pytest.raises(ValueError, match="SAME_STEP"):
@@ -136,18 +132,16 @@ def test_streams_bring_their_agents_and_events(tmp_path):
     """The same commons by name and as an object."""
     rules = CommonsConfig(form="bandit", num_agents=3)
     ppo = PPOConfig(rollout_length=10, batch_size=20, num_epochs=1, sequence_length=5)
-    settings = {**SMALL, "ppo": ppo, "total_steps": 120, "policies": "independent", "enforce_norms": True}
-    named = dualhead.train("commons", world=rules, preset="default", **settings, run_dir=str(tmp_path / "named"))
-    del settings["num_envs"]
+    settings = {**STREAMS_SMALL, "ppo": ppo, "total_steps": 120, "policies": "independent", "enforce_norms": True}
+    by_name = {"world": rules, "preset": "default", "num_envs": 2}
+    named = dualhead.train("commons", **by_name, **settings, run_dir=str(tmp_path / "named"))
     given = dualhead.train(Commons(rules, num_worlds=2), **settings, run_dir=str(tmp_path / "given"))
     config = read_config(tmp_path / "given")
     assert (config.env, config.env_from, config.num_envs, config.num_streams) == ("Commons", "streams", 2, 6)
     assert config.world.resources == rules.resources
     torch.testing.assert_close(weights(given), weights(named), rtol=0, atol=0)
-    going_on = dualhead.resume(
-        tmp_path / "given", env=Commons(rules, num_worlds=2), total_steps=180, show_progress=False
-    )
-    assert going_on.summary["steps"] == 180
+    again = {"env": Commons(rules, num_worlds=2), "total_steps": 180, "show_progress": False}
+    assert dualhead.resume(tmp_path / "given", **again).summary["steps"] == 180
 
 
 @pytest.mark.parametrize("env", [None, 3, gym.make("CartPole-v1")])
@@ -196,7 +190,7 @@ def test_numbers_of_episodes_are_logged(tmp_path, how):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Judged|VectorWrapper")  # cannot be resumed exactly
         dualhead.train(env, **settings, run_dir=str(tmp_path / "run"))
-    first, second = rows(tmp_path / "run")
+    first, second = rows_of(tmp_path / "run")
     assert [float(first[f"episode/{name}"]) for name in ("success", "score", "lives")] == [0.5, 15.0, 2.0]
     assert [float(second[f"episode/{name}"]) for name in ("success", "score", "only_first")] == [0.6, 30.0, 7.0]
     logged = {name for name in first if name.startswith("episode/")}
@@ -204,17 +198,10 @@ def test_numbers_of_episodes_are_logged(tmp_path, how):
     assert logged == ours | {f"episode/{name}" for name in ("success", "score", "lives", "only_first")}
 
 
-def test_a_world_that_lacks_something_is_told_what(tmp_path):
-    class World:
-        num_streams = 2
-        observation_space, action_space = gym.spaces.Box(-1, 1, (2,)), gym.spaces.Discrete(2)
-
-        def reset(self, *, seed=None): ...
-
-        def step(self, actions): ...
-
-    with pytest.raises(TypeError, match="World lacks resumable, statistics, close of"):
-        dualhead.train(World(), **{name: SMALL[name] for name in ("total_steps", "ppo")})
+def test_a_world_that_lacks_something_is_told_what():
+    world = SimpleNamespace(num_streams=2, observation_space=None, action_space=None, reset=None, step=None)
+    with pytest.raises(TypeError, match="SimpleNamespace lacks resumable, statistics, close of"):
+        dualhead.train(world, **STREAMS_SMALL)
 
 
 class Notes:
@@ -243,7 +230,7 @@ def test_writers_and_a_hook_that_stops_the_run(tmp_path):
     ).summary
     assert (summary["steps"], summary["stopped_early"], summary["evaluation"]["episodes"]) == (100, True, 1)
     assert [steps for steps, _ in notes.written] == [50, 100]
-    assert [float(row["mine/answer"]) for row in rows(run)] == [42.0, 42.0]
+    assert [float(row["mine/answer"]) for row in rows_of(run)] == [42.0, 42.0]
     assert [metrics["update/learning_rate"] for _, metrics in notes.written] == [PPOConfig().learning_rate, 1e-4]
     assert notes.num_closed == 1
     # What the hook had set holds on without it.
@@ -267,13 +254,13 @@ def test_a_schedule_sets_the_learning_rate(tmp_path):
         return 1e-3 * (1 - progress) ** 2
 
     dualhead.train("CartPole-v1", **SMALL, run_dir=str(run), learning_rate=schedule)
-    rates = [float(row["update/learning_rate"]) for row in rows(run)]
+    rates = [float(row["update/learning_rate"]) for row in rows_of(run)]
     assert rates == pytest.approx([1e-3, 5.625e-4, 2.5e-4, 6.25e-5])
     assert json.loads((run / "config.json").read_text())["learning_rate_from"] == "callable"
     with pytest.raises(RunError, match=r"learning_rate=\.\.\."):
         dualhead.resume(run, total_steps=250)
     dualhead.resume(run, total_steps=250, learning_rate=schedule, show_progress=False)
-    assert float(rows(run)[-1]["update/learning_rate"]) == pytest.approx(1e-3 * 0.2**2)
+    assert float(rows_of(run)[-1]["update/learning_rate"]) == pytest.approx(1e-3 * 0.2**2)
 
 
 def test_own_parts_by_name_and_as_objects(tmp_path, capsys, monkeypatch):
@@ -358,9 +345,6 @@ class Points:
     def close(self): ...
 
 
-STREAMS_SMALL = {name: value for name, value in SMALL.items() if name != "num_envs"}
-
-
 @pytest.mark.filterwarnings("ignore:Points")  # it cannot be resumed exactly
 def test_metrics_of_every_number_type_are_saved(tmp_path):
     def on_update(session, metrics):
@@ -371,7 +355,7 @@ def test_metrics_of_every_number_type_are_saved(tmp_path):
     dualhead.train(Points(), **STREAMS_SMALL, run_dir=str(run), on_update=on_update)
     expected = {"points/numpy": 0.5, "points/tensor": 1.5, "points/count": 3.0, "mine/array": 0.25, "mine/flag": 1.0}
     expected |= {"mine/tensor": 7.0, "update/learning_rate": 0.125}
-    assert {name: float(rows(run)[-1][name]) for name in expected} == expected
+    assert {name: float(rows_of(run)[-1][name]) for name in expected} == expected
     saved = json.loads((run / "summary.json").read_text())["metrics"]
     assert {name: saved[name] for name in expected} == expected
 
