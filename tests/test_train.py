@@ -52,6 +52,20 @@ class MyCell(MemoryCell):
         h = self.cell(features, state.h[0])
         return h, RecurrentState(h=h[None])
 """
+OWN_WORLD = """
+from pydantic import Field
+from dualhead import CommonsConfig, Commons, WorldConfig, register_world
+
+class MyConfig(WorldConfig):
+    "A small commons."
+    num_agents: int = Field(default=2, description="Agents.")
+    payoff: float = Field(default=1.0, description="What A pays.")
+
+def open_mine(settings, *, num_worlds, device):
+    return Commons(CommonsConfig(form="bandit", num_agents=settings.num_agents), num_worlds=num_worlds, device=device)
+
+register_world("mine", MyConfig, open_mine)
+"""
 SMALL = {
     "total_steps": 200,
     "num_envs": 2,
@@ -225,9 +239,8 @@ def test_writers_and_a_hook_that_stops_the_run(tmp_path):
         session.learning_rate = 1e-4
         return session.learner.num_steps >= 100
 
-    summary = dualhead.train(
-        "CartPole-v1", **SMALL | {"eval_episodes": 1}, run_dir=str(run), writers=[notes], on_update=on_update
-    ).summary
+    settings = SMALL | {"eval_episodes": 1, "run_dir": str(run)}
+    summary = dualhead.train("CartPole-v1", **settings, writers=[notes], on_update=on_update).summary
     assert (summary["steps"], summary["stopped_early"], summary["evaluation"]["episodes"]) == (100, True, 1)
     assert [steps for steps, _ in notes.written] == [50, 100]
     assert [float(row["mine/answer"]) for row in rows_of(run)] == [42.0, 42.0]
@@ -235,15 +248,12 @@ def test_writers_and_a_hook_that_stops_the_run(tmp_path):
     assert notes.num_closed == 1
     # What the hook had set holds on without it.
     assert dualhead.resume(run, show_progress=False).summary["metrics"]["update/learning_rate"] == 1e-4
-    with pytest.raises(TypeError, match="expected a writer"):
-        dualhead.train("CartPole-v1", **SMALL, writers=[Notes])
-
-
-def test_a_writer_is_closed_where_the_hook_fails(tmp_path):
-    notes = Notes()
+    for wrong in (Notes, print, "metrics.csv"):
+        with pytest.raises(TypeError, match=r"expected a writer.*write\(num_steps, metrics\) and close\(\)"):
+            dualhead.train("CartPole-v1", **SMALL, writers=[notes, wrong])
     with pytest.raises(ZeroDivisionError):
-        dualhead.train("CartPole-v1", **SMALL, run_dir=str(tmp_path), writers=[notes], on_update=lambda *_: 1 / 0)
-    assert notes.num_closed == 1
+        dualhead.train("CartPole-v1", **SMALL, run_dir=f"{run}2", writers=[notes], on_update=lambda *_: 1 / 0)
+    assert notes.num_closed == 2
 
 
 def test_a_schedule_sets_the_learning_rate(tmp_path):
@@ -253,12 +263,18 @@ def test_a_schedule_sets_the_learning_rate(tmp_path):
     def schedule(progress):
         return 1e-3 * (1 - progress) ** 2
 
+    refused = r"learning_rate: expected a schedule.*got 0\.001.*ppo="
+    with pytest.raises(TypeError, match=refused):
+        dualhead.train("CartPole-v1", **SMALL, run_dir=str(run), learning_rate=1e-3)
+    assert not run.exists()
     dualhead.train("CartPole-v1", **SMALL, run_dir=str(run), learning_rate=schedule)
     rates = [float(row["update/learning_rate"]) for row in rows_of(run)]
     assert rates == pytest.approx([1e-3, 5.625e-4, 2.5e-4, 6.25e-5])
     assert json.loads((run / "config.json").read_text())["learning_rate_from"] == "callable"
     with pytest.raises(RunError, match=r"learning_rate=\.\.\."):
         dualhead.resume(run, total_steps=250)
+    with pytest.raises(TypeError, match=refused):
+        dualhead.resume(run, total_steps=250, learning_rate=1e-3)
     dualhead.resume(run, total_steps=250, learning_rate=schedule, show_progress=False)
     assert float(rows_of(run)[-1]["update/learning_rate"]) == pytest.approx(1e-3 * 0.2**2)
 
@@ -282,36 +298,18 @@ def test_own_parts_by_name_and_as_objects(tmp_path, capsys, monkeypatch):
     assert main(["eval", "run", "--episodes", "1", *parts]) == 0
     assert main(["resume", "run", "--total-steps", "250", *parts]) == 0
     mine = sys.modules["mine"]
-    again = dualhead.train(
-        "CartPole-v1",
-        **{name: SMALL[name] for name in ("total_steps", "num_envs", "show_progress")},
-        ppo={"rollout_length": 25, "batch_size": 25, "num_epochs": 1},
-        eval_episodes=1,
-        encoder=mine.MyEncoder,
-        memory=mine.MyCell,
-        run_dir=str(tmp_path / "again"),
-    )
+    objects = {"encoder": mine.MyEncoder, "memory": mine.MyCell}
+    again = dualhead.train("CartPole-v1", **SMALL, **objects, run_dir=str(tmp_path / "again"))
     assert read_config(tmp_path / "again").encoder == "mine:MyEncoder"
-    player = dualhead.load_policy(tmp_path / "again", encoder=mine.MyEncoder, memory=mine.MyCell)
+    player = dualhead.load_policy(tmp_path / "again", **objects)
     assert torch.equal(torch.nn.utils.parameters_to_vector(player.policy.parameters()), weights(again))
     for wrong, message in (("mine", "MODULE:NAME"), ("nowhere:X", "cannot import 'nowhere'"), ("mine:X", "has no X")):
         assert main(["train", "CartPole-v1", "--encoder", wrong]) == 1
         assert message in capsys.readouterr().err
 
 
-def test_an_imported_module_brings_a_world_and_its_options(tmp_path, capsys, monkeypatch):
-    (tmp_path / "my_world.py").write_text(
-        "from pydantic import Field\n"
-        "from dualhead import CommonsConfig, Commons, WorldConfig, register_world\n"
-        "class MyConfig(WorldConfig):\n"
-        "    '''A small commons.'''\n"
-        "    num_agents: int = Field(default=2, description='Agents.')\n"
-        "    payoff: float = Field(default=1.0, description='What A pays.')\n"
-        "def open_mine(settings, *, num_worlds, device):\n"
-        "    rules = CommonsConfig(form='bandit', num_agents=settings.num_agents)\n"
-        "    return Commons(rules, num_worlds=num_worlds, device=device)\n"
-        "register_world('mine', MyConfig, open_mine)\n"
-    )
+def test_an_imported_module_brings_a_world_and_its_options(tmp_path):
+    (tmp_path / "my_world.py").write_text(OWN_WORLD)
     command = [sys.executable, "-m", "dualhead", "train", "mine", "--import", "my_world"]
     said = subprocess.run([*command, "--help"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     assert "--world.payoff FLOAT" in said
@@ -365,14 +363,12 @@ def test_metrics_of_every_number_type_are_saved(tmp_path):
 )
 def test_what_is_no_metric_is_refused_by_name_at_the_first_update(tmp_path, name, value):
     notes = Notes()
+
+    def on_update(session, metrics):
+        metrics[name] = value
+
     with pytest.raises(RunError, match=f"'{name}'"):
-        dualhead.train(
-            "CartPole-v1",
-            **SMALL,
-            run_dir=str(tmp_path),
-            writers=[notes],
-            on_update=lambda session, metrics: metrics.update({name: value}),
-        )
+        dualhead.train("CartPole-v1", **SMALL, run_dir=str(tmp_path), writers=[notes], on_update=on_update)
     assert (notes.written, notes.num_closed) == ([], 1)
 
 
@@ -384,16 +380,6 @@ def test_an_impossible_learning_rate_is_refused(tmp_path, rate):
     for number, given in enumerate(({"on_update": on_update}, {"learning_rate": lambda progress: rate})):
         with pytest.raises(RunError, match=r"learning_rate: expected a (finite )?number"):
             dualhead.train("CartPole-v1", **SMALL, run_dir=str(tmp_path / str(number)), **given)
-
-
-def test_a_learning_rate_that_is_no_schedule_is_refused_at_the_call(tmp_path):
-    run, refused = tmp_path / "run", r"learning_rate: expected a schedule.*got 0\.001.*ppo="
-    with pytest.raises(TypeError, match=refused):
-        dualhead.train("CartPole-v1", **SMALL, run_dir=str(run), learning_rate=1e-3)
-    assert not run.exists()
-    dualhead.train("CartPole-v1", **SMALL, run_dir=str(run), learning_rate=lambda progress: 1e-3)
-    with pytest.raises(TypeError, match=refused):
-        dualhead.resume(run, total_steps=300, learning_rate=1e-3)
 
 
 @pytest.mark.parametrize(
