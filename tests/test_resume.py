@@ -1,4 +1,4 @@
-"""A run that was killed, interrupted or damaged goes on to the same bits as one that never stopped."""
+"""A run that was killed, interrupted or damaged resumes bit-identically."""
 
 import functools
 import json

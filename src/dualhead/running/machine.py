@@ -44,7 +44,7 @@ def num_cores() -> int:
 
 
 class Stopwatch:
-    """Seconds of rollouts, of updates, and of the whole training, which began `seconds` and `num_steps` before."""
+    """Seconds of rollouts, of updates, and of the whole training; a resumed run passes those and the steps before."""
 
     def __init__(self, seconds: float, num_steps: int) -> None:
         self._lap_began = self._update_began = time.perf_counter()

@@ -159,7 +159,7 @@ class Session:
             try:
                 of_streams, run["streams"] = self.streams.state()
                 of_run |= with_prefix("streams", of_streams)
-            except CannotReplay as error:  # they could be saved when the run began
+            except CannotReplay as error:  # such as an episode that has become too long
                 warnings.warn(f"{self.config.env} is not saved with this checkpoint: {error}", stacklevel=2)
         return tensors | with_prefix(RUN_PREFIX, of_run), metadata | {RUN_PREFIX: run}
 

@@ -108,10 +108,10 @@ def train(
     else:
         of_env = settings_of(env)
         if twice := sorted(settings.keys() & of_env.keys()):
-            raise TypeError(f"{', '.join(twice)}: the environment that was given decides")
-        # Streams that were given are busy with training: they are not evaluated unless asked for.
-        busy = of_env.get("env_from") == "streams" and eval_env is None
-        config = planned(**({"eval_episodes": 0} if busy else {}) | of_env | settings)
+            raise TypeError(f"{', '.join(twice)}: the environment that was given decides, expected no such setting")
+        # Streams that were passed are in use by training: no evaluation unless it is asked for.
+        in_use = of_env.get("env_from") == "streams" and eval_env is None
+        config = planned(**({"eval_episodes": 0} if in_use else {}) | of_env | settings)
     given = given._replace(
         encoder=config.encoder if encoder is None else encoder, memory=config.memory if memory is None else memory
     )
@@ -178,8 +178,8 @@ def _run(config: RunConfig, given: _Given, *, resumed: Path | None = None) -> Tr
         )
     if is_streams(given.env) and given.eval_env is None and (config.eval_episodes or config.eval_every):
         raise RunError(
-            f"eval_episodes={config.eval_episodes}, eval_every={config.eval_every}: the streams that were given are "
-            f"busy with training; pass eval_env=... to evaluate in, or set both to 0"
+            f"eval_episodes={config.eval_episodes}, eval_every={config.eval_every}: evaluations cannot use the "
+            f"streams of the training; pass eval_env=..., or set both to 0"
         )
     require_packages(config)
     machine.keep_freed_memory()
@@ -213,7 +213,7 @@ def _run(config: RunConfig, given: _Given, *, resumed: Path | None = None) -> Tr
             print(f"resuming from {saved[0]}")
         if resumed is not None and read_config(run_dir).total_steps != config.total_steps:
             write_json(run_dir / "config.json", config.model_dump())
-        with machine.preserved_randomness():  # it is found by playing
+        with machine.preserved_randomness():  # `resumable` plays a trial episode
             reason = session.streams.resumable
         if reason is not None:
             warnings.warn(

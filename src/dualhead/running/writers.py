@@ -211,14 +211,14 @@ class ServiceWriter:
             self._log(num_steps, finite(metrics))
         except Exception as error:
             if not self._has_warned:
-                warnings.warn(f"{self._service} took no metrics: {error}", stacklevel=2)
+                warnings.warn(f"{self._service} refused metrics: {error}", stacklevel=2)
             self._has_warned = True
 
     def close(self) -> None:
         try:
             self._end(sys.exc_info()[0] is not None)  # a failed run closes its writers while the error is raised
         except Exception as error:
-            warnings.warn(f"{self._service} was not told of the end: {error}", stacklevel=2)
+            warnings.warn(f"{self._service} could not end its run: {error}", stacklevel=2)
 
 
 _Known = dict[str, str]
