@@ -359,7 +359,7 @@ def test_a_second_ctrl_c_stops_at_once_and_says_how_to_go_on(tmp_path, monkeypat
         run_in(run, config_of())
     said = capsys.readouterr().err
     assert "stopping after this step; once more to stop at once" in said
-    assert f"the newest checkpoint is {checkpoints(run)[0]}; resume with: dualhead resume {run}" in said
+    assert f"the newest checkpoint is {checkpoints(run)[0]}; go on with: dualhead resume {run}" in said
     assert checkpoints(run)[0].name == "step-000000000128.safetensors"
     assert resume(run, show_progress=False).summary["steps"] == 420
 

@@ -210,7 +210,7 @@ def _run(config: RunConfig, given: _Given, *, resumed: Path | None = None) -> Tr
             session.begin()
         else:
             session.restore(saved[1], saved[2], source=str(saved[0]))
-            print(f"resuming from {saved[0]}")
+            print(f"going on from {saved[0]}")
         if resumed is not None and read_config(run_dir).total_steps != config.total_steps:
             write_json(run_dir / "config.json", config.model_dump())
         with machine.preserved_randomness():  # `resumable` plays a trial episode
@@ -238,7 +238,7 @@ def _run(config: RunConfig, given: _Given, *, resumed: Path | None = None) -> Tr
             done = f"{num_steps} steps ({num_steps // config.num_streams} of each stream)"
             raise RunError(f"{config.env} after {done}: {error}; {_name_newest(run_dir)}") from error
         except KeyboardInterrupt:
-            print(f"stopped at once; {_name_newest(run_dir)}; resume with: dualhead resume {run_dir}", file=sys.stderr)
+            print(f"stopped at once; {_name_newest(run_dir)}; go on with: dualhead resume {run_dir}", file=sys.stderr)
             raise
 
 
