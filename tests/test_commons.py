@@ -356,6 +356,15 @@ def test_respawn_frequency_place_and_kind():
     assert torch.equal(after[before > 0], before[before > 0])  # what lies there stays what it is
 
 
+@pytest.mark.parametrize("probability", [1e-17, 1e-19, 1e-25])
+def test_growth_so_rare_that_it_never_happens(probability):
+    """The gaps between such successes are too long for integers of 64 bits."""
+    worlds = drawn("#####\n#@..#\n#...#\n#...#\n#####", respawn_probability=probability)
+    for _ in range(50):
+        act(worlds, STAY)
+    assert not any(kind in worlds.ascii() for kind in "ABCDE")
+
+
 def test_growth_with_certainty_fills_the_patch():
     worlds = drawn("#####\n#...#\n#.@.#\n#..A#\n#####", respawn_probability=1.0)
     act(worlds, STAY)

@@ -220,6 +220,7 @@ def test_actions_in_all_their_forms():
         (torch.tensor([[0, 0], [0, 3], [0, 0], [0, 0]]), "0 to 2, got 0 to 3"),
         (torch.tensor([[0, 0], [-1, 0], [0, 0], [0, 0]]), "got -1 to 0"),
         ({"move": np.zeros(4, int)}, r"\['move'\]"),
+        ([None] * 4, "actions"),
         ({"move": np.zeros(4, int), "vote": np.zeros(3, int)}, "as many moves as votes"),
     ],
 )
@@ -335,6 +336,37 @@ def test_a_state_that_lacks_something_changes_nothing(damage):
         other.restore(tensors, metadata)
     assert_same(other.state()[0], before[0])
     assert other.state()[1] == before[1]
+
+
+@pytest.mark.parametrize(
+    ("form", "name", "value"),
+    [
+        ("grid", "turn", -1),
+        ("grid", "turn", "6"),
+        ("grid", "epoch_turn", 5),
+        ("grid", "num_counted", -1),
+        ("grid", "level", 1_000_001),
+        ("grid", "last_votes", 3),
+        ("grid", "forage/positions", 0),  # in a wall
+        ("grid", "forage/positions", 10**9),
+        ("grid", "forage/cells", 6),  # walls everywhere
+        ("grid", "forage/cells", -1),
+        ("bandit", "forage/drawn", 20),
+    ],
+)
+def test_a_state_that_no_world_can_be_in_changes_nothing(form, name, value):
+    worlds = Commons(CommonsConfig(form=form, **VARIED), num_worlds=2)
+    worlds.reset(seed=0)
+    tensors, metadata = worlds.state()
+    if name in metadata:
+        metadata[name] = value
+    else:
+        tensors[name].fill_(value)
+    before = worlds.state()
+    with pytest.raises(CheckpointError, match=name.rpartition("/")[2]):
+        worlds.restore(tensors, metadata)
+    assert_same(worlds.state()[0], before[0])
+    assert worlds.state()[1] == before[1]
 
 
 def test_a_state_from_a_gpu_goes_on_here_with_other_chance():

@@ -257,6 +257,9 @@ def test_a_parallel_env_is_the_batched_world():
     assert collections
     with pytest.raises(ValueError, match="agent_2"):
         env.step({"agent_0": {"move": 0, "vote": 0}, "agent_1": {"move": 0, "vote": 0}})
+    for wrong in ({"move": 0}, 0, None):
+        with pytest.raises(ValueError, match="action"):
+            env.step({"agent_0": {"move": 0, "vote": 0}, "agent_1": wrong, "agent_2": {"move": 0, "vote": 0}})
     turn = env.commons.turn
     env.reset()  # in the middle of an epoch: a fresh one, the same run
     assert env.commons.turn == turn

@@ -3,6 +3,7 @@
 import csv
 import math
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -143,6 +144,24 @@ def test_what_the_last_agent_refuses_leaves_all_agents_as_they_were(what):
     assert [name for name in others if not torch.equal(tensors[name], others[name])] == []
 
 
+def test_an_update_that_the_last_agent_refuses_updates_nobody():
+    learners, worlds = make_learners(), Commons(RULES, num_worlds=NUM_WORLDS)
+    observations = worlds.reset(seed=1)
+    for _ in range(10):
+        step = worlds.step(learners.act(observations))
+        final = step.final_observations
+        learners.record(step.rewards, step.terminated, step.truncated, final_observations=final, events=step.events)
+        observations = step.observations
+    before = learners.state()
+    for wrong in (spoiled(observations, "scalars", math.nan), None):
+        with pytest.raises(ValueError, match=r"scalars|next_observations"):
+            learners.learn(wrong)
+        tensors, metadata = learners.state()
+        assert metadata == before[1]
+        assert all(torch.equal(tensors[name], tensor) for name, tensor in before[0].items())
+    learners.learn(observations)
+
+
 @pytest.mark.parametrize("memory", ["lstm", "gru", "none"])
 @pytest.mark.parametrize("critic_memory", ["shared", "lstm", "gru", "none"])
 def test_policies_played_together_are_the_policies_alone(memory, critic_memory):
@@ -166,6 +185,23 @@ def test_policies_played_together_are_the_policies_alone(memory, critic_memory):
                 for name, part in state.parts.items():
                     assert torch.equal(part[:, number::3], states[number].parts[name])
             observations = world.step(output.distribution.mode()).observations
+
+
+def test_continuous_policies_played_together_are_the_policies_alone():
+    spaces = gym.spaces.Box(-1, 1, (2,)), gym.spaces.Box(-2, 2, (3,))
+    policies = [DualHeadRecurrentPPO(*spaces, network=NETWORK, seed=seed).policy for seed in range(3)]
+    seen = {"observation": torch.randn(6, 2, generator=torch.Generator().manual_seed(0))}
+    together = IndependentPolicies(policies)
+    with torch.no_grad():
+        for number, policy in enumerate(policies):
+            policy.heads.log_std.fill_(-number)
+        distribution = together.step(seen, together.initial_state(6))[0].distribution
+        actions = distribution.sample()
+        for number, policy in enumerate(policies):
+            alone = policy.step(rows(seen, number), policy.initial_state(2))[0].distribution
+            assert torch.equal(distribution.mode()[number::3], alone.mode())
+            mine = alone.log_probs(actions[number::3])
+            torch.testing.assert_close(distribution.log_probs(actions)[number::3], mine)
 
 
 def test_a_player_of_many_policies_shows_each_its_own_step_before(monkeypatch):
@@ -252,7 +288,8 @@ def test_every_agent_counts_the_same_in_an_evaluation(monkeypatch, num_agents, a
         (lambda tensors, _: tensors.pop("agent_2/state/h"), "agent 2 is of another architecture: missing"),
         (lambda tensors, _: tensors["agent_2/rng/shuffling"].zero_(), "agent 2: rng/shuffling is no state"),
         (lambda _, metadata: metadata["learners"][2].pop("rollout"), "agent 2 has no valid rollout"),
-        (lambda _, metadata: metadata.pop("num_steps"), "num_steps cannot be None"),
+        (lambda _, metadata: metadata.pop("num_steps"), "no valid num_steps"),
+        (lambda _, metadata: metadata["learners"].__setitem__(2, None), "learners"),
     ],
 )
 def test_learners_are_restored_all_or_none(damage, message):
@@ -336,7 +373,7 @@ def test_groups_are_counted_apart():
     schedule._choose = lambda: [1]
     schedule.replace(learners, 1)
     a, b, nothing = [True, False], [False, True], [False, False]
-    schedule.count(NormEvents(torch.zeros(6, 2, dtype=torch.bool), torch.tensor([b, a, b, b, a, b])))
+    schedule.count(NormEvents(np.zeros((6, 2), bool), np.array([b, a, b, b, a, b])))  # worlds may give arrays
     schedule.count(NormEvents(torch.zeros(6, 2, dtype=torch.bool), torch.tensor([nothing, a, nothing] * 2)))
     metrics = schedule.metrics(torch.tensor([[1.0, 2.0], [9.0, 9.0], [3.0, 4.0]]))
     assert metrics == {
@@ -366,6 +403,11 @@ def test_turnover_goes_on_where_it_was_saved():
     other.restore(json.loads(json.dumps(one.state())))
     assert [one.replace(learners, t) for t in range(6, 20)] == [other.replace(learners, t) for t in range(6, 20)]
     assert one.metrics(None) == other.metrics(None)
+    for name in ("individuals", "arrivals", "taken"):
+        state = one.state()
+        state[name] = state[name][:2]
+        with pytest.raises(ValueError, match=name):
+            other.restore(state)
 
 
 def test_with_a_shared_policy_a_newcomer_has_no_memory_and_no_norms():

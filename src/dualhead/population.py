@@ -15,11 +15,11 @@ from torch import Tensor
 
 from dualhead.agent import DualHeadRecurrentPPO
 from dualhead.config import TurnoverConfig
-from dualhead.networks.heads import FactoredCategorical, Heads
+from dualhead.networks.heads import DiagonalGaussian, Distribution, FactoredCategorical, Heads
 from dualhead.networks.policy import PolicyOutput, RecurrentPolicy
 from dualhead.networks.previous import PreviousStep
 from dualhead.norms import NormEvents
-from dualhead.spaces import holds_tensors
+from dualhead.spaces import as_tensor, holds_tensors
 from dualhead.storage import CheckpointError, with_prefix, without_prefix
 from dualhead.types import Observations, RecurrentState, on_device
 
@@ -120,10 +120,15 @@ class IndependentLearners:
     def learn(
         self, next_observations: Any = None, *, partial: bool = False, learning_rate: float | None = None
     ) -> dict[str, float]:
-        """An update of every learner; metrics are means over learners."""
+        """An update of every learner, or of none; metrics are means over learners."""
+        own = [self._of(next_observations, agent) for agent in range(len(self.learners))]
+        if self.learners[0].rollout_memory.length:
+            # What one of them refuses must leave all of them as they were.
+            for learner, seen in zip(self.learners, own):
+                learner._next_values(seen)
         gathered = [
-            learner.learn(self._of(next_observations, agent), partial=partial, learning_rate=learning_rate)
-            for agent, learner in enumerate(self.learners)
+            learner.learn(seen, partial=partial, learning_rate=learning_rate)
+            for learner, seen in zip(self.learners, own)
         ]
         # An update may lack a metric (no drift where no segment begins inside a run).
         names = dict.fromkeys(name for metrics in gathered for name in metrics)
@@ -168,10 +173,10 @@ class IndependentLearners:
             CheckpointError: it is of other learners.
         """
         parts, num_steps = metadata.get("learners"), metadata.get("num_steps")
-        if not isinstance(parts, list) or len(parts) != len(self.learners):
-            raise CheckpointError(f"{source}: expected {len(self.learners)} independent learners, found another number")
+        if not isinstance(parts, list) or [type(part) for part in parts] != [dict] * len(self.learners):
+            raise CheckpointError(f"{source} has no valid learners: expected {len(self.learners)} independent learners")
         if type(num_steps) is not int or num_steps < 0:
-            raise CheckpointError(f"{source} lacks its counters: num_steps cannot be {num_steps!r}")
+            raise CheckpointError(f"{source} has no valid num_steps (found {num_steps!r})")
         saved = [
             (learner, without_prefix(f"agent_{agent}", tensors), part, f"{source}, agent {agent}")
             for agent, (learner, part) in enumerate(zip(self.learners, parts))
@@ -203,7 +208,7 @@ class IndependentPolicies(torch.nn.Module):
     """The policies of A agents as one policy of B streams, to be played: stream b is played by policy b mod A.
 
     Args:
-        policies: of one architecture, with discrete actions.
+        policies: of one architecture.
     """
 
     def __init__(self, policies: Sequence[RecurrentPolicy]) -> None:
@@ -233,21 +238,30 @@ class IndependentPolicies(torch.nn.Module):
     def step(self, observations: Observations, state: RecurrentState) -> tuple[PolicyOutput, RecurrentState]:
         """One time step; see `RecurrentPolicy.step`."""
         number, batch = len(self.policies), state.num_streams
-        logits, values, after = [], [], []
+        distributions, values, after = [], [], []
         for agent, policy in enumerate(self.policies):
             streams = torch.arange(agent, batch, number, device=self.device)
             output, next_state = policy.step(
                 {name: leaf[agent::number] for name, leaf in observations.items()}, state.select(streams)
             )
-            logits.append(torch.cat(output.distribution.logits, dim=-1))
+            distributions.append(output.distribution)
             values.append(output.values)
             after.append(next_state)
-        nvec = tuple(head.shape[-1] for head in output.distribution.logits)
         together = {
             name: torch.stack([part.parts[name] for part in after], dim=2).flatten(1, 2) for name in after[0].parts
         }
-        distribution = FactoredCategorical(torch.stack(logits, dim=1).flatten(0, 1), nvec)
-        return PolicyOutput(distribution, torch.stack(values, dim=1).flatten()), RecurrentState(**together)
+        return PolicyOutput(_joined(distributions), torch.stack(values, dim=1).flatten()), RecurrentState(**together)
+
+
+def _joined(distributions: list[Any]) -> Distribution:
+    """The distributions of A agents over their own streams as one over all streams."""
+    if isinstance(distributions[0], DiagonalGaussian):
+        means = torch.stack([own.mean for own in distributions], dim=1)
+        log_std = torch.stack([own.log_std for own in distributions]).expand_as(means)
+        return DiagonalGaussian(means.flatten(0, 1), log_std.flatten(0, 1))
+    nvec = tuple(head.shape[-1] for head in distributions[0].logits)
+    logits = torch.stack([torch.cat(own.logits, dim=-1) for own in distributions], dim=1)
+    return FactoredCategorical(logits.flatten(0, 1), nvec)
 
 
 class Turnover:
@@ -280,8 +294,8 @@ class Turnover:
 
     def count(self, events: NormEvents) -> None:
         """Counts what the agents collected in a turn."""
-        assert events.collected is not None
-        by_agent = events.collected.view(self.num_worlds, self.num_agents, -1).sum(0)
+        collected = as_tensor(events.collected, "events.collected")
+        by_agent = collected.view(self.num_worlds, self.num_agents, -1).sum(0)
         # Summed on the device of the events: no host-device sync.
         self._taken = on_device(self._taken, by_agent.device) + by_agent
         self._num_turns += 1
@@ -359,7 +373,15 @@ class Turnover:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Takes back what `state` gave."""
+        """Takes back what `state` gave.
+
+        Raises:
+            KeyError, TypeError, ValueError: a part is missing, or is not one of these agents.
+        """
+        expected: dict[str, Any] = {"individuals": self.individuals, "arrivals": self.arrivals, "taken": self._taken}
+        for name, ours in expected.items():
+            if np.shape(state[name]) != ours.shape:
+                raise ValueError(f"{name}: expected numbers of shape {tuple(ours.shape)}, got {state[name]!r}")
         self.individuals = np.array(state["individuals"], dtype=np.int64)
         self.arrivals = np.array(state["arrivals"], dtype=np.int64)
         self.num_times, self._num_turns = int(state["num_times"]), int(state["num_turns"])

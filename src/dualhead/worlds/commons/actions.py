@@ -13,11 +13,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from gymnasium import spaces
 from torch import Tensor
 
+from dualhead.spaces import as_tensor
 from dualhead.types import on_device
 
 MOVES = ("up", "down", "left", "right")
@@ -150,8 +150,7 @@ class Actions:
         return torch.stack([moves, votes], dim=-1)
 
     def _integers(self, values: Any) -> Tensor:
-        # torch.tensor copies: torch.as_tensor warns about read-only arrays, which environments hand out.
-        tensor = values if isinstance(values, Tensor) else torch.tensor(np.asarray(values))
+        tensor = as_tensor(values, "actions")
         if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
             raise ValueError(f"actions: expected integers, got {tensor.dtype}")
         return tensor.to(torch.int64)

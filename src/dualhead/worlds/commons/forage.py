@@ -19,6 +19,8 @@ from dualhead.types import Observations
 from dualhead.worlds.commons.actions import MOVES
 
 EMPTY = 0
+_NEVER = 1e-12
+"""Nothing grows at a smaller probability: no run is so long, and gaps between growth must fit into 64 bits."""
 
 
 class Forage(Protocol):
@@ -44,6 +46,9 @@ class Forage(Protocol):
 
     def tensors(self) -> dict[str, Tensor]:
         """Live state by name, for checkpoints."""
+
+    def check(self, tensors: dict[str, Tensor]) -> None:
+        """Raises ValueError where tensors of the right shapes are no possible state; the message names one."""
 
     def codes(self, streams: slice) -> Tensor:
         """What lies where, [streams, rows, columns], to be drawn."""
@@ -136,7 +141,7 @@ class Patches:
         return met.long()
 
     def grow(self, generator: Generator) -> None:
-        if self.respawn_probability == 0.0:
+        if self.respawn_probability < _NEVER:
             return
         num_inside = len(self._inside)
         hits = _bernoulli_hits(len(self._cells) * num_inside, self.respawn_probability, generator)
@@ -162,6 +167,13 @@ class Patches:
 
     def tensors(self) -> dict[str, Tensor]:
         return {"cells": self._cells, "positions": self._positions}
+
+    def check(self, tensors: dict[str, Tensor]) -> None:
+        cells, walls = tensors["cells"], self._cells == self.wall
+        if ((cells < EMPTY) | (cells > self.wall) | ((cells == self.wall) != walls)).any():
+            raise ValueError("cells: expected resources inside of walls")
+        if not torch.isin(tensors["positions"], self._inside).all():
+            raise ValueError("positions: expected an agent on every patch")
 
     def codes(self, streams: slice) -> Tensor:
         whole = self._cells[streams].view(-1, self._side, self._side)
@@ -218,6 +230,10 @@ class Menus:
 
     def tensors(self) -> dict[str, Tensor]:
         return {"drawn": self._drawn}
+
+    def check(self, tensors: dict[str, Tensor]) -> None:
+        if ((tensors["drawn"] < 0) | (tensors["drawn"] >= len(self._menus))).any():
+            raise ValueError(f"drawn: expected numbers of menus, from 0 to {len(self._menus) - 1}")
 
     def codes(self, streams: slice) -> Tensor:
         return self._menus[self._drawn[streams], None, :-1]

@@ -140,9 +140,11 @@ class CommonsParallelEnv(ParallelEnv):
         self.commons.close()
 
     def _joined(self, actions: list[Any]) -> Any:
-        if isinstance(actions[0], dict):
-            return {head: np.array([action[head] for action in actions]) for head in actions[0]}
-        return np.array(actions)
+        if not isinstance(actions[0], dict):
+            return actions
+        if any(not isinstance(action, dict) or action.keys() != actions[0].keys() for action in actions):
+            raise ValueError(f"step() needs actions of one form, got {actions}")
+        return {head: [action[head] for action in actions] for head in actions[0]}
 
     def _by_agent(self, batched: Any) -> dict[str, Any]:
         return {name: _row(batched, i) for i, name in enumerate(self.possible_agents)}

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import math
 import zlib
 from collections.abc import Sequence
 from typing import Any
@@ -30,9 +31,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dualhead.norms import NormEvents
-from dualhead.storage import CheckpointError, fill, with_prefix
+from dualhead.storage import CheckpointError, check_fit, fill, with_prefix, without_prefix
 from dualhead.worlds.commons import view
-from dualhead.worlds.commons.actions import NO_VOTE, VOTE_DOWN, VOTE_UP, Actions
+from dualhead.worlds.commons.actions import NO_VOTE, NUM_VOTES, VOTE_DOWN, VOTE_UP, Actions
 from dualhead.worlds.commons.config import CommonsConfig, Phase
 from dualhead.worlds.commons.forage import Forage, Menus, Patches
 from dualhead.worlds.streams import StreamStep
@@ -418,17 +419,27 @@ class Commons:
             if metadata.get(name) != ours:
                 raise CheckpointError(f"{source} is of another commons: its {name} is {metadata.get(name)}, not {ours}")
         generator = torch.Generator(self.device)
+        ours = self._tensors()
+        theirs = {name: part for name, part in tensors.items() if name != "rng"}
+        check_fit(ours, theirs, what=source)
         try:
-            turn, epoch_turn, num_counted = (int(metadata[name]) for name in ("turn", "epoch_turn", "num_counted"))
+            most = {"turn": math.inf, "epoch_turn": self.config.epoch_turns - 1, "num_counted": math.inf}
+            for name, limit in most.items():
+                if type(metadata[name]) is not int or not 0 <= metadata[name] <= limit:
+                    raise ValueError(f"{name}: expected a whole number from 0 to {limit}, got {metadata[name]!r}")
+            for name, limit in (("level", _WHOLE), ("last_votes", NUM_VOTES - 1)):
+                if ((theirs[name] < 0) | (theirs[name] > limit)).any():
+                    raise ValueError(f"{name}: expected whole numbers from 0 to {limit}")
+            self.forage.check(without_prefix("forage", {n: t.to(self.device) for n, t in theirs.items()}))
             if metadata["device"] == self.device.type:
                 generator.set_state(tensors["rng"].cpu())
             else:
                 generator.manual_seed(zlib.crc32(tensors["rng"].numpy().tobytes()))
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{source} lacks a part of the commons: {error!r}") from error
-        fill(self._tensors(), {name: part for name, part in tensors.items() if name != "rng"}, what=source)
+        fill(ours, theirs, what=source)
         self._generator = generator
-        self.turn, self._epoch_turn, self._num_counted = turn, epoch_turn, num_counted
+        self.turn, self._epoch_turn, self._num_counted = (metadata[name] for name in most)
         return self.observations()
 
     def _tensors(self) -> dict[str, Tensor]:
