@@ -233,14 +233,14 @@ def test_a_newcomer_is_new_and_the_others_stay():
     learners, worlds = make_learners(), Commons(RULES, num_worlds=NUM_WORLDS)
     play(learners, worlds, worlds.reset(seed=1), 10)
     before = [learner.policy.critic.weight.clone() for learner in learners.learners]
-    strengths = learners.strengths()
+    strengths = strengths_by_agent(learners, 3)
     assert strengths.shape == (3, 2)
     assert (strengths[:, 0] > 0).all()
     learners.replace(1, individual=7)
     assert torch.equal(learners.learners[0].policy.critic.weight, before[0])
     assert not torch.equal(learners.learners[1].policy.critic.weight, before[1])
-    assert learners.strengths()[1].tolist() == [0.0, 0.0]
-    assert torch.equal(learners.strengths()[[0, 2]], strengths[[0, 2]])
+    assert strengths_by_agent(learners, 3)[1].tolist() == [0.0, 0.0]
+    assert torch.equal(strengths_by_agent(learners, 3)[[0, 2]], strengths[[0, 2]])
     same = make(learners._seed_of(7))
     assert torch.equal(learners.learners[1].policy.critic.weight, same.policy.critic.weight)
     founders = make_learners().learners

@@ -44,7 +44,7 @@ class Guilt(NamedTuple):
 
 
 class NormEnforcer(torch.nn.Module):
-    """Norm strengths of B streams and the guilt they cause. Nothing here is learned; docs/norms.md has the closed forms.
+    """Norm strengths of B streams and the guilt they cause. Nothing is learned. Closed forms: docs/norms.md.
 
     Resource mode, for each stream and resource r, once per step:
 
@@ -136,7 +136,8 @@ class NormEnforcer(torch.nn.Module):
             )
         if not _holds_integers(chosen):
             raise ValueError(f"actions: expected integers, the index chosen by each head, got {chosen.dtype}")
-        return NormEvents(punished, chosen[:, head, None].eq(self.config.harmful_action).to(self.strengths.device))
+        assert self.config.harmful_action is not None
+        return NormEvents(punished, (chosen[:, head, None] == self.config.harmful_action).to(self.strengths.device))
 
     def advance(self, checked: NormEvents) -> Guilt:
         """`update` with what `check` gave."""
