@@ -336,7 +336,7 @@ def test_respawn_frequency_place_and_kind():
     )
     worlds.reset(seed=0)
     act(worlds, STAY)
-    codes = worlds.forage.codes(slice(None))
+    codes = worlds.forage.codes()
     inside = codes[:, 1:-1, 1:-1]
     assert_binomial(int((inside > 0).sum()), num_agents * (cells - 1), probability)
     for row in range(8):
@@ -345,14 +345,14 @@ def test_respawn_frequency_place_and_kind():
             assert_binomial(int((inside[:, row, column] > 0).sum()), num_agents, probability * 63 / 64, (row, column))
     for kind in range(1, 6):
         assert_binomial(int((inside == kind).sum()), int((inside > 0).sum()), 0.2, kind)
-    rows, columns = worlds.forage.agents(slice(None)).unbind(1)
+    rows, columns = worlds.forage.agents().unbind(1)
     assert (codes[torch.arange(num_agents), rows, columns] == 0).all()
     inside = codes.clone()
     inside[:, 1:-1, 1:-1] = 6
     assert (inside == 6).all()  # the border is wall still
     before = codes.clone()
     act(worlds, STAY)
-    after = worlds.forage.codes(slice(None))
+    after = worlds.forage.codes()
     assert torch.equal(after[before > 0], before[before > 0])  # what lies there stays what it is
 
 
@@ -388,7 +388,7 @@ def test_a_cap_limits_growth_and_favours_no_place():
     )
     worlds.reset(seed=0)
     act(worlds, STAY)
-    inside = worlds.forage.codes(slice(None))[:, 1:-1, 1:-1]
+    inside = worlds.forage.codes()[:, 1:-1, 1:-1]
     counts = (inside > 0).sum((1, 2))
     assert counts.max() == cap
     assert (counts == cap).float().mean() > 0.99  # seven cells at 0.9: two grow almost surely
@@ -397,16 +397,16 @@ def test_a_cap_limits_growth_and_favours_no_place():
             assert_binomial(int((inside[:, row, column] > 0).sum()), num_agents, cap / 9, (row, column))
     for _ in range(5):
         act(worlds, torch.randint(5, (num_agents,)))
-        assert (worlds.forage.codes(slice(None))[:, 1:-1, 1:-1] > 0).sum((1, 2)).max() == cap
+        assert (worlds.forage.codes()[:, 1:-1, 1:-1] > 0).sum((1, 2)).max() == cap
 
 
 def test_fresh_patches_are_uniform():
     num_agents = 4000
     worlds = Commons(CommonsConfig(num_agents=num_agents, patch_size=5, initial_resources=3))
     worlds.reset(seed=1)
-    inside = worlds.forage.codes(slice(None))[:, 1:-1, 1:-1]
+    inside = worlds.forage.codes()[:, 1:-1, 1:-1]
     assert ((inside > 0).sum((1, 2)) == 3).all()
-    rows, columns = (worlds.forage.agents(slice(None)) - 1).unbind(1)
+    rows, columns = (worlds.forage.agents() - 1).unbind(1)
     for row in range(3):
         for column in range(3):
             assert_binomial(int((inside[:, row, column] > 0).sum()), num_agents, 3 / 9)

@@ -152,7 +152,7 @@ def test_rules_are_refused_or_can_be_played(rules, seed):
         assert (step.final_observations is None) == (not step.truncated.any())
         assert ((worlds.level >= 0) & (worlds.level <= 1)).all()
         if config.max_resources is not None and config.form == "grid":
-            inside = worlds.forage.codes(slice(None))[:, 1:-1, 1:-1]
+            inside = worlds.forage.codes()[:, 1:-1, 1:-1]
             assert (inside > 0).sum((1, 2)).max() <= config.max_resources
         observations = step.observations
     assert_same(observations, worlds.observations())

@@ -405,10 +405,8 @@ def test_settings_out_of_range_are_refused(changes, message):
             NormConfig(**changes)
 
 
-@pytest.mark.parametrize("missing", list(NUMBERS))
-def test_the_numbers_have_no_default_outside_the_configuration(missing):
-    with pytest.raises(TypeError, match=missing):
-        NormEnforcer(1, resources=("A",), **{name: NUMBERS[name] for name in NUMBERS if name != missing})
+def test_defaults_are_those_of_the_configuration():
+    assert NormEnforcer(1, resources=("A",)).config == NormConfig(resources=("A",), **NUMBERS)
 
 
 OUTWEIGHS = {"internalization_threshold": 5.0, "intrinsic_scale": -0.5}

@@ -18,9 +18,7 @@ Mode = Literal["resource", "action"]
 
 
 class NormEvents(NamedTuple):
-    """What happened to each stream in one step, as far as norms are concerned.
-
-    NumPy arrays and 0/1 numbers are accepted in place of bool tensors.
+    """What happened to each stream in one step. Arrays and numbers 0 and 1 are accepted in place of bool tensors.
 
     Fields:
         punished: [B, R] bool, the stream was punished for the resource; action mode: [B] or [B, 1].
@@ -35,7 +33,7 @@ class Guilt(NamedTuple):
     """What one step's guilt adds to the rewards: zero or negative, in task-reward units.
 
     Fields:
-        total: [B], the sum over resources; add it to the rewards of the step.
+        total: [B], the sum over resources.
         per_resource: [B, R]; action mode [B, 1].
     """
 
@@ -46,25 +44,21 @@ class Guilt(NamedTuple):
 class NormEnforcer(torch.nn.Module):
     """Norm strengths of B streams and the guilt they cause. Nothing is learned. Closed forms: docs/norms.md.
 
-    Resource mode, for each stream and resource r, once per step:
+        s ← min(max_norm_strength, s · decay_rate + punished)
+        guilt = intrinsic_scale · max(0, s − internalization_threshold)      if the resource was collected, else 0
 
-        s_r ← min(max_norm_strength, s_r · decay_rate + punished_r)
-        guilt_r = intrinsic_scale · max(0, s_r − threshold)           if r was collected, else 0
-
-    Action mode has one strength per stream. It does not decay in a step with a punishment, and the harmful action
-    takes the place of collecting.
-
-    Guilt uses the strength *after* the step's update. Strengths persist across episodes; only `reset` clears them.
+    Guilt uses the strength *after* the step's update. Resource mode has one strength s per stream and resource. Action
+    mode has one per stream: it does not decay in a step with a punishment, and the harmful action takes the place of
+    collecting. Strengths persist across episodes; only `reset` clears them.
 
     Args:
         num_streams: B.
-        resources: R names in the column order of the events; a string is one name.
-        mode and all others: fields of `NormConfig`.
+        settings: fields of `NormConfig`; `resources` are in the column order of the events, a string is one name.
 
     Attributes:
         config: all settings.
-        strengths: [B, R] buffer (action mode [B, 1]), updated in place: clone it to keep it. Keep float32 or wider:
-            bfloat16 rounds slow decays away.
+        strengths: [B, R] buffer, updated in place: clone it to keep it. Keep float32 or wider: bfloat16 rounds slow
+            decays away.
 
     Raises:
         ValueError: a setting is outside its range, or does not belong to the mode.
@@ -74,46 +68,24 @@ class NormEnforcer(torch.nn.Module):
     _guilt_sums: Tensor
     _num_steps: Tensor
 
-    def __init__(
-        self,
-        num_streams: int,
-        *,
-        resources: Sequence[str],
-        mode: Mode = "resource",
-        decay_rate: float,
-        internalization_threshold: float,
-        max_norm_strength: float,
-        intrinsic_scale: float,
-        harmful_action: int | None = None,
-        harmful_head: int = 0,
-    ) -> None:
+    def __init__(self, num_streams: int, **settings: Any) -> None:
         super().__init__()
         if num_streams < 1:
             raise ValueError(f"num_streams: expected at least 1, got {num_streams}")
-        self.config = NormConfig(
-            mode=mode,
-            resources=(resources,) if isinstance(resources, str) else tuple(resources),
-            decay_rate=decay_rate,
-            internalization_threshold=internalization_threshold,
-            max_norm_strength=max_norm_strength,
-            intrinsic_scale=intrinsic_scale,
-            harmful_action=harmful_action,
-            harmful_head=harmful_head,
-        )
+        if isinstance(settings.get("resources"), str):
+            settings["resources"] = (settings["resources"],)
+        self.config = NormConfig(**settings)
         self.mode, self.resources = self.config.mode, self.config.resources
         self.register_buffer("strengths", torch.zeros(num_streams, len(self.resources)))
         self.register_buffer("_guilt_sums", torch.zeros(len(self.resources)))
         self.register_buffer("_num_steps", torch.zeros((), dtype=torch.int64))
 
     def update(self, events: NormEvents, actions: Tensor | None = None) -> Guilt:
-        """Advances all strengths by one step.
+        """Advances all strengths by one step, and returns the step's guilt.
 
         Args:
             events: what happened in the step. Resource mode needs both fields.
-            actions: [B, K] integers, the action index of each head; only action mode needs and reads them.
-
-        Returns:
-            The step's guilt, in the dtype and on the device of `strengths`.
+            actions: [B, K] integers, the action index of each head; only action mode needs them.
 
         Raises:
             ValueError: events or actions are missing, or have another shape or kind. Strengths are then unchanged.
@@ -210,10 +182,9 @@ class NormEnforcer(torch.nn.Module):
 
 
 def steps_until(strength_from: float, strength_to: float, *, decay_rate: float) -> float:
-    """Steps without punishment in which a strength falls: n = ln(strength_from / strength_to) / −ln decay_rate.
+    """Steps without punishment in which a strength falls: ln(strength_from / strength_to) / −ln decay_rate.
 
-    Returns:
-        Steps, not rounded; 0 if the strength is already there, infinity if it never gets there.
+    They are not rounded; 0 if the strength is already there, infinity if it never gets there.
 
     Raises:
         ValueError: a strength below 0 or not finite, or a decay outside [0, 1].
@@ -231,12 +202,8 @@ def steps_until(strength_from: float, strength_to: float, *, decay_rate: float) 
 def guilt_outweighs_until(payoff_gap: float, *, internalization_threshold: float, intrinsic_scale: float) -> float:
     """Strength s* = threshold + payoff_gap / |intrinsic_scale|: guilt outweighs the gap exactly while s > s*.
 
-    Args:
-        payoff_gap: by how much transgressing pays more than complying, in task-reward units, at least 0.
-        internalization_threshold, intrinsic_scale: as in `NormConfig`.
-
-    Returns:
-        s*. At or above `max_norm_strength` guilt never outweighs the gap. Infinity if guilt weighs nothing.
+    The gap is what transgressing pays more than complying, in task-reward units. Guilt never outweighs it if s* is at
+    or above `max_norm_strength`; s* is infinite if the scale is 0.
 
     Raises:
         ValueError: an argument is outside its range.
@@ -248,11 +215,10 @@ def guilt_outweighs_until(payoff_gap: float, *, internalization_threshold: float
 
 
 def holding_rate(threshold: float, decay_rate: float, *, mode: Mode = "resource") -> float:
-    """Punishments per step that hold a strength at `threshold`, on average: q = s · (1 − decay_rate) in resource mode,
-    q / (1 + q) in action mode. The strength must stay away from the cap.
+    """Punishments per step that hold a strength at `threshold`, on average and far from the cap.
 
-    Returns:
-        A rate per step. Above 1 (resource mode) not even punishment in every step holds the strength.
+    That is q = threshold · (1 − decay_rate) in resource mode, and q / (1 + q) in action mode. Above 1 not even a
+    punishment in every step holds it.
 
     Raises:
         ValueError: an argument is outside its range.

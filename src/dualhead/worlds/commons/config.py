@@ -117,29 +117,22 @@ class CommonsConfig(WorldConfig):
         for name, level in [("initial_level", self.initial_level), *(("phases: level", p.level) for p in self.phases)]:
             if level is not None and level >= self.num_levels:
                 raise ValueError(f"{name}: expected a level below {self.num_levels}, got {level}")
-        endless = [number for number, phase in enumerate(self.phases) if phase.num_turns is None]
-        if endless and (self.repeat_phases or endless[0] < len(self.phases) - 1):
-            raise ValueError(
-                f"phases: phase {endless[0]} has no num_turns, which only the last one may lack, and none of those "
-                f"that repeat"
-            )
+        for number, phase in enumerate(self.phases):
+            is_last = number == len(self.phases) - 1 and not self.repeat_phases
+            if phase.num_turns is None and not is_last:
+                raise ValueError(f"phases: phase {number} has no num_turns, and another phase is to follow")
         return self
 
     @model_validator(mode="after")
     def _form_fits(self) -> CommonsConfig:
         if self.stay and self.coding != "pair":
             raise ValueError(f"stay: expected False with coding={self.coding!r}, which has a no-op of its own")
-        if self.form == "bandit":
-            if self.menu_size > len(self.resources):
-                raise ValueError(
-                    f"menu_size: expected at most one slot for each of the {len(self.resources)} resources, "
-                    f"got {self.menu_size}"
-                )
-            return self
-        room = (self.patch_size - 2) ** 2 - 1  # one cell is the agent's
+        num_kinds, room = len(self.resources), (self.patch_size - 2) ** 2 - 1  # one cell is the agent's
         if self.max_resources is not None:
             room = min(room, self.max_resources)
-        if self.initial_resources > room:
+        if self.form == "bandit" and self.menu_size > num_kinds:
+            raise ValueError(f"menu_size: expected at most {num_kinds}, a slot for each resource, got {self.menu_size}")
+        if self.form == "grid" and self.initial_resources > room:
             raise ValueError(
                 f"initial_resources: expected at most {room} (patch_size={self.patch_size}, "
                 f"max_resources={self.max_resources}), got {self.initial_resources}"

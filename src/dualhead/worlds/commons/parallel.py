@@ -39,18 +39,11 @@ def parallel_env(
 
 
 class CommonsParallelEnv(ParallelEnv):
-    """The commons for PettingZoo: agents `agent_0`, `agent_1`, ...; an episode is an epoch.
+    """The commons for PettingZoo: agents `agent_0`, `agent_1`, ...; an episode is an epoch. See `parallel_env`.
 
     Observations, actions and rules are those of `Commons`, as NumPy arrays. All agents are truncated together after
     `epoch_turns`. `reset()` goes on with the run (level, debts, phases); with a seed it begins a new one.
     An info says what the agent `collected` (a name or None) and whether it was `punished` for it.
-
-    Args:
-        config: the rules.
-        render_mode: None, "ansi" or "rgb_array".
-
-    Raises:
-        ValueError: another render mode.
     """
 
     metadata: dict[str, Any] = {  # noqa: RUF012
@@ -62,9 +55,7 @@ class CommonsParallelEnv(ParallelEnv):
 
     def __init__(self, config: CommonsConfig, *, render_mode: str | None = None) -> None:
         if render_mode is not None and render_mode not in self.metadata["render_modes"]:
-            raise ValueError(
-                f"render_mode: expected None or one of {self.metadata['render_modes']}, got {render_mode!r}"
-            )
+            raise ValueError(f"render_mode: expected None, 'ansi' or 'rgb_array', got {render_mode!r}")
         self.render_mode = render_mode
         self.commons = Commons(config)
         self.possible_agents = [f"agent_{number}" for number in range(config.num_agents)]
@@ -102,17 +93,20 @@ class CommonsParallelEnv(ParallelEnv):
         """
         if not self.agents:
             raise ValueError("step() needs a running epoch: call reset() first, and after truncation")
-        missing = [name for name in self.agents if name not in actions]
+        missing = [name for name in self.agents if actions.get(name) is None]
         if missing:
             raise ValueError(f"step() needs an action of every agent, {missing} have none")
-        step = self.commons.step(self._joined([actions[name] for name in self.agents]))
+        given = [actions[name] for name in self.agents]
+        heads = [sorted(action) if isinstance(action, dict) else [] for action in given]
+        if heads != heads[:1] * len(given):
+            raise ValueError(f"step() needs actions of one form, got {actions}")
+        step = self.commons.step({head: [a[head] for a in given] for head in heads[0]} if heads[0] else given)
         events = self.commons.events
         assert events.collected is not None
         collected, punished = events.collected.numpy(), events.punished.numpy()
-        names = self.commons.config.resources
         infos = {
             name: {
-                "collected": names[int(collected[i].argmax())] if collected[i].any() else None,
+                "collected": next((kind for kind, taken in zip(self.commons.resources, collected[i]) if taken), None),
                 "punished": bool(punished[i].any()),
             }
             for i, name in enumerate(self.agents)
@@ -138,13 +132,6 @@ class CommonsParallelEnv(ParallelEnv):
 
     def close(self) -> None:
         self.commons.close()
-
-    def _joined(self, actions: list[Any]) -> Any:
-        if not isinstance(actions[0], dict):
-            return actions
-        if any(not isinstance(action, dict) or action.keys() != actions[0].keys() for action in actions):
-            raise ValueError(f"step() needs actions of one form, got {actions}")
-        return {head: [action[head] for action in actions] for head in actions[0]}
 
     def _by_agent(self, batched: Any) -> dict[str, Any]:
         return {name: _row(batched, i) for i, name in enumerate(self.possible_agents)}

@@ -35,7 +35,7 @@ from dualhead.storage import CheckpointError, check_fit, fill, with_prefix, with
 from dualhead.worlds.commons import view
 from dualhead.worlds.commons.actions import NO_VOTE, NUM_VOTES, VOTE_DOWN, VOTE_UP, Actions
 from dualhead.worlds.commons.config import CommonsConfig, Phase
-from dualhead.worlds.commons.forage import Forage, Menus, Patches
+from dualhead.worlds.commons.forage import Menus, Patches
 from dualhead.worlds.streams import StreamStep
 
 _WHOLE = 1_000_000
@@ -73,6 +73,9 @@ class Commons:
         harm_received: [B], harm done by others in the last turn; the next reward pays for it.
     """
 
+    _level: Tensor
+    """[W], in parts of `_WHOLE`."""
+
     def __init__(
         self, config: CommonsConfig | None = None, *, num_worlds: int = 1, device: torch.device | str = "cpu"
     ) -> None:
@@ -82,22 +85,7 @@ class Commons:
         self.num_worlds, self.num_agents, self.resources = num_worlds, config.num_agents, config.resources
         self.num_streams = num_worlds * config.num_agents
         self.device = device = torch.device(device)
-        self.forage: Forage
-        if config.form == "grid":
-            self.forage = Patches(
-                self.num_streams,
-                num_kinds=len(config.resources),
-                patch_size=config.patch_size,
-                window_radius=config.window_radius,
-                respawn_probability=config.respawn_probability,
-                initial_resources=config.initial_resources,
-                max_resources=config.max_resources,
-                device=device,
-            )
-        else:
-            self.forage = Menus(
-                self.num_streams, num_kinds=len(config.resources), menu_size=config.menu_size, device=device
-            )
+        self.forage = (Patches if config.form == "grid" else Menus)(self.num_streams, config, device=device)
         self._actions = Actions(
             config.coding,
             num_streams=self.num_streams,
@@ -119,19 +107,7 @@ class Commons:
         self._codes = torch.arange(1, len(kinds) + 1, device=device)
         self._most_harm = max(config.harms[kind] for kind in kinds) * (config.num_agents - 1)
         self._agent = torch.arange(config.num_agents, device=device).repeat(num_worlds)
-        self._phase_ends = list(itertools.accumulate(phase.num_turns or 0 for phase in config.phases))
-
-        def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
-            return torch.zeros(*shape, dtype=dtype, device=device)
-
-        self._level = zeros(num_worlds, dtype=torch.int64)
-        self.harm_received = zeros(self.num_streams, dtype=torch.float32)
-        self._was_punished = zeros(self.num_streams, dtype=torch.bool)
-        self._last_votes = zeros(self.num_streams, dtype=torch.int64)
-        self._totals = zeros(2 * len(kinds) + 5, dtype=torch.float64)
-        self._num_counted = 0
-        flags = zeros(self.num_streams, len(kinds), dtype=torch.bool)
-        self.events = NormEvents(flags, flags)
+        self._phase_starts = [0, *itertools.accumulate(phase.num_turns or 0 for phase in config.phases)]
         self._generator = torch.Generator(device)
         self._generator.seed()
         self.reset()
@@ -142,22 +118,24 @@ class Commons:
         """Begins a run: the first turn of the first phase, nothing owed, fresh patches, zero statistics."""
         if seed is not None:
             self._generator.manual_seed(seed)
+        num_streams, num_kinds = self.num_streams, len(self.resources)
         self.turn = self._epoch_turn = self._num_counted = 0
-        self._totals.zero_()
-        self.harm_received = torch.zeros_like(self.harm_received)
-        self._was_punished = torch.zeros_like(self._was_punished)
-        self._last_votes = torch.zeros_like(self._last_votes)
+        self.harm_received = torch.zeros(num_streams, device=self.device)
+        self._was_punished = torch.zeros(num_streams, dtype=torch.bool, device=self.device)
+        self._last_votes = torch.zeros(num_streams, dtype=torch.int64, device=self.device)
+        self._totals = torch.zeros(2 * num_kinds + 5, dtype=torch.float64, device=self.device)
+        nothing = torch.zeros(num_streams, num_kinds, dtype=torch.bool, device=self.device)
+        self.events = NormEvents(nothing, nothing)
         self._set_level(self.config.initial_level)
         self._begin_phase()
         self.forage.begin(self._generator)
         return self.observations()
 
     def step(self, actions: Any) -> StreamStep:
-        """One turn of all worlds.
+        """One turn of all worlds. What the season forbids is ignored.
 
         Args:
-            actions: [B, 2] moves and votes, or a Dict of arrays [B]; single-number codings [B] or [B, 1]. What the
-                season forbids is ignored.
+            actions: [B, 2] moves and votes, or a dict of arrays [B]; single-number codings [B] or [B, 1].
 
         Raises:
             ValueError: another shape, or (on the CPU) an index outside its range.
@@ -204,7 +182,7 @@ class Commons:
             seen["agent"] = self._agent
         if config.voting_season is not None:
             mask = self._masks[voting]
-            seen["action_mask"] = dict(mask) if config.coding == "pair" else mask["action"]
+            seen["action_mask"] = dict(mask) if isinstance(mask, dict) else mask
         return seen
 
     @property
@@ -220,7 +198,7 @@ class Commons:
     @property
     def phase(self) -> Phase:
         """The phase that the next turn belongs to."""
-        return self.config.phases[self._phase_number]
+        return self._phase_now()[0]
 
     def statistics(self) -> dict[str, float]:
         """Numbers for the log; reading them starts the next interval.
@@ -294,20 +272,21 @@ class Commons:
         return self.config.punishment * punished, punished
 
     def _set_level(self, level: int) -> None:
-        self._level = torch.full_like(self._level, round(_WHOLE * level / max(self.config.num_levels - 1, 1)))
+        millionths = round(_WHOLE * level / max(self.config.num_levels - 1, 1))
+        self._level = torch.full((self.num_worlds,), millionths, device=self.device)
 
-    @property
-    def _phase_number(self) -> int:
-        ends = self._phase_ends
-        turn = self.turn % ends[-1] if self.config.repeat_phases else self.turn
-        return min(bisect.bisect_right(ends[:-1], turn), len(ends) - 1)
+    def _phase_now(self) -> tuple[Phase, int]:
+        """The phase of the coming turn, and how many turns of it are over."""
+        phases, starts = self.config.phases, self._phase_starts
+        turn = self.turn % starts[-1] if self.config.repeat_phases else self.turn
+        number = min(bisect.bisect_right(starts, turn), len(phases)) - 1
+        return phases[number], turn - starts[number]
 
     def _begin_phase(self) -> None:
-        """Where the coming turn is the first of a phase, the level is set as the phase says."""
-        starts = [0, *self._phase_ends[:-1]]
-        turn = self.turn % self._phase_ends[-1] if self.config.repeat_phases else self.turn
-        if turn in starts and self.phase.level is not None:
-            self._set_level(self.phase.level)
+        """Sets the level as the phase says, if the coming turn is its first."""
+        phase, num_turns = self._phase_now()
+        if num_turns == 0 and phase.level is not None:
+            self._set_level(phase.level)
 
     def _count(self, votes: Tensor, paid: Tensor) -> None:
         collected = self.events.collected
@@ -327,10 +306,16 @@ class Commons:
         if self.config.agent_index:
             parts["agent"] = spaces.Discrete(self.num_agents)
         if self.config.voting_season is not None:
-            masks: dict[str, spaces.Space] = {
-                head: spaces.Box(0, 1, mask.shape[1:], np.int8) for head, mask in self._masks[0].items()
-            }
-            parts["action_mask"] = spaces.Dict(masks) if self.config.coding == "pair" else masks["action"]
+
+            def space(mask: Tensor) -> spaces.Space:
+                return spaces.Box(0, 1, mask.shape[1:], np.int8)
+
+            mask = self._masks[0]
+            parts["action_mask"] = (
+                spaces.Dict({head: space(part) for head, part in mask.items()})
+                if isinstance(mask, dict)
+                else space(mask)
+            )
         return spaces.Dict(parts)
 
     # Scenes and pictures.
@@ -346,12 +331,9 @@ class Commons:
         """
         worlds = cls(config, num_worlds=len(drawings), device=device)
         worlds.reset(seed=seed)
-        parsed = [view.parse(drawing, config.resources, config.num_agents) for drawing in drawings]
-        codes = [patch for patches, _ in parsed for patch in patches]
-        agents = [position for _, positions in parsed for position in positions or []]
-        if len({patch.shape for patch in codes}) > 1 or len(agents) not in (0, len(codes)):
-            raise ValueError("drawings: expected patches of one size, and an agent on all of them or on none")
-        worlds.forage.place(np.stack(codes), np.array(agents) if agents else None)
+        codes, agents = zip(*(view.parse(drawing, config.resources, config.num_agents) for drawing in drawings))
+        has_agents = all(part is not None for part in agents)
+        worlds.forage.place(np.concatenate(codes), np.concatenate(agents) if has_agents else None)
         return worlds
 
     def ascii(self, world: int = 0) -> str:
@@ -362,26 +344,24 @@ class Commons:
     def frame(self, world: int = 0) -> NDArray[np.uint8]:
         """A picture of one world [height, width, 3]: patches, the last votes, punishments, and the level's bar."""
         codes, agents = self._scene(world)
-        streams = self._streams_of(world)
         return view.frame(
             codes,
             agents,
             num_kinds=len(self.config.resources),
-            votes=self._last_votes[streams].cpu().numpy(),
-            punished=self._was_punished[streams].cpu().numpy(),
+            votes=self._of_world(self._last_votes, world),
+            punished=self._of_world(self._was_punished, world),
             level=float(self.level[world]),
             is_enforced=self.phase.mode != "off",
         )
 
-    def _streams_of(self, world: int) -> slice:
+    def _of_world(self, of_streams: Tensor, world: int) -> NDArray[Any]:
         if not 0 <= world < self.num_worlds:
             raise ValueError(f"world: expected an index from 0 to below {self.num_worlds}, got {world}")
-        return slice(world * self.num_agents, (world + 1) * self.num_agents)
+        return of_streams.unflatten(0, (self.num_worlds, -1))[world].cpu().numpy()
 
     def _scene(self, world: int) -> tuple[NDArray[Any], NDArray[Any] | None]:
-        streams = self._streams_of(world)
-        agents = self.forage.agents(streams)
-        return self.forage.codes(streams).cpu().numpy(), None if agents is None else agents.cpu().numpy()
+        codes, agents = self.forage.codes(), self.forage.agents()
+        return self._of_world(codes, world), None if agents is None else self._of_world(agents, world)
 
     # Saving and loading.
 
@@ -418,28 +398,28 @@ class Commons:
         for name, ours in (("config", self.config.model_dump(mode="json")), ("num_worlds", self.num_worlds)):
             if metadata.get(name) != ours:
                 raise CheckpointError(f"{source} is of another commons: its {name} is {metadata.get(name)}, not {ours}")
-        generator = torch.Generator(self.device)
-        ours = self._tensors()
+        generator, ours = torch.Generator(self.device), self._tensors()
         theirs = {name: part for name, part in tensors.items() if name != "rng"}
         check_fit(ours, theirs, what=source)
+        counts = {"turn": math.inf, "epoch_turn": self.config.epoch_turns - 1, "num_counted": math.inf}
         try:
-            most = {"turn": math.inf, "epoch_turn": self.config.epoch_turns - 1, "num_counted": math.inf}
-            for name, limit in most.items():
-                if type(metadata[name]) is not int or not 0 <= metadata[name] <= limit:
-                    raise ValueError(f"{name}: expected a whole number from 0 to {limit}, got {metadata[name]!r}")
-            for name, limit in (("level", _WHOLE), ("last_votes", NUM_VOTES - 1)):
-                if ((theirs[name] < 0) | (theirs[name] > limit)).any():
-                    raise ValueError(f"{name}: expected whole numbers from 0 to {limit}")
-            self.forage.check(without_prefix("forage", {n: t.to(self.device) for n, t in theirs.items()}))
+            for name, most in counts.items():
+                if type(metadata[name]) is not int or not 0 <= metadata[name] <= most:
+                    raise ValueError(f"{name}: expected a whole number from 0 to {most}, got {metadata[name]!r}")
+            for name, most in (("level", _WHOLE), ("last_votes", NUM_VOTES - 1)):
+                if ((theirs[name] < 0) | (theirs[name] > most)).any():
+                    raise ValueError(f"{name}: expected whole numbers from 0 to {most}")
+            of_forage = without_prefix("forage", theirs)
+            self.forage.check({name: part.to(self.device) for name, part in of_forage.items()})
             if metadata["device"] == self.device.type:
                 generator.set_state(tensors["rng"].cpu())
             else:
                 generator.manual_seed(zlib.crc32(tensors["rng"].numpy().tobytes()))
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f"{source} lacks a part of the commons: {error!r}") from error
+            raise CheckpointError(f"{source} has no valid state of the commons: {error!r}") from error
         fill(ours, theirs, what=source)
         self._generator = generator
-        self.turn, self._epoch_turn, self._num_counted = (metadata[name] for name in most)
+        self.turn, self._epoch_turn, self._num_counted = (metadata[name] for name in counts)
         return self.observations()
 
     def _tensors(self) -> dict[str, Tensor]:
