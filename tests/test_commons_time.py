@@ -331,7 +331,7 @@ def test_a_state_that_lacks_something_changes_nothing(damage):
     ("form", "name", "value"),
     [
         ("grid", "turn", -1),
-        ("grid", "turn", "6"),
+        ("grid", "turn", 6.5),
         ("grid", "epoch_turn", 5),
         ("grid", "num_counted", -1),
         ("grid", "level", 1_000_001),

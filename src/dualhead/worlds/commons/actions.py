@@ -14,12 +14,14 @@ import itertools
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from gymnasium import spaces
 from torch import Tensor
 
 from dualhead.spaces import as_tensor
 from dualhead.types import on_device
+from dualhead.worlds.commons.config import CommonsConfig
 
 MOVES = ("up", "down", "left", "right")
 NO_VOTE, VOTE_UP, VOTE_DOWN = range(3)
@@ -49,51 +51,54 @@ def number_of(coding: Coding, move: int, vote: int, num_moves: int = len(MOVES))
 
 
 class Actions:
-    """The actions of B streams in one coding.
+    """The actions of B streams in the coding of a configuration.
 
     Args:
-        coding: see the module.
-        num_streams: B.
         num_moves: moves that there are, not counting to stay.
-        stay: whether the move head of a pair may choose to stay.
 
     Attributes:
-        space: of one stream.
+        space, mask_space: of one stream.
     """
 
-    def __init__(self, coding: Coding, *, num_streams: int, num_moves: int, stay: bool, device: torch.device) -> None:
-        self._num_streams, self._device = num_streams, device
-        self._pairs = None if coding == "pair" else pairs_of(coding, num_moves)
-        if self._pairs is None:
-            self._num_choices, self._still = [num_moves + stay, NUM_VOTES], num_moves if stay else 0
-            self.space: spaces.Space = spaces.Dict(
-                move=spaces.Discrete(num_moves + stay), vote=spaces.Discrete(NUM_VOTES)
-            )
+    def __init__(self, config: CommonsConfig, num_streams: int, *, num_moves: int, device: torch.device) -> None:
+        self._num_streams, self._device, self._is_pair = num_streams, device, config.coding == "pair"
+        heads: dict[str, list[Any]]  # what each choice says about move and vote; None: nothing
+        if config.coding == "pair":
+            moves = [(move, None) for move in range(num_moves + config.stay)]
+            heads = {"move": moves, "vote": [(None, vote) for vote in range(NUM_VOTES)]}
         else:
-            self._num_choices, self._still = [len(self._pairs)], num_moves
-            self.space = spaces.Discrete(len(self._pairs))
-            self._table = torch.tensor(self._pairs, device=device)
+            heads = {"action": pairs_of(config.coding, num_moves)}
+            self._table = torch.tensor(heads["action"], device=device)
+        still = 0 if config.coding == "pair" and not config.stay else num_moves
 
-    def masks(self, *, voting: bool) -> Any:
+        def is_allowed(move: int | None, vote: int | None, *, voting: bool) -> bool:
+            if not voting:
+                return vote in (None, NO_VOTE)
+            # Nobody moves in a turn for votes: one number for each vote is enough, that of the first move or of none.
+            return move in (None, still) or (move == 0 and vote not in (None, NO_VOTE))
+
+        self._num_choices = [len(choices) for choices in heads.values()]
+        self.space = self._of_heads({head: spaces.Discrete(len(choices)) for head, choices in heads.items()})
+        self.mask_space = self._of_heads(
+            {head: spaces.Box(0, 1, (len(choices),), np.int8) for head, choices in heads.items()}
+        )
+        self._masks = []
+        for voting in (False, True):
+            masks = {head: [is_allowed(*choice, voting=voting) for choice in heads[head]] for head in heads}
+            self._masks.append(
+                {head: torch.tensor(mask, dtype=torch.int8, device=device) for head, mask in masks.items()}
+            )
+
+    def _of_heads(self, parts: dict[str, Any]) -> Any:
+        return parts["action"] if not self._is_pair else spaces.Dict(parts)
+
+    def mask(self, *, voting: bool) -> Any:
         """What may be chosen in a turn for votes, or in one for moves: int8 [B, choices], for pairs a dict by head.
 
-        A head always has a choice: in a turn for votes to stay, else a move that does nothing.
+        In a turn for votes the move head has one choice left: to stay, else the first move, which does nothing then.
         """
-        if self._pairs is None:
-            num_moves, num_votes = self._num_choices
-            return {
-                "move": self._mask([not voting or move == self._still for move in range(num_moves)]),
-                "vote": self._mask([voting or vote == NO_VOTE for vote in range(num_votes)]),
-            }
-        # Votes do not move anybody in a turn for votes: one number for each is enough, that of the first move.
-        named = (0, self._still)
-        return self._mask(
-            [(move in named and vote != NO_VOTE) or move == self._still if voting else vote == NO_VOTE
-             for move, vote in self._pairs]
-        )  # fmt: skip
-
-    def _mask(self, allowed: list[bool]) -> Tensor:
-        return torch.tensor(allowed, dtype=torch.int8, device=self._device).expand(self._num_streams, -1)
+        masks = {head: mask.expand(self._num_streams, -1) for head, mask in self._masks[voting].items()}
+        return masks if self._is_pair else masks["action"]
 
     def decode(self, actions: Any) -> tuple[Tensor, Tensor]:
         """Moves and votes [B].
@@ -106,7 +111,7 @@ class Actions:
             ValueError: another shape or kind, or (if they come from the CPU) a number outside its range.
         """
         if isinstance(actions, Mapping):
-            if self._pairs is not None or set(actions) != {"move", "vote"}:
+            if not self._is_pair or set(actions) != {"move", "vote"}:
                 raise ValueError(f"actions: expected a member of {self.space}, batched, got a dict of {[*actions]}")
             columns = [as_tensor(actions[head], "actions") for head in ("move", "vote")]
         else:
@@ -125,6 +130,6 @@ class Actions:
                 if low < 0 or high >= num_choices:
                     raise ValueError(f"actions: expected numbers from 0 to {num_choices - 1}, got {low} to {high}")
         columns = [on_device(column.to(torch.int64), self._device) for column in columns]
-        if self._pairs is not None:
+        if not self._is_pair:
             columns = list(self._table[columns[0]].unbind(dim=1))
         return columns[0], columns[1]

@@ -19,15 +19,12 @@ class Phase(Config):
 
     mode: Literal["voted", "fixed", "off"] = Field(
         default="voted",
-        description="`voted`: votes move the level; `fixed`: votes do nothing; `off`: they do nothing, and nobody "
-        "is punished at any level.",
+        description="`voted`: votes move the level; `fixed`: votes do nothing; `off`: nor is anybody punished.",
     )
     level: NonNegativeInt | None = Field(
         default=None, description="Level when the phase begins, an index into the schedule; None: as it was before."
     )
-    num_turns: PositiveInt | None = Field(
-        default=None, description="How long it lasts; None: to the end (last phase only)."
-    )
+    num_turns: PositiveInt | None = Field(default=None, description="Turns; None: to the end (last phase only).")
 
 
 class CommonsConfig(WorldConfig):
@@ -55,8 +52,7 @@ class CommonsConfig(WorldConfig):
     )
     punishment: NonNegativeFloat = Field(default=25.0, description="What a punishment costs.")
     punishments_are: Literal["probabilistic", "deterministic"] = Field(
-        default="probabilistic",
-        description="`deterministic`: whoever takes one pays punishment · probability, every time.",
+        default="probabilistic", description="`deterministic`: taking one always costs punishment · probability."
     )
     vote_shift: Annotated[float, Field(ge=1e-6, le=1.0)] = Field(
         default=0.1, description="By how much a vote moves the level's probability p; level = round((L - 1) · p)."
@@ -64,14 +60,11 @@ class CommonsConfig(WorldConfig):
     initial_level: NonNegativeInt = Field(default=0, description="Level that a run begins with.")
     level_visible: bool = Field(default=True, description="Show p to the agents; otherwise they see 0.")
     phases: tuple[Phase, ...] = Field(
-        default=(Phase(),),
-        min_length=1,
-        description="One after another, in turns over the whole run; the last one stays.",
+        default=(Phase(),), min_length=1, description="One after another, in turns of the run; the last one stays."
     )
     repeat_phases: bool = Field(default=False, description="Begin again with the first phase after the last one.")
     voting_season: Annotated[int, Field(ge=2)] | None = Field(
-        default=None,
-        description="Every so many turns of an epoch is for votes only, the others for moves only; None: never.",
+        default=None, description="Every X-th turn of an epoch is for votes only, the others for moves; None: never."
     )
     coding: Literal["pair", "composite", "simple"] = Field(
         default="pair", description="Actions as (move, vote), or as one of the historical single numbers."
@@ -79,9 +72,7 @@ class CommonsConfig(WorldConfig):
     stay: bool = Field(default=False, description="Give the move head a choice to stay (bandit: to take nothing).")
     agent_index: bool = Field(default=False, description="Show each agent its number.")
     epoch_turns: PositiveInt = Field(default=100, description="Turns until everything is laid out afresh.")
-    patch_size: Annotated[int, Field(ge=3)] = Field(
-        default=10, description="Cells on a side of a patch, walls included."
-    )
+    patch_size: Annotated[int, Field(ge=3)] = Field(default=10, description="Cells on a side, walls included.")
     window_radius: PositiveInt = Field(default=4, description="Cells an agent sees in each direction.")
     bump: Annotated[float, Field(le=0.0, allow_inf_nan=False)] = Field(
         default=-1.0, description="Reward for hitting a wall."
@@ -90,9 +81,7 @@ class CommonsConfig(WorldConfig):
     respawn_probability: Fraction = Field(
         default=0.005, description="Probability of a resource on each empty cell and turn, every kind equally likely."
     )
-    max_resources: PositiveInt | None = Field(
-        default=None, description="Most resources that grow on a patch; None: no cap."
-    )
+    max_resources: PositiveInt | None = Field(default=None, description="Cap of growth on a patch; None: no cap.")
     menu_size: PositiveInt = Field(default=2, description="Slots of a menu (bandit), all of different kinds.")
 
     @property

@@ -61,8 +61,9 @@ class CommonsParallelEnv(ParallelEnv):
         self.possible_agents = [f"agent_{number}" for number in range(config.num_agents)]
         self.agents: list[str] = []
         # One object per agent: each can be seeded by itself.
-        self.observation_spaces = {name: copy.deepcopy(self.commons.observation_space) for name in self.possible_agents}
-        self.action_spaces = {name: copy.deepcopy(self.commons.action_space) for name in self.possible_agents}
+        commons, names = self.commons, self.possible_agents
+        self.observation_spaces = {name: copy.deepcopy(commons.observation_space) for name in names}
+        self.action_spaces = {name: copy.deepcopy(commons.action_space) for name in names}
         self._is_fresh = True
 
     def observation_space(self, agent: str) -> gym.Space:
@@ -92,7 +93,7 @@ class CommonsParallelEnv(ParallelEnv):
             ValueError: no epoch is running, or an agent has no action.
         """
         if not self.agents:
-            raise ValueError("step() needs a running epoch: call reset() first, and after truncation")
+            raise ValueError("step() needs a running epoch: call reset() before it, and after a truncation")
         missing = [name for name in self.agents if actions.get(name) is None]
         if missing:
             raise ValueError(f"step() needs an action of every agent, {missing} have none")
@@ -101,18 +102,15 @@ class CommonsParallelEnv(ParallelEnv):
         if heads != heads[:1] * len(given):
             raise ValueError(f"step() needs actions of one form, got {actions}")
         step = self.commons.step({head: [a[head] for a in given] for head in heads[0]} if heads[0] else given)
-        events = self.commons.events
-        assert events.collected is not None
-        collected, punished = events.collected.numpy(), events.punished.numpy()
+        punished, collected = self.commons.events
+        assert collected is not None
+        kinds = [next((kind for kind, taken in zip(self.commons.resources, row) if taken), None) for row in collected]
         infos = {
-            name: {
-                "collected": next((kind for kind, taken in zip(self.commons.resources, collected[i]) if taken), None),
-                "punished": bool(punished[i].any()),
-            }
-            for i, name in enumerate(self.agents)
+            name: {"collected": kind, "punished": bool(own.any())}
+            for name, kind, own in zip(self.agents, kinds, punished)
         }
-        ended = bool(step.truncated[0])
-        observations = self._by_agent(step.observations if step.final_observations is None else step.final_observations)
+        ended = step.final_observations is not None
+        observations = self._by_agent(step.final_observations if ended else step.observations)
         rewards = dict(zip(self.agents, step.rewards.tolist()))
         terminations, truncations = dict.fromkeys(self.agents, False), dict.fromkeys(self.agents, ended)
         self._is_fresh = ended  # the next epoch is laid out already

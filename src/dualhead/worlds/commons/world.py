@@ -52,12 +52,11 @@ class Commons:
 
     Observations, tensors by name:
         grid [R + 1, D, D] uint8, or menu [slots · R] float32: see `forage`.
-        scalars [4] float32 in [0, 1]: p of the level (0 where hidden); the harm that the next reward pays for, as a
-            share of the most that others can do in a turn; whether the last turn brought a punishment; whether the next
-            turn is for votes.
+        scalars [4] float32 in [0, 1]: p of the level (0 if hidden); the harm that the next reward pays for, as a share
+            of the most that others can do in a turn; whether the last turn brought a punishment; whether the next turn
+            is for votes.
         agent, with `agent_index`: number within the world.
-        action_mask int8, with `voting_season`: an array per head, or one for a single-number coding. In a voting turn
-            the move head has one choice left (to stay, else the first move) and the world ignores it.
+        action_mask int8, with `voting_season`: see `actions.Actions`.
 
     Actions: `Dict(move=Discrete(n), vote=Discrete(3))`, votes none, up, down; or `Discrete` for a single-number coding.
         On the grid n is 4 (up, down, left, right), in a bandit the number of slots; `stay` adds one.
@@ -86,15 +85,8 @@ class Commons:
         self.num_streams = num_worlds * config.num_agents
         self.device = device = torch.device(device)
         self.forage = (Patches if config.form == "grid" else Menus)(self.num_streams, config, device=device)
-        self._actions = Actions(
-            config.coding,
-            num_streams=self.num_streams,
-            num_moves=self.forage.num_moves,
-            stay=config.stay,
-            device=device,
-        )
+        self._actions = Actions(config, self.num_streams, num_moves=self.forage.num_moves, device=device)
         self.action_space = self._actions.space
-        self._masks = [self._actions.masks(voting=voting) for voting in (False, True)]
         self.observation_space = self._observation_space()
 
         # What a code (nothing, the kinds, a wall) is worth, does to others, and is punished for.
@@ -126,8 +118,7 @@ class Commons:
         self._totals = torch.zeros(2 * num_kinds + 5, dtype=torch.float64, device=self.device)
         nothing = torch.zeros(num_streams, num_kinds, dtype=torch.bool, device=self.device)
         self.events = NormEvents(nothing, nothing)
-        self._set_level(self.config.initial_level)
-        self._begin_phase()
+        self._begin_turn()
         self.forage.begin(self._generator)
         return self.observations()
 
@@ -140,7 +131,11 @@ class Commons:
         Raises:
             ValueError: another shape, or (on the CPU) an index outside its range.
         """
-        moves, votes = self._seasonal(*self._actions.decode(actions))
+        moves, votes = self._actions.decode(actions)
+        if self._is_voting_turn:
+            moves = torch.full_like(moves, self.forage.num_moves)
+        elif self.config.voting_season is not None:
+            votes = torch.full_like(votes, NO_VOTE)
         levels = self._cast(votes)
         codes = self.forage.take(moves)
         fines, punished = self._punish(codes, levels)
@@ -157,7 +152,7 @@ class Commons:
         self.forage.grow(self._generator)
         self.turn += 1
         self._epoch_turn += 1
-        self._begin_phase()
+        self._begin_turn()
         ends = self._epoch_turn == self.config.epoch_turns
         final = self.observations() if ends else None
         if ends:
@@ -181,8 +176,7 @@ class Commons:
         if config.agent_index:
             seen["agent"] = self._agent
         if config.voting_season is not None:
-            mask = self._masks[voting]
-            seen["action_mask"] = dict(mask) if isinstance(mask, dict) else mask
+            seen["action_mask"] = self._actions.mask(voting=voting)
         return seen
 
     @property
@@ -201,13 +195,11 @@ class Commons:
         return self._phase_now()[0]
 
     def statistics(self) -> dict[str, float]:
-        """Numbers for the log; reading them starts the next interval.
+        """Numbers for the log, as means per agent and turn since the last call; 0 if there was no turn.
 
-        Returns:
-            Means per agent and turn since the last call, 0 if there was no turn: `commons/taken/<resource>` and
-            `commons/punished/<resource>` (times), `commons/votes/up` and `commons/votes/down` (cast in season, whether
-            they counted or not), `commons/level` (p after the votes), `commons/harm/dealt` (to all others together)
-            and `commons/harm/received` (what rewards have paid for).
+        `commons/taken/<resource>` and `commons/punished/<resource>` (times), `commons/votes/up` and
+        `commons/votes/down` (cast in season, whether they counted or not), `commons/level` (p after the votes),
+        `commons/harm/dealt` (to all others together) and `commons/harm/received` (what rewards have paid for).
         """
         kinds = self.config.resources
         names = [f"{what}/{kind}" for what in ("taken", "punished") for kind in kinds]
@@ -221,14 +213,6 @@ class Commons:
         """Nothing to free."""
 
     # The rules.
-
-    def _seasonal(self, moves: Tensor, votes: Tensor) -> tuple[Tensor, Tensor]:
-        """Moves and votes with what the season forbids taken out."""
-        if self.config.voting_season is None:
-            return moves, votes
-        if self._is_voting_turn:
-            return torch.full_like(moves, self.forage.num_moves), votes
-        return moves, torch.full_like(votes, NO_VOTE)
 
     @property
     def _is_voting_turn(self) -> bool:
@@ -271,10 +255,6 @@ class Commons:
         punished = draws < probabilities
         return self.config.punishment * punished, punished
 
-    def _set_level(self, level: int) -> None:
-        millionths = round(_WHOLE * level / max(self.config.num_levels - 1, 1))
-        self._level = torch.full((self.num_worlds,), millionths, device=self.device)
-
     def _phase_now(self) -> tuple[Phase, int]:
         """The phase of the coming turn, and how many turns of it are over."""
         phases, starts = self.config.phases, self._phase_starts
@@ -282,11 +262,15 @@ class Commons:
         number = min(bisect.bisect_right(starts, turn), len(phases)) - 1
         return phases[number], turn - starts[number]
 
-    def _begin_phase(self) -> None:
-        """Sets the level as the phase says, if the coming turn is its first."""
+    def _begin_turn(self) -> None:
+        """Sets the level if the coming turn is the first of a phase that gives one, or of the run."""
         phase, num_turns = self._phase_now()
-        if num_turns == 0 and phase.level is not None:
-            self._set_level(phase.level)
+        level = phase.level if num_turns == 0 else None
+        if level is None and self.turn == 0:
+            level = self.config.initial_level
+        if level is not None:
+            millionths = round(_WHOLE * level / max(self.config.num_levels - 1, 1))
+            self._level = torch.full((self.num_worlds,), millionths, device=self.device)
 
     def _count(self, votes: Tensor, paid: Tensor) -> None:
         collected = self.events.collected
@@ -306,16 +290,7 @@ class Commons:
         if self.config.agent_index:
             parts["agent"] = spaces.Discrete(self.num_agents)
         if self.config.voting_season is not None:
-
-            def space(mask: Tensor) -> spaces.Space:
-                return spaces.Box(0, 1, mask.shape[1:], np.int8)
-
-            mask = self._masks[0]
-            parts["action_mask"] = (
-                spaces.Dict({head: space(part) for head, part in mask.items()})
-                if isinstance(mask, dict)
-                else space(mask)
-            )
+            parts["action_mask"] = self._actions.mask_space
         return spaces.Dict(parts)
 
     # Scenes and pictures.
@@ -384,16 +359,14 @@ class Commons:
     def restore(
         self, tensors: dict[str, Tensor], metadata: dict[str, Any], *, source: str = "checkpoint"
     ) -> dict[str, Any]:
-        """Takes back what `state` gave, and goes on with the same bits; `events` are of the last step made here.
+        """Takes back what `state` gave, resumes bit-identically, and returns the observations of that moment.
 
-        On another kind of device than it was saved on, chance goes on differently: generators have other states there.
-
-        Returns:
-            The observations that were to be acted on.
+        On another kind of device random numbers differ from then on, as its generators have other states. `events` stay
+        those of the last step made here.
 
         Raises:
-            CheckpointError: it is of other rules or another number of worlds, or something is missing in it or of the
-                wrong kind; nothing changes.
+            CheckpointError: it is of other rules or another number of worlds, or something in it is missing or
+                impossible; nothing changes.
         """
         for name, ours in (("config", self.config.model_dump(mode="json")), ("num_worlds", self.num_worlds)):
             if metadata.get(name) != ours:
@@ -401,13 +374,12 @@ class Commons:
         generator, ours = torch.Generator(self.device), self._tensors()
         theirs = {name: part for name, part in tensors.items() if name != "rng"}
         check_fit(ours, theirs, what=source)
-        counts = {"turn": math.inf, "epoch_turn": self.config.epoch_turns - 1, "num_counted": math.inf}
+        limits = {"turn": math.inf, "epoch_turn": self.config.epoch_turns - 1, "num_counted": math.inf}
+        limits |= {"level": _WHOLE, "last_votes": NUM_VOTES - 1}
         try:
-            for name, most in counts.items():
-                if type(metadata[name]) is not int or not 0 <= metadata[name] <= most:
-                    raise ValueError(f"{name}: expected a whole number from 0 to {most}, got {metadata[name]!r}")
-            for name, most in (("level", _WHOLE), ("last_votes", NUM_VOTES - 1)):
-                if ((theirs[name] < 0) | (theirs[name] > most)).any():
+            for name, most in limits.items():
+                values = torch.as_tensor((metadata | theirs)[name])
+                if values.dtype != torch.int64 or ((values < 0) | (values > most)).any():
                     raise ValueError(f"{name}: expected whole numbers from 0 to {most}")
             of_forage = without_prefix("forage", theirs)
             self.forage.check({name: part.to(self.device) for name, part in of_forage.items()})
@@ -419,7 +391,8 @@ class Commons:
             raise CheckpointError(f"{source} has no valid state of the commons: {error!r}") from error
         fill(ours, theirs, what=source)
         self._generator = generator
-        self.turn, self._epoch_turn, self._num_counted = (metadata[name] for name in counts)
+        self.turn, self._epoch_turn = metadata["turn"], metadata["epoch_turn"]
+        self._num_counted = metadata["num_counted"]
         return self.observations()
 
     def _tensors(self) -> dict[str, Tensor]:
