@@ -107,13 +107,13 @@ class IndependentLearners:
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything that the learners are; see `DualHeadRecurrentPPO.state`."""
-        states = [learner.state() for learner in self.learners]
-        tensors = {
-            name: tensor
-            for agent, (own, _) in enumerate(states)
-            for name, tensor in with_prefix(f"agent_{agent}", own).items()
-        }
-        return tensors, {"num_steps": self.num_steps, "learners": [metadata for _, metadata in states]}
+        tensors: dict[str, Tensor] = {}
+        parts = []
+        for agent, learner in enumerate(self.learners):
+            own, metadata = learner.state()
+            tensors |= with_prefix(f"agent_{agent}", own)
+            parts.append(metadata)
+        return tensors, {"num_steps": self.num_steps, "learners": parts}
 
     def restore(self, tensors: dict[str, Tensor], metadata: dict[str, Any], *, source: str = "checkpoint") -> None:
         """Takes back what `state` gave.
@@ -216,10 +216,8 @@ class Turnover:
     """Which individual has which place, and when newcomers replace individuals.
 
     Individuals are numbered in order of arrival; 0 .. A − 1 are the founders, everybody later is a newcomer. A place
-    is the same agent in all worlds: they are replaced together.
-
-    With one shared policy a newcomer has no weights of its own. Only its recurrent state and norm strengths begin at
-    zero.
+    is the same agent in all worlds: they are replaced together. With one shared policy a newcomer has no weights of its
+    own: only its recurrent state and norm strengths begin at zero.
 
     Args:
         config: the schedule.
@@ -271,12 +269,13 @@ class Turnover:
         return chosen
 
     def _choose(self) -> list[int]:
-        number, agents = self.config.num_agents, np.arange(self.num_agents)
+        number = self.config.num_agents
         if self.config.selection == "random":
             return sorted(self._random.choice(self.num_agents, number, replace=False).tolist())
+        if self.config.selection == "first_n":
+            return list(range(number))
         # Of equally long tenures the lower number goes first.
-        order = agents if self.config.selection == "first_n" else np.argsort(self.arrivals, kind="stable")
-        return sorted(order[:number].tolist())
+        return sorted(np.argsort(self.arrivals, kind="stable")[:number].tolist())
 
     def metrics(self, strengths: Tensor | None) -> dict[str, float]:
         """Numbers for the log; reading them starts the next interval.
@@ -314,14 +313,10 @@ class Turnover:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Takes back what `state` gave.
-
-        Raises:
-            KeyError, TypeError, ValueError: a part is missing, or is not one of these agents.
-        """
+        """Takes back what `state` gave. Raises KeyError, TypeError or ValueError where it is of other agents."""
         individuals, arrivals = (np.array(state[name], dtype=np.int64) for name in ("individuals", "arrivals"))
         taken = torch.tensor(state["taken"], dtype=torch.float64)
-        if not (individuals.shape == arrivals.shape == (self.num_agents,) and taken.shape == self._taken.shape):
+        if not individuals.shape == arrivals.shape == (self.num_agents,) or taken.shape != self._taken.shape:
             raise ValueError(f"turnover: expected individuals, arrivals and taken of {self.num_agents} agents")
         self._random.bit_generator.state = state["random"]
         self.num_times, self._num_turns = int(state["num_times"]), int(state["num_turns"])
