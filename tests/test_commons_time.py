@@ -8,26 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from commons_worlds import (
-    RIGHT,
-    STAY,
-    VARIED,
-    act,
-    assert_same,
-    bandit,
-    drawn,
-    random_actions,
-    slots,
-)
+from commons_worlds import RIGHT, STAY, VARIED, act, assert_same, bandit, drawn, random_actions, slots
 
 from dualhead.storage import CheckpointError, read_tensors, write_tensors
-from dualhead.worlds.commons.actions import (
-    NO_VOTE,
-    VOTE_DOWN,
-    VOTE_UP,
-    number_of,
-    pairs_of,
-)
+from dualhead.worlds.commons.actions import NO_VOTE, VOTE_DOWN, VOTE_UP, number_of, pairs_of
 from dualhead.worlds.commons.config import CommonsConfig, Phase
 from dualhead.worlds.commons.world import Commons
 
