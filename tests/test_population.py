@@ -1,6 +1,7 @@
 """Independent learners, newcomers, and norms at work in the training loop."""
 
 import csv
+import json
 import math
 
 import gymnasium as gym
@@ -35,65 +36,68 @@ NUM_WORLDS = 4
 
 
 def make(seed, num_streams=NUM_WORLDS):
-    world = Commons(RULES)
-    return DualHeadRecurrentPPO(
-        world.observation_space,
-        world.action_space,
-        num_streams=num_streams,
-        config=PPO,
-        network=NETWORK,
-        norms=NORMS,
-        seed=seed,
-    )
+    spaces = Commons(RULES).observation_space, Commons(RULES).action_space
+    settings = {"config": PPO, "network": NETWORK, "norms": NORMS}
+    return DualHeadRecurrentPPO(*spaces, num_streams=num_streams, seed=seed, **settings)
 
 
 def make_learners():
     return IndependentLearners(make, num_agents=3, seed=5)
 
 
+def make_worlds():
+    worlds = Commons(RULES, num_worlds=NUM_WORLDS)
+    return worlds, worlds.reset(seed=1)
+
+
+def record(learner, step, **wrong):
+    given = {
+        name: getattr(step, name) for name in ("rewards", "terminated", "truncated", "final_observations", "events")
+    }
+    learner.record(**given | wrong)
+    return step.observations
+
+
 def play(learner, worlds, observations, num_turns):
     metrics = None
     for _ in range(num_turns):
-        step = worlds.step(learner.act(observations))
-        learner.record(
-            step.rewards,
-            step.terminated,
-            step.truncated,
-            final_observations=step.final_observations,
-            events=step.events,
-        )
-        observations = step.observations
+        observations = record(learner, worlds.step(learner.act(observations)))
         if learner.rollout_is_ready:
             metrics = learner.learn(observations)
     return observations, metrics
 
 
+RECORDED = ("rewards", "terminated", "truncated", "final_observations")
+
+
 def rows(tree, agent):
-    return {name: part[agent::3] for name, part in tree.items()}
+    if isinstance(tree, dict):
+        return {name: part[agent::3] for name, part in tree.items()}
+    return None if tree is None else tree[agent::3]
+
+
+def assert_same_state(one, other):
+    (tensors, metadata), (others, their_metadata) = one.state(), other.state()
+    assert metadata == their_metadata
+    torch.testing.assert_close(tensors, others, rtol=0, atol=0)
 
 
 def test_independent_learners_are_single_agents_on_their_own_streams():
     """The reference: three agents driven by hand, each with the rows of its own number."""
-    learners, worlds = make_learners(), Commons(RULES, num_worlds=NUM_WORLDS)
+    learners, (worlds, observations) = make_learners(), make_worlds()
     singles = [make(learners._seed_of(number)) for number in range(3)]
-    observations = worlds.reset(seed=1)
     for _ in range(20):
         actions = learners.act(observations)
         for number, single in enumerate(singles):
             for name, part in single.act(rows(observations, number)).items():
                 assert torch.equal(part, actions[name][number::3])
         step = worlds.step(actions)
-        final = step.final_observations
-        learners.record(step.rewards, step.terminated, step.truncated, final_observations=final, events=step.events)
+        observations = record(learners, step)
         for number, single in enumerate(singles):
-            single.record(
-                step.rewards[number::3],
-                step.terminated[number::3],
-                step.truncated[number::3],
-                final_observations=None if final is None else rows(final, number),
-                events=NormEvents(step.events.punished[number::3], step.events.collected[number::3]),
+            events = NormEvents(rows(step.events.punished, number), rows(step.events.collected, number))
+            record(
+                single, step._replace(events=events, **{name: rows(getattr(step, name), number) for name in RECORDED})
             )
-        observations = step.observations
         if learners.rollout_is_ready:
             together = learners.learn(observations)
             alone = [single.learn(rows(observations, number)) for number, single in enumerate(singles)]
@@ -106,60 +110,44 @@ def test_independent_learners_are_single_agents_on_their_own_streams():
     assert not torch.equal(learners.learners[0].policy.critic.weight, learners.learners[1].policy.critic.weight)
 
 
-def spoiled(tree, name, value):
-    """Observations with a bad number in the last row, which belongs to the last agent."""
-    tree = {key: leaf.clone() for key, leaf in tree.items()}
-    tree[name][-1, -1] = value
-    return tree
+def spoiled(tensor, value):
+    """A bad number in the last row, which belongs to the last agent."""
+    tensor = tensor + 0.0
+    tensor[-1:].fill_(value)
+    return tensor
 
 
-@pytest.mark.parametrize("what", ["observations", "one stream too few", "reward", "final observations", "events"])
-def test_what_the_last_agent_refuses_leaves_all_agents_as_they_were(what):
-    learners, worlds = make_learners(), Commons(RULES, num_worlds=NUM_WORLDS)
-    observations, _ = play(learners, worlds, worlds.reset(seed=1), 6)
-    if what == "observations":
-        with pytest.raises(ValueError, match="scalars"):
-            learners.act(spoiled(observations, "scalars", math.nan))
-    elif what == "one stream too few":
-        with pytest.raises(ValueError, match="expected"):
-            learners.act({name: leaf[:-1] for name, leaf in observations.items()})
+def test_what_the_last_agent_refuses_leaves_all_agents_as_they_were():
+    learners, (worlds, observations) = make_learners(), make_worlds()
+    observations, _ = play(learners, worlds, observations, 6)
+    fewer = {name: leaf[:-1] for name, leaf in observations.items()}
+    for wrong in (fewer, {**observations, "scalars": spoiled(observations["scalars"], math.nan)}):
+        with pytest.raises(ValueError, match=r"scalars|expected"):
+            learners.act(wrong)
     step = worlds.step(learners.act(observations))  # the seventh turn ends the epoch
-    wrong = {"rewards": step.rewards, "final_observations": step.final_observations, "events": step.events}
-    if what == "reward":
-        wrong["rewards"] = spoiled({"": step.rewards[:, None]}, "", math.nan)[""][:, 0]
-    elif what == "final observations":
-        wrong["final_observations"] = spoiled(step.final_observations, "scalars", math.inf)
-    elif what == "events":
-        wrong["events"] = NormEvents(step.events.punished, spoiled({"": step.events.collected + 0.0}, "", 0.5)[""])
-    before = learners.num_steps
-    if what in ("reward", "final observations", "events"):
-        with pytest.raises(ValueError, match=r"reward|scalars|collected"):
-            learners.record(wrong.pop("rewards"), step.terminated, step.truncated, **wrong)
-    assert learners.num_steps == before
     final = step.final_observations
-    learners.record(step.rewards, step.terminated, step.truncated, final_observations=final, events=step.events)
-    expected, same = make_learners(), Commons(RULES, num_worlds=NUM_WORLDS)
-    play(expected, same, same.reset(seed=1), 7)
-    tensors, others = learners.state()[0], expected.state()[0]
-    assert [name for name in others if not torch.equal(tensors[name], others[name])] == []
+    for wrong in (
+        {"rewards": spoiled(step.rewards, math.nan)},
+        {"final_observations": {**final, "scalars": spoiled(final["scalars"], math.inf)}},
+        {"events": NormEvents(step.events.punished, spoiled(step.events.collected, 0.5))},
+    ):
+        with pytest.raises(ValueError, match=r"reward|scalars|collected"):
+            record(learners, step, **wrong)
+    observations = record(learners, step)
+    expected = make_learners()
+    play(expected, *make_worlds(), 7)
+    assert_same_state(learners, expected)
 
-
-def test_an_update_that_the_last_agent_refuses_updates_nobody():
-    learners, worlds = make_learners(), Commons(RULES, num_worlds=NUM_WORLDS)
-    observations = worlds.reset(seed=1)
-    for _ in range(10):
+    for _ in range(3):
         step = worlds.step(learners.act(observations))
-        final = step.final_observations
-        learners.record(step.rewards, step.terminated, step.truncated, final_observations=final, events=step.events)
-        observations = step.observations
-    before = learners.state()
-    for wrong in (spoiled(observations, "scalars", math.nan), None):
+        observations = record(learners, step)
+    before, twin = learners.state(), make_learners()
+    twin.restore(*before)
+    for wrong in ({**observations, "scalars": spoiled(observations["scalars"], math.nan)}, None):
         with pytest.raises(ValueError, match=r"scalars|next_observations"):
             learners.learn(wrong)
-        tensors, metadata = learners.state()
-        assert metadata == before[1]
-        assert all(torch.equal(tensors[name], tensor) for name, tensor in before[0].items())
-    learners.learn(observations)
+        assert_same_state(learners, twin)
+    assert learners.learn(observations) == twin.learn(observations)
 
 
 @pytest.mark.parametrize("memory", ["lstm", "gru", "none"])
@@ -207,12 +195,9 @@ def test_continuous_policies_played_together_are_the_policies_alone():
 def test_a_player_of_many_policies_shows_each_its_own_step_before(monkeypatch):
     """Against the learners that they are of, over ends of episodes."""
     network = NETWORK.model_copy(update={"previous_action": True, "previous_reward": True, "critic_memory": "gru"})
+    spaces = Commons(RULES).observation_space, Commons(RULES).action_space
     learners = IndependentLearners(
-        lambda seed: DualHeadRecurrentPPO(
-            Commons(RULES).observation_space, Commons(RULES).action_space, num_streams=2, network=network, seed=seed
-        ),
-        num_agents=3,
-        seed=0,
+        lambda seed: DualHeadRecurrentPPO(*spaces, num_streams=2, network=network, seed=seed), num_agents=3, seed=0
     )
     worlds = Commons(RULES, num_worlds=2)
     player = Player(learners.policy, worlds.observation_space, worlds.action_space)
@@ -230,8 +215,8 @@ def test_a_player_of_many_policies_shows_each_its_own_step_before(monkeypatch):
 
 
 def test_a_newcomer_is_new_and_the_others_stay():
-    learners, worlds = make_learners(), Commons(RULES, num_worlds=NUM_WORLDS)
-    play(learners, worlds, worlds.reset(seed=1), 10)
+    learners, (worlds, observations) = make_learners(), make_worlds()
+    play(learners, worlds, observations, 10)
     before = [learner.policy.critic.weight.clone() for learner in learners.learners]
     strengths = strengths_by_agent(learners, 3)
     assert strengths.shape == (3, 2)
@@ -248,9 +233,9 @@ def test_a_newcomer_is_new_and_the_others_stay():
 
 
 def test_learners_go_on_where_they_were_saved():
-    learners, worlds = make_learners(), Commons(RULES, num_worlds=NUM_WORLDS)
-    observations, _ = play(learners, worlds, worlds.reset(seed=1), 13)
-    other, same_world = make_learners(), Commons(RULES, num_worlds=NUM_WORLDS)
+    learners, (worlds, observations) = make_learners(), make_worlds()
+    observations, _ = play(learners, worlds, observations, 13)
+    other, (same_world, _) = make_learners(), make_worlds()
     other.restore(*learners.state())
     same_world.restore(*worlds.state())
     _, metrics = play(learners, worlds, observations, 17)
@@ -293,21 +278,19 @@ def test_every_agent_counts_the_same_in_an_evaluation(monkeypatch, num_agents, a
     ],
 )
 def test_learners_are_restored_all_or_none(damage, message):
-    learners, worlds = make_learners(), Commons(RULES, num_worlds=NUM_WORLDS)
-    play(learners, worlds, worlds.reset(seed=1), 13)
+    learners, (worlds, observations) = make_learners(), make_worlds()
+    play(learners, worlds, observations, 13)
     other, fresh = make_learners(), make_learners()
     tensors, metadata = learners.state()
     damage(tensors, metadata)
     with pytest.raises(CheckpointError, match=message):
         other.restore(tensors, metadata)
-    (tensors, metadata), (before, metadata_before) = other.state(), fresh.state()
-    assert metadata == metadata_before
-    assert all(torch.equal(tensors[name], tensor) for name, tensor in before.items())
+    assert_same_state(other, fresh)
 
 
-def turnover(num_agents=4, num_worlds=2, seed=0, **settings):
-    config = TurnoverConfig(**settings)
-    return Turnover(config, resources=("A", "B"), num_agents=num_agents, num_worlds=num_worlds, seed=seed)
+def turnover(num_agents=4, newcomers=1, seed=0, **settings):
+    config = TurnoverConfig(num_agents=newcomers, **settings)
+    return Turnover(config, resources=("A", "B"), num_agents=num_agents, num_worlds=2, seed=seed)
 
 
 @pytest.mark.parametrize(
@@ -320,12 +303,9 @@ def turnover(num_agents=4, num_worlds=2, seed=0, **settings):
     ],
 )
 def test_replacements_happen_on_schedule(settings, due):
-    schedule, happened = turnover(**settings), []
-    learners = make_learners()
+    schedule, happened, learners = turnover(num_agents=3, **settings), [], make_learners()
     for turn in range(1, 16):
         while schedule.is_due(turn):
-            if learners is not None:
-                schedule._choose = lambda: [0]
             schedule.replace(learners, turn)
             happened.append(turn)
     assert happened == due
@@ -350,21 +330,12 @@ def test_whom_newcomers_replace():
     learners = make_learners()
     first = turnover(num_agents=3, first_turn=1, every_turns=1, selection="first_n")
     assert [first.replace(learners, turn) for turn in (1, 2)] == [[0], [0]]
-    longest = Turnover(
-        TurnoverConfig(first_turn=1, every_turns=1, num_agents=2, selection="tenure"),
-        resources=("A", "B"),
-        num_agents=3,
-        num_worlds=2,
-        seed=0,
-    )
+    longest = turnover(num_agents=3, newcomers=2, first_turn=1, every_turns=1, selection="tenure")
     assert [longest.replace(learners, turn) for turn in (1, 2, 3)] == [[0, 1], [0, 2], [0, 1]]
     assert longest.individuals.tolist() == [7, 8, 6]
     assert longest.arrivals.tolist() == [3, 3, 2]
-    draws = {
-        seed: tuple(turnover(num_agents=3, first_turn=1, seed=seed).replace(learners, 1)[0] for _ in range(1))
-        for seed in range(20)
-    }
-    assert {place for (place,) in draws.values()} == {0, 1, 2}
+    draws = [turnover(num_agents=3, first_turn=1, seed=seed).replace(learners, 1) for seed in range(20)]
+    assert {place for (place,) in draws} == {0, 1, 2}
 
 
 def test_groups_are_counted_apart():
@@ -398,8 +369,6 @@ def test_turnover_goes_on_where_it_was_saved():
     for turn in range(1, 6):
         one.replace(learners, turn)
     other = turnover(**settings)
-    import json
-
     other.restore(json.loads(json.dumps(one.state())))
     assert [one.replace(learners, t) for t in range(6, 20)] == [other.replace(learners, t) for t in range(6, 20)]
     assert one.metrics(None) == other.metrics(None)
@@ -411,12 +380,12 @@ def test_turnover_goes_on_where_it_was_saved():
 
 
 def test_with_a_shared_policy_a_newcomer_has_no_memory_and_no_norms():
-    agent, worlds = make(0, num_streams=12), Commons(RULES, num_worlds=4)
-    observations, _ = play(agent, worlds, worlds.reset(seed=1), 10)
+    agent, (worlds, observations) = make(0, num_streams=12), make_worlds()
+    observations, _ = play(agent, worlds, observations, 10)
     before = agent._get_hidden_state()
     weights = agent.policy.critic.weight.clone()
-    schedule = turnover(num_agents=3, num_worlds=4, first_turn=1, selection="first_n")
-    schedule.replace(agent, 10)
+    config = TurnoverConfig(first_turn=1, selection="first_n")
+    Turnover(config, resources=("A", "B"), num_agents=3, num_worlds=4, seed=0).replace(agent, 10)
     after = agent._get_hidden_state()
     newcomers = torch.arange(12) % 3 == 0
     assert (after.h[:, newcomers] == 0).all()
@@ -453,12 +422,12 @@ def test_a_newcomers_return_is_its_own(policies):
 
 
 def test_streams_do_not_change_hands_within_a_rollout():
-    agent, worlds = make(0, num_streams=12), Commons(RULES, num_worlds=4)
-    play(agent, worlds, worlds.reset(seed=1), 3)
+    agent, (worlds, observations) = make(0, num_streams=12), make_worlds()
+    play(agent, worlds, observations, 3)
     with pytest.raises(RuntimeError, match="3 steps recorded"):
         agent.restart_streams(torch.ones(12, dtype=torch.bool))
     learners = make_learners()
-    play(learners, worlds, worlds.reset(seed=1), 3)
+    play(learners, worlds, observations, 3)
     with pytest.raises(RuntimeError, match="3 steps recorded"):
         learners.replace(1, individual=7)
 
