@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from commons_worlds import RIGHT, STAY, VARIED, act, assert_same, bandit, drawn, random_actions, slots
+from commons_worlds import RIGHT, STAY, VARIED, act, assert_same, bandit, drawn, random_actions, row, slots
 
 from dualhead.storage import CheckpointError, read_tensors, write_tensors
 from dualhead.worlds.commons.actions import NO_VOTE, VOTE_DOWN, VOTE_UP, number_of, pairs_of
@@ -111,9 +111,7 @@ def test_voting_seasons_are_masked_and_enforced(coding, stay, moving, voting):
     for _ in range(6):
         observations = worlds.observations()
         mask = observations["action_mask"]
-        masks.append(
-            {head: part[0].tolist() for head, part in mask.items()} if isinstance(mask, dict) else mask[0].tolist()
-        )
+        masks.append({head: part[0].tolist() for head, part in mask.items()} if coding == "pair" else mask[0].tolist())
         is_voting = observations["scalars"][0, 3].item()
         assert masks[-1] == (voting if is_voting else moving)
         rewards.append(worlds.step(torch.tensor([action])).rewards.item())
@@ -123,9 +121,7 @@ def test_voting_seasons_are_masked_and_enforced(coding, stay, moving, voting):
     if coding != "simple":
         assert rewards[:3] == [12.5, 10, 0]  # A, B, and no bump in the turn for votes
         assert rewards[3:5] == [-1, -1]
-    assert worlds.observation_space["action_mask"].contains(
-        {head: part[0].numpy() for head, part in mask.items()} if isinstance(mask, dict) else mask[0].numpy()
-    )
+    assert worlds.observation_space["action_mask"].contains(row(mask, 0))
 
 
 # Codings.
@@ -163,24 +159,22 @@ def test_every_coding_plays_the_same_game(coding):
     for _ in range(20):
         indices = torch.randint(single.action_space.n, (6,), generator=generator)
         one, other = pairs.step(torch.tensor(pairs_of(coding))[indices]), single.step(indices[:, None].numpy())
-        assert torch.equal(one.rewards, other.rewards)
-        assert_same(one.observations, other.observations)
+        assert_same_rollouts([one], [other])
 
 
 def test_actions_in_all_their_forms():
-    steps = []
-    for wrap in (
-        lambda pairs: pairs,
-        lambda pairs: pairs.numpy(),
-        lambda pairs: {"move": pairs[:, 0].numpy(), "vote": pairs[:, 1].numpy()},
-        lambda pairs: {"vote": pairs[:, 1].to(torch.int32), "move": pairs[:, 0]},
+    pairs, steps = torch.tensor([[0, 1], [1, 2], [2, 0], [3, 1], [0, 0], [1, 1]]), []
+    moves, votes = pairs.unbind(1)
+    for actions in (
+        pairs,
+        pairs.numpy(),
+        {"move": moves.numpy(), "vote": votes.numpy()},
+        {"vote": votes.to(torch.int32), "move": moves},
     ):
         worlds = Commons(CommonsConfig(num_agents=2), num_worlds=3)
         worlds.reset(seed=0)
-        steps.append(worlds.step(wrap(torch.tensor([[0, 1], [1, 2], [2, 0], [3, 1], [0, 0], [1, 1]]))))
-    for step in steps[1:]:
-        assert torch.equal(step.rewards, steps[0].rewards)
-        assert_same(step.observations, steps[0].observations)
+        steps.append(worlds.step(actions))
+        assert_same_rollouts(steps[-1:], steps[:1])
 
 
 @pytest.mark.parametrize(
@@ -213,6 +207,21 @@ def play(worlds: Commons, num_turns: int, seed: int) -> list[Any]:
     return [worlds.step(random_actions(worlds, generator)) for _ in range(num_turns)]
 
 
+def assert_same_rollouts(one: list[Any], other: list[Any]) -> None:
+    for a, b in zip(one, other, strict=True):
+        assert_same([a.rewards, a.observations, a.truncated], [b.rewards, b.observations, b.truncated])
+        assert (a.final_observations is None) == (b.final_observations is None)
+        assert_same(a.final_observations or {}, b.final_observations or {})
+
+
+def varied(**changes: Any) -> Commons:
+    """Two worlds after six turns."""
+    worlds = Commons(CommonsConfig(**VARIED | changes), num_worlds=2)
+    worlds.reset(seed=0)
+    play(worlds, 6, seed=0)
+    return worlds
+
+
 @pytest.mark.parametrize("form", ["grid", "bandit"])
 def test_same_seed_same_rollout(form):
     config = CommonsConfig(form=form, **VARIED)
@@ -221,9 +230,7 @@ def test_same_seed_same_rollout(form):
     assert_same(one.reset(seed=3), other.reset(seed=3))
     third.reset(seed=4)
     rollouts = [play(worlds, 12, seed=0) for worlds in (one, other, third)]
-    for a, b in zip(*rollouts[:2]):
-        assert torch.equal(a.rewards, b.rewards)
-        assert_same(a.observations, b.observations)
+    assert_same_rollouts(*rollouts[:2])
     assert any(not torch.equal(a.rewards, b.rewards) for a, b in zip(rollouts[0], rollouts[2]))
     assert torch.equal(torch.get_rng_state(), state)  # the global generator is left alone
     assert_same(one.reset(seed=3), other.reset(seed=3))
@@ -262,22 +269,15 @@ def test_a_restored_world_goes_on_to_the_bit(form, tmp_path):
     play(worlds, 8, seed=0)
     write_tensors(tmp_path / "state", *worlds.state())
     restored = Commons(config, num_worlds=2)
-    restored.restore(*read_tensors(tmp_path / "state"))
-    assert_same(restored.observations(), worlds.observations())
+    assert_same(restored.restore(*read_tensors(tmp_path / "state")), worlds.observations())
     assert restored.frame(1).tolist() == worlds.frame(1).tolist()
-    for a, b in zip(play(worlds, 14, seed=1), play(restored, 14, seed=1)):
-        assert torch.equal(a.rewards, b.rewards)
-        assert torch.equal(a.truncated, b.truncated)
-        assert_same(a.observations, b.observations)
-        if a.final_observations is not None:
-            assert_same(a.final_observations, b.final_observations)
+    assert_same_rollouts(play(worlds, 14, seed=1), play(restored, 14, seed=1))
     assert worlds.statistics() == restored.statistics()
     assert worlds.turn == restored.turn == 22
 
 
 def test_a_state_is_a_copy_and_must_fit():
-    worlds = Commons(CommonsConfig(**VARIED), num_worlds=2)
-    worlds.reset(seed=0)
+    worlds = varied()
     tensors, metadata = worlds.state()
     json.dumps(metadata)
     copies = {name: tensor.clone() for name, tensor in tensors.items()}
@@ -285,35 +285,19 @@ def test_a_state_is_a_copy_and_must_fit():
     assert_same(tensors, copies)
     for config, num_worlds in ((CommonsConfig(**{**VARIED, "punishment": 24.0}), 2), (worlds.config, 3)):
         other = Commons(config, num_worlds=num_worlds)
-        before = other.state()
+        before = other.state()[0]
         with pytest.raises(CheckpointError, match="another commons"):
             other.restore(tensors, metadata)
-        assert_same(other.state()[0], before[0])
+        assert_same(other.state()[0], before)
     with pytest.raises(CheckpointError, match="forage/cells"):
         worlds.restore({name: tensor for name, tensor in tensors.items() if name != "forage/cells"}, metadata)
-
-
-@pytest.mark.parametrize("damage", ["turn", "num_counted", "device", "rng", "short rng"])
-def test_a_state_that_lacks_something_changes_nothing(damage):
-    worlds = Commons(CommonsConfig(**VARIED), num_worlds=2)
-    worlds.reset(seed=0)
-    play(worlds, 6, seed=0)
-    tensors, metadata = worlds.state()
-    if damage == "short rng":
-        tensors["rng"] = tensors["rng"][:16]
-    else:
-        (tensors if damage == "rng" else metadata).pop(damage)
-    other = Commons(worlds.config, num_worlds=2)
-    before = other.state()
-    with pytest.raises(CheckpointError, match="no valid state"):
-        other.restore(tensors, metadata)
-    assert_same(other.state()[0], before[0])
-    assert other.state()[1] == before[1]
 
 
 @pytest.mark.parametrize(
     ("form", "name", "value"),
     [
+        *(("grid", name, None) for name in ("turn", "num_counted", "device", "rng")),
+        ("grid", "rng", 16),
         ("grid", "turn", -1),
         ("grid", "turn", 6.5),
         ("grid", "epoch_turn", 5),
@@ -328,25 +312,26 @@ def test_a_state_that_lacks_something_changes_nothing(damage):
     ],
 )
 def test_a_state_that_no_world_can_be_in_changes_nothing(form, name, value):
-    worlds = Commons(CommonsConfig(form=form, **VARIED), num_worlds=2)
-    worlds.reset(seed=0)
+    """Missing (None), cut off, or with an impossible number."""
+    worlds, other = varied(form=form), Commons(CommonsConfig(form=form, **VARIED), num_worlds=2)
     tensors, metadata = worlds.state()
-    if name in metadata:
-        metadata[name] = value
+    part = tensors if name in tensors else metadata
+    if value is None:
+        del part[name]
+    elif name == "rng":
+        tensors[name] = tensors[name][:value]
     else:
-        tensors[name].fill_(value)
-    before = worlds.state()
-    with pytest.raises(CheckpointError, match=name.rpartition("/")[2]):
-        worlds.restore(tensors, metadata)
-    assert_same(worlds.state()[0], before[0])
-    assert worlds.state()[1] == before[1]
+        part[name] = torch.full_like(tensors[name], value) if part is tensors else value
+    before = other.state()
+    with pytest.raises(CheckpointError, match="commons" if name == "rng" else name.rpartition("/")[2]):
+        other.restore(tensors, metadata)
+    assert_same(other.state()[0], before[0])
+    assert other.state()[1] == before[1]
 
 
 def test_a_state_from_a_gpu_goes_on_here_with_other_chance():
     """A CUDA generator's state is 16 bytes, and says nothing to one of the CPU."""
-    worlds = Commons(CommonsConfig(**VARIED), num_worlds=2)
-    worlds.reset(seed=0)
-    play(worlds, 6, seed=0)
+    worlds = varied()
     tensors, metadata = worlds.state()
     rewards = []
     for last_byte in (1, 1, 2):

@@ -201,21 +201,6 @@ def test_any_history_matches_the_oracle(mode, data, decay, threshold, cap, scale
             np.testing.assert_allclose([strengths[:, b, r], guilts[:, b, r]], expected, atol=1e-12)
 
 
-@both_modes
-def test_permuting_streams_permutes_strengths_and_guilt(mode):
-    num_streams, order = 5, [3, 0, 4, 1, 2]
-    rng = np.random.default_rng(0)
-    one, other = make(num_streams, mode), make(num_streams, mode)
-    initial = torch.as_tensor(rng.uniform(0, 10, (num_streams, 1)))
-    one.strengths.copy_(initial)
-    other.strengths.copy_(initial[order])
-    for _ in range(10):
-        punished, transgressed = rng.random((2, num_streams, 1)) < 0.5
-        guilt = advance(one, punished, transgressed)
-        assert torch.equal(advance(other, punished[order], transgressed[order]), guilt[order])
-        assert torch.equal(other.strengths, one.strengths[order])
-
-
 @pytest.mark.parametrize(
     ("streams", "left"),
     [
@@ -271,7 +256,7 @@ def test_metrics_are_means_over_streams_and_over_the_steps_since_they_were_read(
     assert enforcer.metrics() == {**strengths, "norms/guilt/A": -0.5, "norms/guilt/B": 0.0}
 
 
-def test_action_mode_logs_under_its_one_name():
+def test_a_single_name_may_be_a_string():
     enforcer = make(1, "action", resources="littering", decay_rate=1.0)
     enforcer.strengths.fill_(7.0)
     advance(enforcer, [[True]], [[True]])
@@ -295,12 +280,10 @@ def test_a_state_dict_carries_strengths_and_what_the_log_has_not_said_yet(mode):
 def test_everything_moves_with_the_module():
     enforcer = NormEnforcer(2, resources=("A",), **NUMBERS)
     enforcer.strengths.fill_(8.0)
-    everyone = NormEvents(torch.tensor([[True], [True]]), torch.tensor([[True], [True]]))
-    before = enforcer.update(everyone)
-    enforcer.to(torch.float64)
-    after = enforcer.update(everyone)
-    assert before.total.dtype == before.per_resource.dtype == torch.float32
-    assert after.total.dtype == after.per_resource.dtype == torch.float64
+    everyone = NormEvents(torch.ones(2, 1, dtype=torch.bool), torch.ones(2, 1, dtype=torch.bool))
+    for dtype in (torch.float32, torch.float64):
+        guilt = enforcer.to(dtype).update(everyone)
+        assert guilt.total.dtype == guilt.per_resource.dtype == dtype
     # 8.96 and 9.9152: the guilt gathered before the move is still counted
     assert enforcer.metrics()["norms/guilt/A"] == pytest.approx(-0.5 * (3.96 + 4.9152) / 2, rel=1e-6)
     assert list(enforcer.parameters()) == []
@@ -321,13 +304,11 @@ def test_everything_moves_with_the_module():
 )
 def test_events_may_be_arrays_and_zeros_and_ones(convert):
     punished, collected = [[True, False], [False, True]], [[True, True], [False, True]]
-    expected, given = make(2, resources=("A", "B")), make(2, resources=("A", "B"))
-    for enforcer in (expected, given):
-        enforcer.strengths.fill_(7.0)
-    plain = expected.update(NormEvents(torch.tensor(punished), torch.tensor(collected)))
-    guilt = given.update(NormEvents(convert(punished), convert(collected)))
-    assert torch.equal(guilt.per_resource, plain.per_resource)
-    assert torch.equal(given.strengths, expected.strengths)
+    enforcer = make(2, resources=("A", "B"), decay_rate=1.0)
+    enforcer.strengths.fill_(7.0)
+    guilt = enforcer.update(NormEvents(convert(punished), convert(collected)))
+    assert enforcer.strengths.tolist() == [[8.0, 7.0], [7.0, 8.0]]
+    assert guilt.per_resource.tolist() == [[-1.5, -1.0], [0.0, -1.5]]
     assert not guilt.total.requires_grad
 
 
