@@ -78,16 +78,13 @@ class Actions:
             return move in (None, still) or (move == 0 and vote not in (None, NO_VOTE))
 
         self._num_choices = [len(choices) for choices in heads.values()]
-        self.space = self._of_heads({head: spaces.Discrete(len(choices)) for head, choices in heads.items()})
-        self.mask_space = self._of_heads(
-            {head: spaces.Box(0, 1, (len(choices),), np.int8) for head, choices in heads.items()}
-        )
-        self._masks = []
-        for voting in (False, True):
-            masks = {head: [is_allowed(*choice, voting=voting) for choice in heads[head]] for head in heads}
-            self._masks.append(
-                {head: torch.tensor(mask, dtype=torch.int8, device=device) for head, mask in masks.items()}
-            )
+        nvec = dict(zip(heads, self._num_choices))
+        self.space = self._of_heads({head: spaces.Discrete(n) for head, n in nvec.items()})
+        self.mask_space = self._of_heads({head: spaces.Box(0, 1, (n,), np.int8) for head, n in nvec.items()})
+        self._masks: list[dict[str, Tensor]] = [{}, {}]
+        for voting, head in itertools.product((False, True), heads):
+            allowed = [is_allowed(*choice, voting=voting) for choice in heads[head]]
+            self._masks[voting][head] = torch.tensor(allowed, dtype=torch.int8, device=device)
 
     def _of_heads(self, parts: dict[str, Any]) -> Any:
         return parts["action"] if not self._is_pair else spaces.Dict(parts)

@@ -89,7 +89,7 @@ class CommonsConfig(WorldConfig):
         return len(self.schedule[self.resources[0]])
 
     @model_validator(mode="after")
-    def _resources_fit(self) -> CommonsConfig:
+    def _rules_fit(self) -> CommonsConfig:
         if not 1 <= len(self.resources) <= MAX_RESOURCES or len(set(self.resources)) < len(self.resources):
             raise ValueError(f"resources: expected 1 to {MAX_RESOURCES} different names, got {self.resources}")
         for name in ("values", "harms", "schedule"):
@@ -99,10 +99,6 @@ class CommonsConfig(WorldConfig):
         lengths = {kind: len(self.schedule[kind]) for kind in self.resources}
         if len(set(lengths.values())) > 1 or 0 in lengths.values():
             raise ValueError(f"schedule: expected the same number of levels for every resource, got {lengths}")
-        return self
-
-    @model_validator(mode="after")
-    def _phases_fit(self) -> CommonsConfig:
         for name, level in [("initial_level", self.initial_level), *(("phases: level", p.level) for p in self.phases)]:
             if level is not None and level >= self.num_levels:
                 raise ValueError(f"{name}: expected a level below {self.num_levels}, got {level}")
@@ -110,10 +106,6 @@ class CommonsConfig(WorldConfig):
             is_last = number == len(self.phases) - 1 and not self.repeat_phases
             if phase.num_turns is None and not is_last:
                 raise ValueError(f"phases: phase {number} has no num_turns, and another phase is to follow")
-        return self
-
-    @model_validator(mode="after")
-    def _form_fits(self) -> CommonsConfig:
         if self.stay and self.coding != "pair":
             raise ValueError(f"stay: expected False with coding={self.coding!r}, which has a no-op of its own")
         num_kinds, room = len(self.resources), (self.patch_size - 2) ** 2 - 1  # one cell is the agent's

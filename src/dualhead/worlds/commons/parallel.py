@@ -24,11 +24,9 @@ except ModuleNotFoundError as error:
 def parallel_env(
     config: CommonsConfig | None = None, *, render_mode: str | None = None, **settings: Any
 ) -> CommonsParallelEnv:
-    """One world as a PettingZoo `ParallelEnv`.
+    """One world as a PettingZoo `ParallelEnv`; its rules as a config, or as settings: `parallel_env(num_agents=4)`.
 
-    Args:
-        config: the rules; or give them as keyword arguments, `parallel_env(num_agents=4, form="bandit")`.
-        render_mode: None, "ansi" or "rgb_array".
+    `render_mode` is None, "ansi" or "rgb_array".
 
     Raises:
         ValueError: a setting is not possible, or came both ways.
@@ -127,9 +125,6 @@ class CommonsParallelEnv(ParallelEnv):
             return self.commons.frame()
         level = f"turn {self.commons.turn}, level {int(self.commons.level_index)} (p = {float(self.commons.level):.2f})"
         return f"{level}\n{self.commons.ascii()}"
-
-    def close(self) -> None:
-        self.commons.close()
 
     def _by_agent(self, batched: Any) -> dict[str, Any]:
         return {name: _row(batched, i) for i, name in enumerate(self.possible_agents)}

@@ -10,9 +10,8 @@ A turn of a world, whose agents act one after another in an order drawn anew eac
    in the turn *before*. Taking a harmful resource harms every other agent of the world, in their next reward.
 3. Resources grow, or a fresh menu is drawn.
 
-All agents choose from what they saw when the turn began. An epoch ends by truncation; everybody gets a fresh patch, and
-the punishment level, the harm still to be paid and the turn count of the phases go on. So every harm dealt is paid for,
-and the last observation of an epoch and the first of the next one agree on it.
+All agents choose from what they saw when the turn began. An epoch ends by truncation: everybody gets a fresh patch, but
+the punishment level, the harm still to be paid and the turn count of the phases go on.
 """
 
 from __future__ import annotations
@@ -87,7 +86,12 @@ class Commons:
         self.forage = (Patches if config.form == "grid" else Menus)(self.num_streams, config, device=device)
         self._actions = Actions(config, self.num_streams, num_moves=self.forage.num_moves, device=device)
         self.action_space = self._actions.space
-        self.observation_space = self._observation_space()
+        seen: dict[str, spaces.Space] = {**self.forage.space, "scalars": spaces.Box(0.0, 1.0, (4,), np.float32)}
+        if config.agent_index:
+            seen["agent"] = spaces.Discrete(config.num_agents)
+        if config.voting_season is not None:
+            seen["action_mask"] = self._actions.mask_space
+        self.observation_space = spaces.Dict(seen)
 
         # What a code (nothing, the kinds, a wall) is worth, does to others, and is punished for.
         kinds = config.resources
@@ -201,8 +205,7 @@ class Commons:
         `commons/votes/down` (cast in season, whether they counted or not), `commons/level` (p after the votes),
         `commons/harm/dealt` (to all others together) and `commons/harm/received` (what rewards have paid for).
         """
-        kinds = self.config.resources
-        names = [f"{what}/{kind}" for what in ("taken", "punished") for kind in kinds]
+        names = [f"{what}/{kind}" for what in ("taken", "punished") for kind in self.resources]
         names += ["votes/up", "votes/down", "level", "harm/dealt", "harm/received"]
         means = (self._totals / (max(self._num_counted, 1) * self.num_streams)).tolist()
         self._totals.zero_()
@@ -284,14 +287,6 @@ class Commons:
         ]
         self._totals += torch.cat([collected.sum(0), self.events.punished.sum(0), torch.stack(sums)])
         self._num_counted += 1
-
-    def _observation_space(self) -> spaces.Dict:
-        parts: dict[str, spaces.Space] = {**self.forage.space, "scalars": spaces.Box(0.0, 1.0, (4,), np.float32)}
-        if self.config.agent_index:
-            parts["agent"] = spaces.Discrete(self.num_agents)
-        if self.config.voting_season is not None:
-            parts["action_mask"] = self._actions.mask_space
-        return spaces.Dict(parts)
 
     # Scenes and pictures.
 
