@@ -6,6 +6,7 @@ import os
 import numpy as np
 import pytest
 import torch
+from agents import make_agent as small_agent
 from gymnasium import spaces
 from safetensors.torch import save_file
 from settings import act_in_heads, spec_segments
@@ -14,9 +15,11 @@ from dualhead import (
     CheckpointError,
     DataError,
     DualHeadRecurrentPPO,
+    MemoryCell,
     NetworkConfig,
     NormConfig,
     NormEvents,
+    RecurrentState,
 )
 from dualhead.storage import read_tensors, write_tensors
 
@@ -831,3 +834,186 @@ def test_a_failed_save_leaves_the_old_file(saved, tmp_path, monkeypatch):
     assert (tmp_path / "agent").read_bytes() == before
     with pytest.raises(FileNotFoundError):
         agent.save(tmp_path / "no folder" / "agent")
+
+
+# Parts and spaces of the user's own: what is kept, or refused when the agent is made.
+
+
+class Cell(MemoryCell):
+    """h' = tanh(W x + U h), with whatever else a test gives it."""
+
+    def __init__(self, input_size, hidden_size, *, parts=("h",)):
+        super().__init__(hidden_size, state_shapes=dict.fromkeys(parts, (1, hidden_size)))
+        self.cell = torch.nn.RNNCell(input_size, hidden_size)
+
+    def step(self, features, state):
+        h = self.cell(features, *(part[0] for part in list(state)[:1]))
+        return h, RecurrentState(**dict.fromkeys(state.parts, h[None]))
+
+
+class ComplexWeights(Cell):
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.rotation = torch.nn.Parameter(torch.tensor([1j]))
+
+
+class ComplexDouble(Cell):
+    def initial_state(self, batch, *, device, dtype):
+        return RecurrentState(h=torch.zeros(1, batch, self.num_features, device=device, dtype=torch.complex128))
+
+    def step(self, features, state):
+        h = self.cell(features, state.h[0].real.to(features.dtype))
+        return h, RecurrentState(h=h[None].to(state.h.dtype))
+
+
+class ExtraState(Cell):
+    def get_extra_state(self):
+        return {"calls": 3}
+
+
+def cell_with(*parts):
+    return lambda *sizes: Cell(*sizes, parts=parts)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"memory": ComplexWeights}, TypeError, "memory.rotation.*complex64.*two real parameters"),
+        ({"memory": ComplexDouble}, TypeError, "cannot hold torch.complex128.*'h'"),
+        ({"memory": ExtraState}, TypeError, "memory._extra_state.*buffer"),
+        ({"memory": cell_with()}, ValueError, "state has no parts"),
+        ({"memory": cell_with("h", "episode_starts")}, ValueError, "'episode_starts'"),
+        ({"memory": cell_with("h", "previous/action"), "previous_action": True}, ValueError, "'previous/action'"),
+        (
+            {"observation_space": spaces.Dict({"a/b": spaces.Discrete(2), "a": spaces.Dict(b=spaces.Discrete(3))})},
+            ValueError,
+            "two parts.*'a/b'",
+        ),
+        (
+            {"action_space": spaces.Dict(a=spaces.MultiDiscrete([2, 2]), a_0=spaces.Discrete(2))},
+            ValueError,
+            "two heads.*'a_0'",
+        ),
+    ],
+)
+def test_parts_that_no_checkpoint_could_hold_are_refused_at_once(given, error, message):
+    with pytest.raises(error, match=message):
+        small_agent(**given)
+
+
+class ComplexState(Cell):
+    def initial_state(self, batch, *, device, dtype):
+        zeros = super().initial_state(batch, device=device, dtype=dtype)
+        return RecurrentState(h=zeros.h, z=zeros.h.to(torch.complex64))
+
+    def step(self, features, state):
+        h = self.cell(features, state.h[0] + state.parts["z"][0].real)
+        return h, RecurrentState(h=h[None], z=(state.parts["z"] + h[None]) * 1j)
+
+
+def test_a_complex_state_keeps_its_imaginary_part(tmp_path):
+    agent = small_agent(ComplexState, dtype=torch.float32)
+    small_play(agent, 27)
+    agent.save(tmp_path / "agent")
+    again = DualHeadRecurrentPPO.from_file(tmp_path / "agent", memory=ComplexState)
+    assert again._get_hidden_state().parts["z"].imag.any()
+    assert_same(all_of(again), all_of(agent))
+
+
+def small_play(agent, num_steps, seed=0):
+    rng = np.random.default_rng(seed)
+    for _ in range(num_steps):
+        agent.act(rng.normal(size=(B, 3)))
+        agent.record(rng.normal(size=B), rng.random(B) < 0.2, NOBODY)
+        if agent.rollout_is_ready:
+            agent.learn(rng.normal(size=(B, 3)))
+
+
+def frozen_cell(*sizes):
+    return Cell(*sizes).requires_grad_(False)
+
+
+@pytest.mark.parametrize("freeze_first", [True, False])
+def test_a_part_may_be_frozen_and_unfrozen_at_any_time(freeze_first):
+    agent = small_agent(frozen_cell if freeze_first else Cell)
+    memory, critic = agent.policy.memory, agent.policy.critic
+    for frozen in (freeze_first, not freeze_first, freeze_first):
+        memory.requires_grad_(not frozen)
+        before = [parameter.clone() for parameter in (*memory.parameters(), *critic.parameters())]
+        small_play(agent, 20)
+        after = [*memory.parameters(), *critic.parameters()]
+        moved = [not torch.equal(*pair) for pair in zip(before, after)]
+        assert moved == [not frozen] * 4 + [True] * 2
+
+
+@pytest.mark.parametrize(("saved", "loaded"), [(Cell, frozen_cell), (frozen_cell, Cell), (frozen_cell, frozen_cell)])
+def test_pretrain_freeze_fine_tune_and_back(saved, loaded, tmp_path):
+    """Weights load whether or not a part is frozen on either side; what begins to learn begins with zero moments."""
+    agent = small_agent(saved)
+    small_play(agent, 20)
+    agent.save(tmp_path / "agent")
+    started = small_agent(loaded, seed=9)
+    started.warm_start(tmp_path / "agent")
+    from_file = DualHeadRecurrentPPO.from_file(tmp_path / "agent", memory=loaded)
+    for other in (started, from_file):
+        for name, tensor in other.policy.state_dict().items():
+            assert torch.equal(tensor, agent.policy.state_dict()[name])
+        for name, parameter in other.policy.named_parameters():
+            of_saved = agent.optimizer.state.get(agent.policy.get_parameter(name)) or {}
+            for moment, value in other.optimizer.state.get(parameter, {}).items():
+                assert torch.equal(value, of_saved.get(moment, torch.zeros_like(value)))
+        small_play(other, 20)
+        moved = not torch.equal(other.policy.memory.cell.weight_hh, agent.policy.memory.cell.weight_hh)
+        assert moved == (loaded is Cell)
+
+
+def test_a_part_frozen_after_training_keeps_its_moments(tmp_path):
+    agent = small_agent(Cell)
+    small_play(agent, 20)
+    agent.policy.memory.requires_grad_(False)
+    agent.save(tmp_path / "agent")
+    again = DualHeadRecurrentPPO.from_file(tmp_path / "agent", memory=Cell)
+    again.policy.memory.requires_grad_(False)
+    agent.policy.memory.requires_grad_(True)
+    again.policy.memory.requires_grad_(True)
+    for each in (agent, again):
+        small_play(each, 20)
+    assert_same(all_of(again), all_of(agent))
+
+
+def test_the_name_of_the_class_is_what_is_compared(tmp_path):
+    """A class that a function defines is found again wherever a class of its name stands."""
+
+    class Local(Cell):
+        pass
+
+    small_agent(Local).save(tmp_path / "agent")
+    elsewhere = type("Local", (Cell,), {"__qualname__": "Local", "__module__": "elsewhere"})
+    DualHeadRecurrentPPO.from_file(tmp_path / "agent", memory=elsewhere)
+    with pytest.raises(CheckpointError, match=r"memory=Local"):
+        DualHeadRecurrentPPO.from_file(tmp_path / "agent")
+    with pytest.raises(CheckpointError, match="compared by the name of its class"):
+        DualHeadRecurrentPPO.from_file(tmp_path / "agent", memory=Cell)
+
+
+def test_integers_keep_the_dtype_of_their_space(tmp_path):
+    observation_space = spaces.Dict(
+        a=spaces.Discrete(3, dtype=np.int32), b=spaces.MultiDiscrete([2, 3], dtype=np.int16)
+    )
+    action_space = spaces.Dict(a=spaces.Discrete(2, dtype=np.int32), b=spaces.MultiDiscrete([3, 2], dtype=np.int8))
+    agent = small_agent(observation_space=observation_space, action_space=action_space)
+    observations = {"a": np.zeros(B, np.int32), "b": np.zeros((B, 2), np.int16)}
+    actions = agent.act(observations)
+    assert (actions["a"].dtype, actions["b"].dtype) == (np.int32, np.int8)
+    agent.record(np.zeros(B), NOBODY, NOBODY)
+    actions = agent.act({name: torch.from_numpy(part) for name, part in observations.items()})
+    assert (actions["a"].dtype, actions["b"].dtype) == (torch.int32, torch.int8)
+    agent.record(np.zeros(B), NOBODY, NOBODY)
+    agent.save(tmp_path / "agent")
+    again = DualHeadRecurrentPPO.from_file(tmp_path / "agent")
+    assert (again.observation_spec.space, again.action_spec.space) == (observation_space, action_space)
+
+
+def test_keys_of_observations_may_have_slashes():
+    space = spaces.Dict({"a": spaces.Dict({"b/c": spaces.Discrete(2)}), "d/e": spaces.Discrete(2)})
+    small_agent(observation_space=space).act({"a": {"b/c": np.zeros(B, int)}, "d/e": np.zeros(B, int)})

@@ -14,9 +14,9 @@ from settings import spec_segments
 
 from dualhead import DataError, DualHeadRecurrentPPO, NetworkConfig
 from dualhead.cli import main
+from dualhead.errors import DivergedError
 from dualhead.learning import update
 from dualhead.running.checkpoint import checkpoints
-from dualhead.types import DivergedError
 
 NETWORK = NetworkConfig.spec(hidden_size=5, encoder_sizes=(4,))
 NOBODY = np.zeros(2, bool)

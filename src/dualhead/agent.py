@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dualhead import snapshot
 from dualhead.config import NetworkConfig, NormConfig, PPOConfig
+from dualhead.errors import DataError
 from dualhead.learning.advantages import RewardScale, generalized_advantages
 from dualhead.learning.rollout import Rollout
 from dualhead.learning.update import ppo_update
@@ -23,15 +24,14 @@ from dualhead.norms import NormEnforcer, NormEvents
 from dualhead.spaces import (
     ActionSpec,
     ObservationSpec,
-    all_finite,
     as_tensor,
+    check_finite,
     check_leaf,
     holds_tensors,
-    non_finite_message,
     torch_dtype,
 )
 from dualhead.storage import write_tensors
-from dualhead.types import ActionSample, DataError, Observations, RecurrentState, on_device
+from dualhead.types import ActionSample, Observations, RecurrentState, on_device
 
 
 class DualHeadRecurrentPPO:
@@ -108,9 +108,12 @@ class DualHeadRecurrentPPO:
                 normalize_observations=self.config.normalize_observations,
                 encoder=encoder,
                 memory=memory,
-            ).to(self.device, dtype)
+            )
+        snapshot.check_savable(self.policy)
+        self.policy.to(self.device, dtype)
+        # All parameters, whether they learn now or later: Adam skips those without a gradient.
         self.optimizer = torch.optim.Adam(
-            self.policy.trainable().values(), lr=self.config.learning_rate, eps=self.config.adam_eps, fused=True
+            self.policy.parameters(), lr=self.config.learning_rate, eps=self.config.adam_eps, fused=True
         )
         self.reward_scale = (
             RewardScale(num_streams, gamma=self.config.gamma).to(self.device) if self.config.normalize_rewards else None
@@ -290,8 +293,8 @@ class DualHeadRecurrentPPO:
         # Evaluated on the device that the data came from: data from the host causes no host-device sync.
         some_ended = bool((terminated | truncated).any())
         cut_off = (truncated & ~terminated).nonzero()[:, 0] if some_ended else None
-        if task_rewards.device.type == "cpu" and not all_finite(task_rewards):
-            raise DataError(non_finite_message("reward", task_rewards))
+        if task_rewards.device.type == "cpu":
+            check_finite(task_rewards, "reward")
         task_rewards, terminated, truncated = (
             on_device(tensor, self.device) for tensor in (task_rewards, terminated, truncated)
         )
@@ -501,31 +504,26 @@ class DualHeadRecurrentPPO:
         return tensor.to(dtype)
 
     def _check_finite(self) -> None:
-        """Finds bad numbers and masks that came from an accelerator, once per rollout.
+        """Refuses bad numbers and masks that came from an accelerator: checking those at every step would sync."""
+        memory, leaves = self.rollout_memory, self.observation_spec.leaves
 
-        The rollout is copied to the CPU only where there are some.
-        """
-        memory = self.rollout_memory
-        T, leaves = memory.length, self.observation_spec.leaves
-        observations = {leaf.name: memory.observations[leaf.name][memory.max_tail :][:T] for leaf in leaves}
-        streams = torch.arange(self.num_streams).repeat(T)
-        try:
+        def check(steps: slice) -> None:
+            seen = {
+                leaf.name: memory.observations[leaf.name][memory.max_tail :][steps].flatten(0, 1) for leaf in leaves
+            }
             for leaf in leaves:
-                check_leaf(leaf, observations[leaf.name].flatten(0, 1), streams)
-            self.policy.heads.check_mask({name: leaf.flatten(0, 1) for name, leaf in observations.items()})
-            if all_finite(memory.rewards[:T]):
-                return
+                check_leaf(leaf, seen[leaf.name])
+            self.policy.heads.check_mask(seen)
+            check_finite(memory.rewards[steps].flatten(), "reward")
+
+        try:
+            check(slice(memory.length))
         except DataError:
-            pass  # said below, with its step
-        for t in range(T):
-            try:
-                for leaf in leaves:
-                    check_leaf(leaf, observations[leaf.name][t].cpu())
-                self.policy.heads.check_mask({name: leaf[t].cpu() for name, leaf in observations.items()})
-                if not all_finite(memory.rewards[t]):
-                    raise DataError(non_finite_message("reward", memory.rewards[t].cpu()))
-            except DataError as error:
-                raise DataError(f"step {t + 1} of this rollout of {T}: {error}") from None
+            for t in range(memory.length):
+                try:
+                    check(slice(t, t + 1))
+                except DataError as error:
+                    raise DataError(f"step {t + 1} of this rollout of {memory.length}: {error}") from None
 
     def _expect_no_pending(self, call: str) -> None:
         if self._step_is_pending:

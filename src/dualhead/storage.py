@@ -137,11 +137,9 @@ def _read(path: Path) -> bytes:
         raise OSError(errno.EINVAL, "not a file")
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
-        if size <= _MAX_HEADER and _CHECKSUM in file.read(size):
-            file.seek(0)
-            return file.read()
+        is_ours = size <= _MAX_HEADER and _CHECKSUM in file.read(size)
         file.seek(0)
-        return file.read(8 + min(size, _MAX_HEADER))
+        return file.read() if is_ours else file.read(8 + size if size <= _MAX_HEADER else 8)
 
 
 def _checksum_holds(contents: bytes, end: int) -> bool:
@@ -156,6 +154,15 @@ def _checksum_holds(contents: bytes, end: int) -> bool:
     digest.update(_BLANK)
     digest.update(view[rest:])
     return digest.hexdigest().encode() == view[begin:rest]
+
+
+def can_write(dtype: torch.dtype) -> bool:
+    """Whether a file can hold tensors of this type."""
+    try:
+        save({"x": torch.empty(0, dtype=dtype)})
+    except KeyError:
+        return False
+    return True
 
 
 def with_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

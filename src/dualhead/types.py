@@ -30,14 +30,6 @@ def on_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=to_accelerator and not tensor.is_pinned())
 
 
-class DataError(ValueError):
-    """An environment gave data that nothing can be learned from: wrong shape, missing part, NaN or infinity."""
-
-
-class DivergedError(RuntimeError):
-    """Losses or gradients stayed non-finite for too many optimiser steps in a row."""
-
-
 class RecurrentState:
     """State of a policy's memories: named parts [L, B, ...], the stream axis second. `h, c = state` for an LSTM.
 

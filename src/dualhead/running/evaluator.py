@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from dualhead.errors import DataError
 from dualhead.running.checkpoint import save_best
 from dualhead.running.config import EVAL_EPISODES, EVALUATION_SEED
 from dualhead.running.environment import Environment, is_streams, open_streams
@@ -12,7 +13,6 @@ from dualhead.running.evaluation import SELECTION_SEED, evaluation_size, play_ep
 from dualhead.running.randomness import preserved_randomness
 from dualhead.running.session import Session
 from dualhead.running.writers import CSVWriter
-from dualhead.types import DataError
 
 
 class Evaluator:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from dualhead.agent import DualHeadRecurrentPPO
-from dualhead.errors import RunError, SettingsError
+from dualhead.errors import DataError, DivergedError, RunError, SettingsError
 from dualhead.population import IndependentLearners
 from dualhead.running.checkpoint import (
     checkpoints,
@@ -32,7 +32,6 @@ from dualhead.running.randomness import preserved_randomness, seed_everything
 from dualhead.running.session import Session
 from dualhead.running.signals import stop_requests
 from dualhead.running.writers import Writer, expect_writers, make_writers, require_packages
-from dualhead.types import DataError, DivergedError
 
 OnUpdate = Callable[[Session, dict[str, float]], bool | None]
 Schedule = Callable[[float], float]
