@@ -879,7 +879,7 @@ def cell_with(*parts):
     ("given", "error", "message"),
     [
         ({"memory": ComplexWeights}, TypeError, "memory.rotation.*complex64.*two real parameters"),
-        ({"memory": ComplexDouble}, TypeError, "cannot hold torch.complex128.*'h'"),
+        ({"memory": ComplexDouble}, TypeError, "'h' is torch.complex128"),
         ({"memory": ExtraState}, TypeError, "memory._extra_state.*buffer"),
         ({"memory": cell_with()}, ValueError, "state has no parts"),
         ({"memory": cell_with("h", "episode_starts")}, ValueError, "'episode_starts'"),

@@ -7,10 +7,10 @@ import os
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, PlainValidator, ValidationError
 from torch import Tensor
 
-from dualhead.config import NetworkConfig, NormConfig, PPOConfig, problems
+from dualhead.config import NetworkConfig, NormConfig, PPOConfig, flat, problems
 from dualhead.errors import CheckpointError
 from dualhead.networks.policy import RecurrentPolicy
 from dualhead.spaces import space_from_json, space_to_json
@@ -21,12 +21,13 @@ if TYPE_CHECKING:
 
 _OF_THE_POLICY = ("network", "foreign_parts", "observation_space", "action_space", "dtype")
 """Entries of the metadata that must agree for weights to mean the same."""
-_OF_THE_AGENT = (*_OF_THE_POLICY, "num_streams", "norms")
-_SHAPING_SETTINGS = ("rollout_length", "burn_in", "normalize_observations", "normalize_rewards")
-"""Settings that decide which tensors a checkpoint holds; the others may differ between save and load."""
+_SHAPING = ("rollout_length", "burn_in", "normalize_observations", "normalize_rewards")
+_OF_THE_AGENT = (*_OF_THE_POLICY, "num_streams", *(f"config.{setting}" for setting in _SHAPING))
+"""Entries that decide which tensors a checkpoint holds; the others may differ between save and load."""
 _EPISODE_STARTS = "episode_starts"
 
-Count = Annotated[int, Field(strict=True, ge=0)]
+_Space = Annotated[Any, PlainValidator(space_from_json)]
+_Count = Annotated[int, Field(strict=True, ge=0)]
 
 
 class _Metadata(BaseModel):
@@ -36,15 +37,15 @@ class _Metadata(BaseModel):
     foreign_parts: dict[str, str]
     config: PPOConfig
     norms: NormConfig | None
-    observation_space: Any
-    action_space: Any
+    observation_space: _Space
+    action_space: _Space
     num_streams: Annotated[int, Field(strict=True, ge=1)]
     dtype: Literal["torch.float32", "torch.float64"]
     device: str
-    num_steps: Count
-    num_updates: Count
-    num_skipped: Count
-    rollout: tuple[Count, Count]
+    num_steps: _Count
+    num_updates: _Count
+    num_skipped: _Count
+    rollout: tuple[_Count, _Count]
     """The rollout's length and tail_length."""
 
 
@@ -109,21 +110,19 @@ def check_savable(policy: RecurrentPolicy) -> None:
         TypeError: complex weights, numbers that no file can hold, or a module with `get_extra_state`.
         ValueError: a state without parts, or with a part whose name is taken.
     """
-    for name in policy.state_dict():
+    for name, value in (*policy.state_dict(keep_vars=True).items(), *policy.named_buffers()):
         if name.endswith("_extra_state"):
-            raise TypeError(f"{name}: expected tensors alone, as get_extra_state is not saved: keep it in a buffer")
-    for name, value in (*policy.named_parameters(), *policy.named_buffers()):
+            raise TypeError(f"{name}: get_extra_state is not saved: keep what it gives in a buffer")
         if value.is_complex():
             raise TypeError(
-                f"{name}: expected real numbers, got {value.dtype}: keep the real and the imaginary part as two real "
-                f"parameters or buffers, and join them by torch.complex where they are used"
+                f"{name}: expected real numbers, got {value.dtype}: keep it as two real parameters or buffers"
             )
     parts = policy.initial_state(1).parts
     if not parts:
-        raise ValueError("memory: its state has no parts: give a memory without a state one of no units, h=(1, 0)")
+        raise ValueError("memory: its state has no parts: expected at least one, which may have no units: h=(1, 0)")
     for name, value in parts.items():
         if not can_write(value.dtype):
-            raise TypeError(f"memory: a checkpoint cannot hold {value.dtype}, as which the state's part {name!r} comes")
+            raise TypeError(f"memory: the state's part {name!r} is {value.dtype}, which a checkpoint cannot hold")
         if name == _EPISODE_STARTS or name in policy.previous.shapes(policy.dtype):
             raise ValueError(f"memory: the state's part {name!r} has a name of the agent's own: rename it")
 
@@ -135,19 +134,9 @@ def arguments(metadata: dict[str, Any], *, source: str) -> dict[str, Any]:
         CheckpointError: an entry is missing or of the wrong kind.
     """
     saved = _checked(metadata, source=source)
-    try:
-        observation_space, action_space = map(space_from_json, (saved.observation_space, saved.action_space))
-    except ValueError as error:
-        raise CheckpointError(f"{source} does not describe its agent: {error}") from error
-    return {
-        "observation_space": observation_space,
-        "action_space": action_space,
-        "num_streams": saved.num_streams,
-        "config": saved.config,
-        "network": saved.network,
-        "norms": saved.norms,
-        "dtype": getattr(torch, saved.dtype.removeprefix("torch.")),
-    }
+    names = ("observation_space", "action_space", "num_streams", "config", "network", "norms")
+    dtype = torch.float32 if saved.dtype == "torch.float32" else torch.float64
+    return {name: getattr(saved, name) for name in names} | {"dtype": dtype}
 
 
 def _checked(metadata: dict[str, Any], *, source: str) -> _Metadata:
@@ -190,13 +179,11 @@ def _class_name(saved: Any) -> str:
 def check(
     agent: DualHeadRecurrentPPO, tensors: dict[str, Tensor], metadata: dict[str, Any], *, source: str
 ) -> tuple[dict[str, Tensor], _Metadata]:
-    """What `restore` will put back, checked.
-
-    Raises:
-        CheckpointError: see `DualHeadRecurrentPPO.check`.
-    """
-    _expect_same(agent, metadata, (*_OF_THE_AGENT, *_SHAPING_SETTINGS), source=source)
+    """What `restore` will put back, checked; see there."""
+    _expect_same(agent, metadata, _OF_THE_AGENT, source=source)
     saved = _checked(metadata, source=source)
+    if (saved.norms is None) != (agent.norms is None):
+        raise CheckpointError(f"{source} is of another architecture: its norms are {saved.norms!r}")
     for filled, most in zip(saved.rollout, (agent.rollout_memory.rollout_length, agent.rollout_memory.max_tail)):
         if filled > most:
             raise CheckpointError(f"{source} has no valid rollout (found {saved.rollout})")
@@ -215,49 +202,40 @@ def check(
 
 
 def _expect_same(agent: DualHeadRecurrentPPO, metadata: dict[str, Any], names: tuple[str, ...], *, source: str) -> None:
-    ours = _metadata(agent)
-    for name in names:
-        given, mine = (_compared(entries, name) for entries in (metadata, ours))
+    theirs, ours = flat(metadata), flat(_metadata(agent))
+    there = sorted(theirs.keys() | ours.keys())
+    for name in (name for wanted in names for name in there if name == wanted or name.startswith(f"{wanted}.")):
+        given, mine, how = theirs.get(name), ours.get(name), ""
+        if name.startswith("foreign_parts."):
+            given, mine, how = _class_name(given), _class_name(mine), " (compared by the name of its class)"
         # As JSON, where a tuple is a list and 1 is not True.
-        if json.dumps(given, sort_keys=True) != json.dumps(mine, sort_keys=True):
-            how = " (each compared by the name of its class)" if name == "foreign_parts" else ""
+        if json.dumps(given) != json.dumps(mine):
             raise CheckpointError(f"{source} is of another architecture: its {name} is {given}, expected {mine}{how}")
 
 
-def _compared(metadata: dict[str, Any], name: str) -> Any:
-    """The part of an entry that must agree."""
-    settings, entry = metadata.get("config"), metadata.get(name)
-    if name in _SHAPING_SETTINGS:
-        return settings.get(name) if isinstance(settings, dict) else None
-    if name == "foreign_parts" and isinstance(entry, dict):
-        return {part: _class_name(saved) for part, saved in entry.items()}
-    return (entry is not None) if name == "norms" else entry
-
-
 def _with_our_moments(ours: dict[str, Tensor], saved: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The saved tensors with Adam's moments of the parameters that have some here.
+    """The saved tensors with Adam's moments of the parameters that learn here; zeros of those frozen when saved."""
+    there, here = (
+        {owner for owner in map(_owner, tensors) if owner.startswith("optimizer/")} for tensors in (saved, ours)
+    )
+    frozen = {name.replace("policy/", "optimizer/", 1) for name in ours} - here
+    kept = {name: tensor for name, tensor in saved.items() if _owner(name) not in frozen}
+    return kept | {name: torch.zeros_like(tensor) for name, tensor in ours.items() if _owner(name) in here - there}
 
-    Moments of a parameter that was frozen when saved begin at zero; those of one that is frozen here are left out.
-    """
 
-    def learned(tensors: dict[str, Tensor]) -> set[str]:
-        return {name.rpartition("/")[0] for name in tensors if name.startswith("optimizer/")}
-
-    frozen_there = learned(ours) - learned(saved)
-    frozen_here = {f"optimizer/{name[7:]}" for name in ours if name.startswith("policy/")} - learned(ours)
-    kept = {name: tensor for name, tensor in saved.items() if name.rpartition("/")[0] not in frozen_here}
-    zero = {name: torch.zeros_like(t) for name, t in ours.items() if name.rpartition("/")[0] in frozen_there}
-    return kept | zero
+def _owner(name: str) -> str:
+    return name.rpartition("/")[0]
 
 
 def restore(agent: DualHeadRecurrentPPO, tensors: dict[str, Tensor], metadata: dict[str, Any], *, source: str) -> None:
     """Puts back what `take` gave; nothing changes where it does not fit.
 
     Raises:
-        CheckpointError: see `DualHeadRecurrentPPO.check`.
+        CheckpointError: see `DualHeadRecurrentPPO.restore`.
     """
     tensors, saved = check(agent, tensors, metadata, source=source)
     fill(live_tensors(agent), tensors, what=source)
+    agent._step_is_pending = False
     agent._sampling.set_state(tensors["rng/sampling"])
     agent._shuffling.set_state(tensors["rng/shuffling"])
     agent.num_steps, agent.num_updates, agent._num_skipped = saved.num_steps, saved.num_updates, saved.num_skipped

@@ -209,22 +209,14 @@ def _pick(observations: Any, leaf: Leaf) -> Any:
     """The leaf's part of a nested observation, or of a flat one with leaves by name."""
     if isinstance(observations, Mapping) and leaf.name in observations:
         return observations[leaf.name]
-    if isinstance(observations, Mapping) and not leaf.path:
-        raise DataError(f"observation: expected an array for {leaf.space}, got {_outline(observations)}")
     for key in leaf.path:
-        is_there = (isinstance(observations, Mapping) and key in observations) or (
-            isinstance(observations, tuple) and isinstance(key, int) and key < len(observations)
-        )
-        if not is_there:
-            raise DataError(f"observation part {leaf.name!r} is missing: got {_outline(observations)}")
-        observations = observations[key]
+        parts = dict(enumerate(observations)) if isinstance(observations, tuple) else observations
+        if not isinstance(parts, Mapping) or key not in parts:
+            got = f"dict with keys {sorted(map(str, parts))}" if isinstance(parts, Mapping) else type(parts).__name__
+            got = f"tuple of {len(parts)}" if isinstance(observations, tuple) else got
+            raise DataError(f"observation part {leaf.name!r} is missing: got a {got}")
+        observations = parts[key]
     return observations
-
-
-def _outline(observations: Any) -> str:
-    if isinstance(observations, Mapping):
-        return f"a dict with keys {sorted(map(str, observations))}"
-    return f"a tuple of {len(observations)}" if isinstance(observations, tuple) else f"a {type(observations).__name__}"
 
 
 class ActionSpec:
@@ -257,11 +249,21 @@ class ActionSpec:
             self.centre, self.half = low / 2 + high / 2, high / 2 - low / 2
             self._box = torch.from_numpy(np.stack([self.bounded, self.centre, self.half, space.low, space.high]))
             return
-        heads = _heads(space, "action", nested=False)
+        self._parts: dict[Any, Any] = dict(space) if isinstance(space, spaces.Dict) else {None: space}
+        heads = [head for key, part in self._parts.items() for head in self._heads(key, part)]
         self.names, self.nvec, starts = zip(*heads, strict=True)
         _expect_unique(self.names, f"action space {space} has two heads")
         self.starts = np.array(starts, dtype=np.int64)
         self.num_columns = len(heads)
+
+    def _heads(self, key: str | None, part: gym.Space) -> list[tuple[str, int, int]]:
+        """Name, number of choices and lowest index of each head."""
+        if isinstance(part, spaces.Discrete):
+            return [(key or "action", int(part.n), int(part.start))]
+        if isinstance(part, spaces.MultiDiscrete) and len(part.shape) == 1:
+            choices = zip(part.nvec.tolist(), part.start.tolist())
+            return [(f"{key or 'head'}_{i}", n, start) for i, (n, start) in enumerate(choices)]
+        raise TypeError(f"unsupported action space {self.space}: expected {_ACTIONS}")
 
     def to_env(self, actions: Tensor, *, numpy: bool) -> Any:
         """Actions [B, K] (or [B, D] in the policy's units) in the form of the batched action space.
@@ -281,7 +283,13 @@ class ActionSpec:
             return scaled.numpy() if numpy else scaled
         if self.starts.any():
             actions = actions + torch.from_numpy(self.starts).to(actions.device)
-        return _split(self.space, actions, numpy=numpy)[0]
+        parts, first = {}, 0
+        for key, part in self._parts.items():
+            own = actions[:, first : first + math.prod(part.shape)].to(torch_dtype(part.dtype))
+            first += own.shape[1]
+            own = own.view(-1, *part.shape)
+            parts[key] = own.numpy() if numpy else own
+        return parts if isinstance(self.space, spaces.Dict) else parts[None]
 
     def check_masks(self, masks: tuple[Leaf, ...]) -> None:
         """Checks that the `action_mask` parts of an observation space fit the heads.
@@ -301,31 +309,6 @@ class ActionSpec:
                 f"{ACTION_MASK!r} does not fit the heads {heads}: expected one array of {sum(self.nvec)} entries or "
                 f"a Dict with one array per head, got sizes {sizes}"
             )
-
-
-def _heads(space: gym.Space, name: str, *, nested: bool) -> list[tuple[str, int, int]]:
-    """Name, number of choices and lowest index of each head."""
-    if isinstance(space, spaces.Discrete):
-        return [(name, int(space.n), int(space.start))]
-    if isinstance(space, spaces.MultiDiscrete) and len(space.shape) == 1:
-        prefix = name if nested else "head"
-        return [(f"{prefix}_{i}", int(n), int(s)) for i, (n, s) in enumerate(zip(space.nvec, space.start))]
-    if isinstance(space, spaces.Dict) and not nested:
-        return [head for key, part in space.items() for head in _heads(part, key, nested=True)]
-    raise TypeError(f"unsupported action space {space}: expected {_ACTIONS}")
-
-
-def _split(space: gym.Space, columns: Tensor, *, numpy: bool) -> tuple[Any, Tensor]:
-    """The first columns in the form of `space`, and the columns left over."""
-    if isinstance(space, spaces.Dict):
-        parts = {}
-        for key, part in space.items():
-            parts[key], columns = _split(part, columns, numpy=numpy)
-        return parts, columns
-    width = len(space.nvec) if isinstance(space, spaces.MultiDiscrete) else 1
-    own = columns[:, :width].to(torch_dtype(space.dtype))
-    own = own if isinstance(space, spaces.MultiDiscrete) else own[:, 0]
-    return own.numpy() if numpy else own, columns[:, width:]
 
 
 def space_to_json(space: gym.Space) -> dict[str, Any]:
@@ -365,13 +348,12 @@ def space_from_json(saved: Any) -> gym.Space:
             case "Tuple":
                 return spaces.Tuple([space_from_json(part) for part in saved["parts"]])
             case "Discrete":
-                return spaces.Discrete(_number(saved["n"]), start=_number(saved["start"]), dtype=dtype)
+                return spaces.Discrete(saved["n"], start=saved["start"], dtype=dtype)
             case "MultiDiscrete":
-                nvec, start = (np.array(saved[name], dtype) for name in ("nvec", "start"))
-                return spaces.MultiDiscrete(nvec, dtype, start=start)
+                return spaces.MultiDiscrete(saved["nvec"], dtype, start=saved["start"])
             case "MultiBinary":
                 n = saved["n"]
-                return spaces.MultiBinary(list(_shape(n)) if isinstance(n, list) else _number(n))
+                return spaces.MultiBinary(_shape(n) if isinstance(n, list) else n)
             case "Box":
                 shape = _shape(saved["shape"])
                 low, high = (_bound(saved[name], shape, dtype) for name in ("low", "high"))
@@ -388,14 +370,7 @@ def _bound(saved: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
     return np.broadcast_to(numbers if numbers.ndim == 0 else numbers.reshape(shape), shape).astype(dtype)
 
 
-def _number(value: Any) -> int:
-    if type(value) is not int:
-        raise ValueError(f"expected a whole number, got {value!r}")
-    return value
-
-
-def _shape(value: Any) -> tuple[int, ...]:
-    shape = tuple(_number(size) for size in value)
+def _shape(shape: list[int]) -> tuple[int, ...]:
     if math.prod(shape) > _MAX_NUMBERS or min(shape, default=0) < 0:
-        raise ValueError(f"expected a shape of at most {_MAX_NUMBERS:,} numbers, got {list(shape)}")
-    return shape
+        raise ValueError(f"expected a shape of at most {_MAX_NUMBERS:,} numbers, got {shape}")
+    return tuple(shape)
