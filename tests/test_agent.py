@@ -723,13 +723,20 @@ class ComplexWeights(Cell):
         self.rotation = torch.nn.Parameter(torch.tensor([1j]))
 
 
-class ComplexDouble(Cell):
+class ComplexState(Cell):
+    kind = torch.complex64
+
     def initial_state(self, batch, *, device, dtype):
-        return RecurrentState(h=torch.zeros(1, batch, self.num_features, device=device, dtype=torch.complex128))
+        zeros = super().initial_state(batch, device=device, dtype=dtype)
+        return RecurrentState(h=zeros.h, z=zeros.h.to(self.kind))
 
     def step(self, features, state):
-        h = self.cell(features, state.h[0].real.to(features.dtype))
-        return h, RecurrentState(h=h[None].to(state.h.dtype))
+        h = self.cell(features, state.h[0] + state.parts["z"][0].real.to(features.dtype))
+        return h, RecurrentState(h=h[None], z=(state.parts["z"] + h[None]) * 1j)
+
+
+class ComplexDouble(ComplexState):
+    kind = torch.complex128
 
 
 class ExtraState(Cell):
@@ -745,7 +752,7 @@ def cell_with(*parts):
     ("given", "error", "message"),
     [
         ({"memory": ComplexWeights}, TypeError, "memory.rotation.*complex64.*two real parameters"),
-        ({"memory": ComplexDouble}, TypeError, "'h' is torch.complex128"),
+        ({"memory": ComplexDouble}, TypeError, "'z' is torch.complex128"),
         ({"memory": ExtraState}, TypeError, "memory._extra_state.*buffer"),
         ({"memory": cell_with()}, ValueError, "state has no parts"),
         ({"memory": cell_with("h", "episode_starts")}, ValueError, "'episode_starts'"),
@@ -765,16 +772,6 @@ def cell_with(*parts):
 def test_parts_that_no_checkpoint_could_hold_are_refused_at_once(given, error, message):
     with pytest.raises(error, match=message):
         agents.make_agent(**given)
-
-
-class ComplexState(Cell):
-    def initial_state(self, batch, *, device, dtype):
-        zeros = super().initial_state(batch, device=device, dtype=dtype)
-        return RecurrentState(h=zeros.h, z=zeros.h.to(torch.complex64))
-
-    def step(self, features, state):
-        h = self.cell(features, state.h[0] + state.parts["z"][0].real)
-        return h, RecurrentState(h=h[None], z=(state.parts["z"] + h[None]) * 1j)
 
 
 def test_a_complex_state_keeps_its_imaginary_part(tmp_path):
@@ -863,21 +860,17 @@ def test_the_name_of_the_class_is_what_is_compared(tmp_path):
 
 
 def test_integers_keep_the_dtype_of_their_space(tmp_path):
-    observation_space = spaces.Dict(
-        a=spaces.Discrete(3, dtype=np.int32), b=spaces.MultiDiscrete([2, 3], dtype=np.int16)
-    )
-    action_space = spaces.Dict(a=spaces.Discrete(2, dtype=np.int32), b=spaces.MultiDiscrete([3, 2], dtype=np.int8))
-    agent = agents.make_agent(observation_space=observation_space, action_space=action_space)
-    observations = {"a": np.zeros(B, np.int32), "b": np.zeros((B, 2), np.int16)}
-    actions = agent.act(observations)
-    assert (actions["a"].dtype, actions["b"].dtype) == (np.int32, np.int8)
-    agent.record(np.zeros(B), NOBODY, NOBODY)
-    actions = agent.act({name: torch.from_numpy(part) for name, part in observations.items()})
-    assert (actions["a"].dtype, actions["b"].dtype) == (torch.int32, torch.int8)
-    agent.record(np.zeros(B), NOBODY, NOBODY)
+    kinds = {"a": np.int32, "b": np.int8}
+    space = spaces.Dict(a=spaces.Discrete(3, dtype=np.int32), b=spaces.MultiDiscrete([2, 3], dtype=np.int8))
+    agent = agents.make_agent(observation_space=space, action_space=space)
+    observations = {"a": np.zeros(B, np.int32), "b": np.zeros((B, 2), np.int8)}
+    for given in (observations, {name: torch.from_numpy(part) for name, part in observations.items()}):
+        actions = agent.act(given)
+        assert {name: np.asarray(part).dtype for name, part in actions.items()} == kinds
+        agent.record(np.zeros(B), NOBODY, NOBODY)
     agent.save(tmp_path / "agent")
     again = DualHeadRecurrentPPO.from_file(tmp_path / "agent")
-    assert (again.observation_spec.space, again.action_spec.space) == (observation_space, action_space)
+    assert again.observation_spec.space == again.action_spec.space == space
 
 
 def test_keys_of_observations_may_have_slashes():

@@ -74,12 +74,8 @@ class DualHeadRecurrentPPO:
     ) -> None:
         if num_streams < 1:
             raise ValueError(f"num_streams: expected at least 1, got {num_streams}")
-        settings: tuple[tuple[str, Any, type], ...] = (
-            ("config", config, PPOConfig),
-            ("network", network, NetworkConfig),
-            ("norms", norms, NormConfig),
-        )
-        for name, given, kind in settings:
+        settings = {"config": config, "network": network, "norms": norms}
+        for (name, given), kind in zip(settings.items(), (PPOConfig, NetworkConfig, NormConfig)):
             if given is not None and not isinstance(given, kind):
                 raise TypeError(f"{name}: expected {kind.__name__}(...), got {type(given).__name__} {given!r}")
         self.config, self.network, self.norm_config = config or PPOConfig(), network or NetworkConfig(), norms

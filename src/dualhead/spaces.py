@@ -105,8 +105,7 @@ class ObservationSpec:
         missing = [stream for stream in streams.tolist() if given[stream] is None]
         if missing:
             raise DataError(f"final observations of streams {missing[:8]} are None, and their episodes were truncated")
-        some = given[int(streams[0])]
-        rows = [some if row is None else row for row in given]
+        rows = [given[int(streams[0])] if row is None else row for row in given]
         batch: Any = create_empty_array(self.space, n=len(rows))
         return concatenate(self.space, rows, batch)
 
