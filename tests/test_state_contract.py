@@ -15,7 +15,6 @@ from gymnasium import spaces
 import dualhead.agent
 import dualhead.learning.update
 from dualhead.learning.segments import cut
-from dualhead.networks.blocks import lay_out
 from dualhead.networks.heads import FactoredCategorical
 from dualhead.networks.memory import MemoryCell
 from dualhead.types import RecurrentState
@@ -37,9 +36,8 @@ class World:
         now: observations of the step to come.
     """
 
-    def __init__(self, num_streams=3, *, masks=False, seed=0, rate=0.12):
-        self.rng = np.random.default_rng(seed)
-        self.num_streams, self.masks, self.rate = num_streams, masks, rate
+    def __init__(self, *, masks=False, rate=0.12):
+        self.rng, self.num_streams, self.masks, self.rate = np.random.default_rng(0), 3, masks, rate
         self.log = []
         self.now = self.look()
 
@@ -300,19 +298,7 @@ class CountingMemory(MemoryCell):
         return h[0], RecurrentState(h)
 
     def plan(self, lengths, *, device, final_states=False):
-        return lay_out(lengths, block_cost=0.0, device=device)
-
-    def unroll(self, features, state, layout):
-        rows, finals, begin = [], [], 0
-        for num_segments, num_steps in layout.sizes:
-            first = state.h[0, begin : begin + num_segments]
-            rows += [first + t for t in range(1, num_steps + 1)]
-            finals.append(first + num_steps)
-            begin += num_segments
-        h = torch.cat(rows)
-        h = h if layout.real is None else h[layout.real]
-        self.testimony += zip(features[:, 0].tolist(), h.tolist())
-        return h, RecurrentState(torch.cat(finals)[None])
+        return super().plan(lengths, device=device, final_states=True)  # without padding, which it would count
 
 
 @pytest.mark.parametrize(
@@ -376,10 +362,6 @@ def test_a_counting_core_always_knows_how_old_the_episode_is(burn_in, sequence_l
     assert len(counting.testimony) > 5 * 3 * 3 * num_streams
 
 
-def start_of_burn_in(segments, s):
-    return segments.start[s] - segments.burn_in[s]
-
-
 @torch.no_grad()
 def unroll_by_hand(policy, steps, state, stream):
     """The state after some steps of one stream, none of which is an episode's last but the last one."""
@@ -432,7 +414,7 @@ def test_burn_in_warms_the_state_stored_before_it_by_today_s_weights(memory, bur
         assert 0 < len(moved) < len(checks) == len(segments.start)
         for weights, s, given in moved:
             b, start = segments.stream[s], segments.start[s]
-            begin = start_of_burn_in(segments, s)
+            begin = start - segments.burn_in[s]
             num_tail += begin < 0
             row = burn_in + begin
             from_there = RecurrentState(**{name: part[:, row, b : b + 1] for name, part in stored.items()})
@@ -518,7 +500,7 @@ def test_refreshed_states_equal_a_slow_unroll(memory, num_layers, burn_in, seque
                         part[:, burn_in + t, b] = kept[:, 0]
                     _, state = weights.step(one(observations, b), state)
         for s in range(len(segments.start)):
-            for t in (segments.start[s], start_of_burn_in(segments, s)):
+            for t in (segments.start[s], segments.start[s] - segments.burn_in[s]):
                 row, b = burn_in + t, segments.stream[s]
                 for ours, theirs in zip(after, expected):
                     assert (ours[:, row, b] - theirs[:, row, b]).abs().max() < 1e-10
