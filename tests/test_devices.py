@@ -9,6 +9,7 @@ from settings import spec_segments, take_step
 
 from dualhead.agent import DualHeadRecurrentPPO
 from dualhead.config import NetworkConfig, NormConfig, TurnoverConfig
+from dualhead.errors import DataError
 from dualhead.networks.heads import FactoredCategorical
 from dualhead.norms import NormEvents
 from dualhead.running.config import RunConfig
@@ -17,7 +18,7 @@ from dualhead.running.playing import Player
 from dualhead.running.session import Session
 from dualhead.snapshot import live_tensors
 from dualhead.spaces import ObservationSpec
-from dualhead.types import DataError, on_device
+from dualhead.types import on_device
 from dualhead.worlds.commons.config import CommonsConfig
 from dualhead.worlds.commons.world import Commons
 from dualhead.worlds.streams import StreamStep

@@ -14,9 +14,9 @@ from saved_runs import rows_of
 
 from dualhead import DataError
 from dualhead.cli import main
+from dualhead.errors import DivergedError
 from dualhead.learning import update
 from dualhead.running.checkpoint import checkpoints
-from dualhead.types import DivergedError
 
 NOBODY = np.zeros(2, bool)
 

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dualhead.agent import DualHeadRecurrentPPO
     from dualhead.config import NetworkConfig, NormConfig, PPOConfig, TurnoverConfig, WorldConfig
-    from dualhead.errors import CheckpointError, RunError, RunInUseError, SettingsError, UnavailableEnvironment
+    from dualhead.errors import (
+        CheckpointError,
+        DataError,
+        DivergedError,
+        RunError,
+        RunInUseError,
+        SettingsError,
+        UnavailableEnvironment,
+    )
     from dualhead.networks.encoders import Encoder
     from dualhead.networks.memory import Memory, MemoryCell
     from dualhead.norms import NormEnforcer, NormEvents
@@ -18,7 +26,7 @@ if TYPE_CHECKING:
     from dualhead.running.playing import Player, load_policy
     from dualhead.running.trainer import TrainingResult, resume, train
     from dualhead.running.writers import Writer
-    from dualhead.types import DataError, DivergedError, RecurrentState
+    from dualhead.types import RecurrentState
     from dualhead.worlds.commons.config import CommonsConfig, Phase
     from dualhead.worlds.commons.world import Commons
     from dualhead.worlds.registry import register_world
@@ -27,7 +35,15 @@ if TYPE_CHECKING:
 _HOMES = {
     "agent": ("DualHeadRecurrentPPO",),
     "config": ("NetworkConfig", "NormConfig", "PPOConfig", "TurnoverConfig", "WorldConfig"),
-    "errors": ("CheckpointError", "RunError", "RunInUseError", "SettingsError", "UnavailableEnvironment"),
+    "errors": (
+        "CheckpointError",
+        "DataError",
+        "DivergedError",
+        "RunError",
+        "RunInUseError",
+        "SettingsError",
+        "UnavailableEnvironment",
+    ),
     "networks.encoders": ("Encoder",),
     "networks.memory": ("Memory", "MemoryCell"),
     "norms": ("NormEnforcer", "NormEvents"),
@@ -37,7 +53,7 @@ _HOMES = {
     "running.playing": ("Player", "load_policy"),
     "running.trainer": ("TrainingResult", "resume", "train"),
     "running.writers": ("Writer",),
-    "types": ("DataError", "DivergedError", "RecurrentState"),
+    "types": ("RecurrentState",),
     "worlds.commons.config": ("CommonsConfig", "Phase"),
     "worlds.commons.world": ("Commons",),
     "worlds.registry": ("register_world",),

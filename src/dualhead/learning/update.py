@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dualhead.config import PPOConfig
+from dualhead.errors import DivergedError
 from dualhead.learning.losses import clipped_surrogate, explained_variance, normalize, value_loss
 from dualhead.learning.minibatch import gather
 from dualhead.learning.rollout import Rollout
 from dualhead.learning.segments import cut, minibatches
 from dualhead.learning.staleness import refresh
 from dualhead.networks.policy import RecurrentPolicy
-from dualhead.types import DivergedError
 
 _MEASURED = ("loss/total", "loss/policy", "loss/value", "policy/approx_kl", "policy/clip_fraction", "policy/grad_norm")
 

@@ -8,8 +8,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from dualhead.errors import DataError
 from dualhead.spaces import ACTION_MASK, ActionSpec, Leaf
-from dualhead.types import DataError, Observations
+from dualhead.types import Observations
 
 
 class Distribution(Protocol):

@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dualhead.types import DataError, as_numpy
+from dualhead.errors import DataError
+from dualhead.types import as_numpy
 from dualhead.worlds.streams import StreamStep
 
 

@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dualhead.errors import DataError
 from dualhead.running.checkpoint import RunError, read_config
 from dualhead.running.config import EVAL_EPISODES, EVALUATION_SEED, RunConfig
 from dualhead.running.environment import Environment, is_streams, open_streams
 from dualhead.running.playing import Player, Policy, load_weights, run_directory
 from dualhead.running.results import interval
-from dualhead.types import DataError, as_numpy
+from dualhead.types import as_numpy
 from dualhead.worlds.streams import Streams
 
 EVALUATION_ENVS = 20

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dualhead.errors import RunError, UnavailableEnvironment
+from dualhead.errors import DataError, RunError, UnavailableEnvironment
 from dualhead.running.checkpoint import save_best
 from dualhead.running.config import EVAL_EPISODES, EVALUATION_SEED
 from dualhead.running.environment import Environment, is_streams, open_streams, settings_of
@@ -12,7 +12,6 @@ from dualhead.running.evaluation import SELECTION_SEED, evaluation_size, play_ep
 from dualhead.running.machine import preserved_randomness
 from dualhead.running.session import Session
 from dualhead.running.writers import CSVWriter
-from dualhead.types import DataError
 from dualhead.worlds.streams import Streams
 
 

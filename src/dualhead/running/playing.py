@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dualhead import snapshot
+from dualhead.errors import DataError
 from dualhead.networks.encoders import EncoderFactory
 from dualhead.networks.memory import MemoryFactory
 from dualhead.networks.policy import RecurrentPolicy
@@ -19,7 +20,7 @@ from dualhead.population import IndependentPolicies
 from dualhead.running.checkpoint import RunError, read_newest
 from dualhead.spaces import ActionSpec, ObservationSpec, all_finite, as_tensor, holds_tensors
 from dualhead.storage import CheckpointError, fill, read_tensors, without_prefix
-from dualhead.types import DataError, RecurrentState, on_device
+from dualhead.types import RecurrentState, on_device
 
 Policy = RecurrentPolicy | IndependentPolicies
 

@@ -15,14 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from dualhead.agent import DualHeadRecurrentPPO
-from dualhead.errors import CheckpointError, RunError
+from dualhead.errors import CheckpointError, DataError, RunError
 from dualhead.population import IndependentLearners, Turnover, strengths_by_agent
 from dualhead.running.checkpoint import save_checkpoint
 from dualhead.running.config import RunConfig
 from dualhead.running.environment import Environment, is_streams, open_streams
 from dualhead.running.episodes import EpisodeTracker
 from dualhead.storage import RUN_PREFIX, with_prefix, without_prefix
-from dualhead.types import DataError
 from dualhead.worlds.replay import CannotReplay
 from dualhead.worlds.streams import Streams, StreamStep, restart
 

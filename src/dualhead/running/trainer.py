@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dualhead.agent import DualHeadRecurrentPPO
-from dualhead.errors import RunError, SettingsError
+from dualhead.errors import DataError, DivergedError, RunError, SettingsError
 from dualhead.population import IndependentLearners
 from dualhead.running import machine
 from dualhead.running.checkpoint import (
@@ -31,7 +31,6 @@ from dualhead.running.evaluator import Evaluator, open_evaluation
 from dualhead.running.parts import find_part, name_of
 from dualhead.running.session import Session, make_numbers
 from dualhead.running.writers import Writer, expect_writers, make_writers, require_packages
-from dualhead.types import DataError, DivergedError
 
 OnUpdate = Callable[[Session, dict[str, float]], bool | None]
 Schedule = Callable[[float], float]

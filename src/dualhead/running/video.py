@@ -16,10 +16,10 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
+from dualhead.errors import DataError
 from dualhead.running.checkpoint import RunError, read_config
 from dualhead.running.config import EVALUATION_SEED
 from dualhead.running.playing import Player, load_weights, run_directory
-from dualhead.types import DataError
 from dualhead.worlds.commons.config import CommonsConfig
 from dualhead.worlds.commons.world import Commons
 from dualhead.worlds.streams import make_env
