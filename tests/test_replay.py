@@ -1,6 +1,5 @@
 """Episodes in progress are played again to the same bits, or refused; their files are not trusted."""
 
-import copy
 import random
 import re
 from itertools import count
@@ -17,11 +16,13 @@ from gymnasium.wrappers import FrameStackObservation, NormalizeObservation, Time
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import dualhead
+from dualhead import NetworkConfig, PPOConfig
 from dualhead.storage import CheckpointError, read_tensors, write_tensors
-from dualhead.worlds import vectors
+from dualhead.worlds import replay
 from dualhead.worlds.commons.config import CommonsConfig
 from dualhead.worlds.commons.world import Commons
-from dualhead.worlds.replay import ActionLog, CannotReplay, as_actions
+from dualhead.worlds.replay import CannotReplay, as_actions
 from dualhead.worlds.replay_trial import why_not_replayed
 from dualhead.worlds.streams import GymnasiumStreams, make_streams, restart
 
@@ -374,6 +375,39 @@ def test_an_episode_that_leads_elsewhere_is_refused_and_new_ones_can_begin(vecto
         resumed.close()
 
 
+class Drifts(Walk):
+    """As Box2D's world does: something small outlives an episode, and is not seen for hundreds of steps."""
+
+    life = 0
+
+    def noise(self):
+        self.life += 1
+        return super().noise() + (1e-12 if self.life > 400 else 0)
+
+
+def test_what_the_trial_cannot_find_is_found_at_resume(tmp_path):
+    assert why_not_replayed(Drifts) is None
+    settings = {
+        "num_envs": 2,
+        "total_steps": 1200,
+        "eval_episodes": 0,
+        "run_dir": str(tmp_path / "run"),
+        "network": NetworkConfig(hidden_size=4, encoder_sizes=(4,)),
+        "ppo": PPOConfig(rollout_length=100, batch_size=200, num_epochs=1),
+    }
+    make = lambda: Drifts(length=50)  # noqa: E731
+    dualhead.train(make, **settings, show_progress=False, on_update=lambda session, _: session.learner.num_steps >= 900)
+    with pytest.warns(UserWarning, match="episodes of lambda begin again.*: environment 0: its last observation"):
+        result = dualhead.resume(tmp_path / "run", env=make, show_progress=False)
+    assert result.summary["steps"] == 1200
+
+
+def test_bipedal_walker_is_found_out():
+    """Box2D's world outlives its episodes there."""
+    pytest.importorskip("Box2D")
+    assert BEYOND in str(why_not_replayed(lambda: gym.make("BipedalWalker-v3")))
+
+
 def test_an_environment_that_ends_or_fails_while_it_is_played_again_is_refused():
     streams = make_streams(lambda: Walk(length=20), 1)
     streams.reset(seed=0)
@@ -393,49 +427,45 @@ def test_vector_environments_whose_insides_cannot_be_reached():
         streams.state()
 
 
-# The log of actions.
+# The actions that are kept.
+
+
+class Told(Walk):
+    """Ends its episode when it is told to, and changes its action in place."""
+
+    ends = False
+
+    def step(self, action):
+        seen = super().step(action)
+        action[...] = 0
+        return *seen[:2], self.ends, False, {}
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 3), st.integers(5, 90), st.lists(st.integers(0, 40), max_size=400), st.integers(0, 2**32))
-def test_the_log_holds_what_lists_would(num_envs, max_steps, events, seed):
-    """Episodes begin at random; a list for each environment says what must come out."""
+@given(st.integers(1, 3), st.integers(5, 90), st.lists(st.integers(0, 4), max_size=200), st.integers(0, 2**32))
+def test_the_actions_of_each_episode_are_kept_and_no_more(num_envs, max_steps, events, seed):
+    """Environment `event` ends with a step; a list for each says what must come out."""
     rng = np.random.default_rng(seed)
-    log = ActionLog(batch_space(spaces.Discrete(300), num_envs), num_envs, max_steps=max_steps)
-    kept = [[] for _ in range(num_envs)]
-    for event in events:
-        actions = rng.integers(300, size=num_envs)
-        log.append(actions)
-        for env in range(num_envs):
-            kept[env].append(actions[env])
-            if event == env:
-                log.begin(env)
-                kept[env] = []
-    for env in range(num_envs):
-        if len(kept[env]) > max_steps:
-            with pytest.raises(CannotReplay, match=f"environment {env} is more than {max_steps} steps into"):
-                log.of(env)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(replay, "MAX_REPLAYED_STEPS", max_steps)
+        streams = make_streams(lambda: Told(spaces.Box(-9, 9, (1,))), num_envs)
+        streams.reset(seed=0)
+        kept = [[] for _ in range(num_envs)]
+        for event in events:
+            actions = rng.normal(size=(num_envs, 1)).astype(np.float32)
+            for env, recorder in enumerate(streams.envs.envs):
+                recorder.unwrapped.ends = env == event
+                kept[env] = [] if env == event else [*kept[env], actions[env, 0]]
+            streams.step(actions)
+        assert max(len(recorder.actions) for recorder in streams.envs.envs) <= 4 * (max_steps + 1)
+        too_long = [env for env in range(num_envs) if len(kept[env]) > max_steps]
+        if too_long:
+            with pytest.raises(CannotReplay, match=f"environment {too_long[0]}: it is more than {max_steps} steps"):
+                streams.state()
         else:
-            assert log.of(env)[0].tolist() == kept[env]
-
-
-def test_endless_episodes_do_not_grow_without_bound():
-    log = ActionLog(batch_space(spaces.Discrete(4), 8), 8, max_steps=100)
-    for _ in range(5000):
-        log.append(np.ones(8, int))
-    (array,) = log._arrays
-    assert array.nbytes <= 4 * 100 * 8  # a byte for each action, and room to grow
-
-
-def test_an_episode_that_is_too_long_is_not_saved(monkeypatch):
-    monkeypatch.setattr(vectors, "ActionLog", lambda space, n: ActionLog(space, n, max_steps=5))
-    streams = make_streams(Walk, 2)
-    streams.reset(seed=0)
-    watch(streams, 6, seed=0)
-    with pytest.raises(CannotReplay, match="environment 0 is more than 5 steps into its episode"):
-        streams.state()
-    watch(streams, 6, seed=0)  # the next episode is two steps old
-    assert streams.state()[1]["episodes"][0]["num_steps"] == 2
+            tensors, metadata = streams.state()
+            assert tensors["actions/0"].ravel().tolist() == [action for part in kept for action in part]
+            assert [episode["num_steps"] for episode in metadata["episodes"]] == list(map(len, kept))
 
 
 def test_actions_are_given_as_they_are_recorded():
@@ -451,7 +481,7 @@ def test_an_action_outside_its_space_is_not_saved():
     streams = make_streams("Pendulum-v1", 1)  # clips its actions
     streams.reset(seed=0)
     streams.step(np.full((1, 1), 2.5))
-    with pytest.raises(CannotReplay, match="environment 0 got an action outside Box"):
+    with pytest.raises(CannotReplay, match="environment 0: it got an action outside Box"):
         streams.state()
 
 
@@ -460,10 +490,6 @@ def test_an_action_outside_its_space_is_not_saved():
 
 def two_heads():
     return Walk(spaces.Dict(box=spaces.Box(-1, 1, (2,), np.float32), n=spaces.Discrete(3)))
-
-
-def first(metadata):
-    return metadata["episodes"][0]
 
 
 def change(tensors, name, edit):
@@ -476,69 +502,101 @@ def put(tensor, value):
     return changed
 
 
-TAMPERED = {
-    "no episodes": lambda t, m: m.clear(),
-    "not a list": lambda t, m: m.update(episodes={"0": 1}),
-    "fewer environments": lambda t, m: m["episodes"].pop(),
-    "not an episode": lambda t, m: m["episodes"].__setitem__(0, None),
-    "no root": lambda t, m: first(m).pop("root"),
-    "negative root": lambda t, m: first(m).update(root=-1),
-    "root of a float": lambda t, m: first(m).update(root=1.0),
-    "root of a bool": lambda t, m: first(m).update(root=True),
-    "huge number": lambda t, m: first(m).update(number=2**70),
-    "more steps": lambda t, m: first(m).update(num_steps=first(m)["num_steps"] + 1),
-    "very many steps": lambda t, m: first(m).update(num_steps=10**9),
-    "no fingerprint": lambda t, m: first(m).update(fingerprint="x"),
-    "a short state of a generator": lambda t, m: first(m).update(generators=[[1]]),
-    "an even increment": lambda t, m: first(m).update(generators=[[1, 2, 0, 0]]),
-    "a generator of words": lambda t, m: first(m).update(generators=[["os", "system", 0, 0]]),
-    "no actions": lambda t, m: t.pop("actions/0"),
-    "more actions": lambda t, m: t.update({"actions/2": torch.zeros(3)}),
-    "wrong dtype": lambda t, m: change(t, "actions/0", torch.Tensor.double),
-    "wrong length": lambda t, m: change(t, "actions/1", lambda a: a[:-1]),
-    "wrong shape": lambda t, m: change(t, "actions/0", lambda a: a[:, :1]),
-    "NaN": lambda t, m: change(t, "actions/0", lambda a: put(a, float("nan"))),
-    "outside the box": lambda t, m: change(t, "actions/0", lambda a: put(a, 1.5)),
-    "no such choice": lambda t, m: change(t, "actions/1", lambda a: put(a, 3)),
-    "no randomness": lambda t, m: m.pop("randomness"),
-    "randomness of words": lambda t, m: m.update(randomness={"python": "x", "numpy": [0, 0.0]}),
-    "no generator": lambda t, m: t.pop("randomness/numpy"),
-    "a short generator": lambda t, m: change(t, "randomness/python", lambda a: a[:9]),
-    "a position beyond": lambda t, m: t["randomness/numpy"].__setitem__(-1, 10**6),
+TAMPERED_METADATA = {  # where: values instead; `...` for none
+    "episodes": [..., {"0": 1}],
+    "episodes.1": [...],
+    "episodes.0": [None],
+    "episodes.0.root": [..., -1, 1.0, True],
+    "episodes.0.number": [2**70],
+    "episodes.0.num_steps": [3, 10**9],
+    "episodes.0.fingerprint": ["x"],
+    "episodes.0.module": ["os"],
+    "episodes.0.generators.0": [[1]],
+    "episodes.0.generators.0.bit_generator": ["os.system"],
+    "episodes.0.generators.0.state.inc": [2],
+    "episodes.0.generators.0.state.state": ["os"],
+    "randomness": [...],
+    "randomness.numpy": [...],
+    "randomness.numpy.position": [10**6],
+    "randomness.python": ["x"],
+    "randomness.python.gauss": ["x"],
+    "randomness.python.key.0": [..., 2**32],
+    "randomness.python.position": [625],
+}
+TAMPERED_TENSORS = {
+    "no actions": lambda t: t.pop("actions/0"),
+    "more actions": lambda t: t.update({"actions/2": torch.zeros(3)}),
+    "wrong dtype": lambda t: change(t, "actions/0", torch.Tensor.double),
+    "a dtype that NumPy lacks": lambda t: change(t, "actions/0", torch.Tensor.bfloat16),
+    "wrong length": lambda t: change(t, "actions/1", lambda a: a[:-1]),
+    "wrong shape": lambda t: change(t, "actions/0", lambda a: a[:, :1]),
+    "NaN": lambda t: change(t, "actions/0", lambda a: put(a, float("nan"))),
+    "outside the box": lambda t: change(t, "actions/0", lambda a: put(a, 1.5)),
+    "no such choice": lambda t: change(t, "actions/1", lambda a: put(a, 3)),
 }
 
 
-@pytest.mark.parametrize("how", TAMPERED)
-def test_a_tampered_state_is_refused_before_anything_is_used(how):
+def edit(metadata, path, value):
+    *path, last = (int(key) if key.isdigit() else key for key in path.split("."))
+    for key in path:
+        metadata = metadata[key]
+    if value is ...:
+        del metadata[last]
+    else:
+        metadata[last] = value
+
+
+@pytest.fixture
+def walking():
+    """Streams that have done 14 steps, in episodes of 10."""
     streams = make_streams(two_heads, 2)
     streams.reset(seed=0)
     watch(streams, 14, seed=1)
-    tensors, metadata = copy.deepcopy(streams.state())
-    TAMPERED[how](tensors, metadata)
+    return streams
+
+
+def assert_refused(streams, saved):
     before = bits(streams._observations), random.getstate()
-    with pytest.raises(CheckpointError, match="holds no state"):
-        streams.restore(tensors, metadata)
+    with pytest.raises(CheckpointError, match="checkpoint holds no state of these environments"):
+        streams.restore(*saved)
     assert (bits(streams._observations), random.getstate()) == before
     streams.step({"box": np.zeros((2, 2), np.float32), "n": np.zeros(2, int)})
 
 
 @pytest.mark.parametrize(
-    "how",
-    [
-        lambda t, m: change(t, "actions/1", lambda a: put(a, (int(a[0]) + 1) % 3)),
-        lambda t, m: first(m).update(fingerprint="0" * 64),
-        lambda t, m: first(m).update(root=first(m)["root"] + 1, number=0, generators=first(m)["generators"][:-1]),
-        lambda t, m: first(m).update(generators=[]),
-    ],
+    ("path", "value"), [(path, value) for path in TAMPERED_METADATA for value in TAMPERED_METADATA[path]]
 )
-def test_a_wrong_but_well_formed_state_leads_elsewhere(how):
-    streams = make_streams(two_heads, 2)
-    streams.reset(seed=0)
-    watch(streams, 14, seed=1)
-    tensors, metadata = copy.deepcopy(streams.state())
-    how(tensors, metadata)
+def test_tampered_metadata_are_refused_before_anything_is_used(walking, path, value):
+    tensors, metadata = walking.state()
+    edit(metadata, path, value)
+    assert_refused(walking, (tensors, metadata))
+
+
+@pytest.mark.parametrize("how", TAMPERED_TENSORS)
+def test_tampered_actions_are_refused_before_anything_is_used(walking, how):
+    tensors, metadata = walking.state()
+    TAMPERED_TENSORS[how](tensors)
+    assert_refused(walking, (tensors, metadata))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"fingerprint": "0" * 64},
+        {"root": 1, "number": 0, "generators.0": ...},
+        {"generators": []},
+    ],
+    ids=str,
+)
+def test_a_wrong_but_well_formed_state_leads_elsewhere(walking, changes):
+    tensors, metadata = walking.state()
+    if not changes:
+        change(tensors, "actions/1", lambda a: put(a, (int(a[0]) + 1) % 3))
+    for path, value in changes.items():
+        edit(metadata["episodes"][0], path, value)
     with pytest.raises(CannotReplay, match="environment 0"):
-        streams.restore(tensors, metadata)
+        walking.restore(tensors, metadata)
 
 
 def test_the_state_of_other_environments_is_refused():

@@ -4,9 +4,10 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium import spaces
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorWrapper
 from gymnasium.wrappers.vector import RecordEpisodeStatistics
 
+from dualhead.types import DataError
 from dualhead.worlds.registry import environment_ids
 from dualhead.worlds.replay_trial import legal_action
 from dualhead.worlds.streams import (
@@ -199,12 +200,34 @@ def test_two_seeds_have_no_environment_in_common(vectorization):
 
 
 def test_filler_steps_are_refused():
-    with pytest.raises(ValueError, match="SAME_STEP") as refused:
+    with pytest.raises(ValueError, match=r"^CartPole-v1: .*SAME_STEP, got AutoresetMode.NEXT_STEP") as refused:
         GymnasiumStreams(gym.make_vec("CartPole-v1", 2))
     # The remedy that the message names works as it stands there.
     remedy = str(refused.value).partition("by ")[2].partition("or by ")[2]
     envs = eval(remedy, {"gym": gym, "id": "CartPole-v1", "num_envs": 2})
     assert GymnasiumStreams(envs).reset(seed=0).shape == (2, 4)
+
+
+class Forgetful(VectorWrapper):
+    """Drops what Gymnasium says of final observations, as a vector environment of one's own might."""
+
+    def step(self, actions):
+        return *self.env.step(actions)[:4], {"score": 1}
+
+
+@pytest.mark.parametrize("truncates", [True, False])
+def test_final_observations_must_come_where_an_episode_was_truncated(truncates):
+    envs = [lambda: Counter(9), lambda: Counter(2, truncates=truncates)]
+    streams = GymnasiumStreams(Forgetful(SyncVectorEnv(envs, autoreset_mode=AutoresetMode.SAME_STEP)))
+    streams.reset(seed=0)
+    streams.step(np.zeros(2, int))
+    if truncates:
+        with pytest.raises(
+            DataError, match=r"SyncVectorEnv.* environments \[1\]: expected .*final_obs.*\['score'\].*use"
+        ):
+            streams.step(np.zeros(2, int))
+    else:
+        assert streams.step(np.zeros(2, int)).final_observations is None  # nothing bootstraps from them
 
 
 @pytest.mark.parametrize("env", ["NoSuch-v0", "dualhead/NoSuch-v0", "CartPole-v99"])

@@ -4,26 +4,19 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
 import random
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
-from gymnasium.vector.utils import batch_space, concatenate, create_empty_array, iterate
+from gymnasium.vector.utils import concatenate, iterate
 from numpy.typing import NDArray
 
-from dualhead.worlds.replay import (
-    ActionLog,
-    Beginnings,
-    CannotReplay,
-    Episode,
-    as_row,
-    episode_of,
-    leaves,
-    play_again,
-)
+from dualhead.worlds.replay import Recorder, action_bytes, leaves
 from dualhead.worlds.replay_trial import legal_action
 
 NUMBERS = "numbers"
@@ -33,37 +26,36 @@ _OURS = ("r", "l", "t")
 
 
 class LeanSyncVectorEnv(SyncVectorEnv):
-    """Gymnasium's SyncVectorEnv in SAME_STEP mode without what learning does not use.
+    """Gymnasium's SyncVectorEnv in SAME_STEP mode, of `Recorder`s, without what learning does not use.
 
     Infos carry only `final_obs` and the numbers of episodes that ended, and returned arrays are overwritten by the next
     step: on small environments those two cost more than the environments themselves.
 
     Attributes:
-        makers: of the environments.
+        makers: of the environments without their recorders.
     """
 
+    envs: list[Recorder]  # type: ignore[assignment]
+
     def __init__(self, env_fns: Sequence[Callable[[], gym.Env]], *, observation_mode: Any = "same") -> None:
-        super().__init__(env_fns, copy=False, observation_mode=observation_mode, autoreset_mode=AutoresetMode.SAME_STEP)
+        recorders = [functools.partial(_recorded, env_fn) for env_fn in env_fns]
+        super().__init__(
+            recorders, copy=False, observation_mode=observation_mode, autoreset_mode=AutoresetMode.SAME_STEP
+        )
         self.makers = env_fns
         self._plain = isinstance(self.single_observation_space, gym.spaces.Box | gym.spaces.Discrete)
-        self._beginnings = [Beginnings(env) for env in self.envs]
-        self._log = ActionLog(self.action_space, self.num_envs)
-
-    def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """Begins an episode in every environment; `seed` is one for each, or None, and there are no options."""
-        for i, (beginnings, given) in enumerate(zip(self._beginnings, _one_seed_each(seed, self.num_envs))):
-            self._env_obs[i] = beginnings.reset(seed=given)
-            self._log.begin(i)
-        return self._joined(), {}
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         infos: dict[str, Any] = {}
         rows, plain = self._observations, self._plain
         # Lists are filled faster than arrays.
         rewards, terminations, truncations = [], [], []
-        self._log.append(actions)
-        for i, (env, action) in enumerate(zip(self.envs, iterate(self.action_space, actions))):
-            observation, reward, terminated, truncated, info = env.step(action)
+        in_bytes = action_bytes(self.envs[0].row, actions, self.num_envs)
+        for i, (recorder, action, row) in enumerate(zip(self.envs, iterate(self.action_space, actions), in_bytes)):
+            # As `Recorder.step` does, without the time that a call takes.
+            if len(recorder.actions) <= recorder.max_bytes:
+                recorder.actions += row
+            observation, reward, terminated, truncated, info = recorder.env.step(action)
             rewards.append(reward)
             terminations.append(terminated)
             truncations.append(truncated)
@@ -76,8 +68,8 @@ class LeanSyncVectorEnv(SyncVectorEnv):
                 for name, number in _numbers(info):
                     numbers = infos.setdefault(NUMBERS, {}).setdefault(name, np.full(self.num_envs, np.nan))
                     numbers[i] = number
-                observation = self._beginnings[i].reset()
-                self._log.begin(i)
+                observation, _ = recorder.reset()
+            recorder.observation = observation
             if plain:
                 rows[i] = observation
             else:
@@ -87,69 +79,18 @@ class LeanSyncVectorEnv(SyncVectorEnv):
         self._rewards[:], self._terminations[:], self._truncations[:] = rewards, terminations, truncations
         return rows, self._rewards, self._terminations, self._truncations, infos
 
-    def episodes(self) -> list[Episode]:
-        """The episode in progress of each environment.
 
-        Raises:
-            CannotReplay: one cannot be saved.
-        """
-        return [
-            episode_of(beginnings, self._log, i, _row(self._observations, i))
-            for i, beginnings in enumerate(self._beginnings)
-        ]
-
-    def replay(self, episodes: list[Episode]) -> Any:
-        """Plays episodes in progress again, one in each environment; the observations [B, ...] to act on.
-
-        Raises:
-            CannotReplay: one led elsewhere.
-        """
-        for i, (beginnings, episode) in enumerate(zip(self._beginnings, episodes)):
-            try:
-                self._env_obs[i] = play_again(beginnings, episode)
-            except CannotReplay as error:
-                raise CannotReplay(f"environment {i}: {error}") from error
-        self._log.fill([episode.actions for episode in episodes])
-        return self._joined()
-
-    def _joined(self) -> Any:
-        return concatenate(self.single_observation_space, self._env_obs, self._observations)
-
-
-class ReplayingAsyncVectorEnv(AsyncVectorEnv):
+class RecordedAsyncVectorEnv(AsyncVectorEnv):
     """Gymnasium's AsyncVectorEnv in SAME_STEP mode, with a `Recorder` around each environment in its process.
 
     Attributes:
-        makers: of the environments without it.
+        makers: of the environments without their recorders.
     """
 
     def __init__(self, env_fns: Sequence[Callable[[], gym.Env]]) -> None:
-        recorders = [functools.partial(_recorder, env_fn, i) for i, env_fn in enumerate(env_fns)]
+        recorders = [functools.partial(_recorded, env_fn, parent=os.getpid()) for env_fn in env_fns]
         super().__init__(recorders, autoreset_mode=AutoresetMode.SAME_STEP)
         self.makers = env_fns
-
-    def reset_async(self, seed: Any = None, options: dict[str, Any] | None = None) -> None:
-        super().reset_async(seed=_one_seed_each(seed, self.num_envs), options=options)
-
-    def episodes(self) -> list[Episode]:
-        """As `LeanSyncVectorEnv.episodes`."""
-        given = self.call("saved")
-        for episode in given:
-            if isinstance(episode, str):
-                raise CannotReplay(episode)
-        return list(given)
-
-    def replay(self, episodes: list[Episode]) -> Any:
-        """As `LeanSyncVectorEnv.replay`."""
-        self.set_attr("episode", episodes)
-        observations = []
-        for why_not, observation in self.call("replayed"):
-            if why_not is not None:
-                raise CannotReplay(why_not)
-            observations.append(observation)
-        out = create_empty_array(self.single_observation_space, n=self.num_envs)
-        assert out is not None
-        return concatenate(self.single_observation_space, observations, out)
 
 
 class KeepsFinalObservation(gym.Wrapper):
@@ -162,74 +103,39 @@ class KeepsFinalObservation(gym.Wrapper):
         return observation, reward, terminated, truncated, info
 
 
-class Recorder(gym.Wrapper):
-    """Records the episode in progress of one environment in a process of its own.
+class _InProcess(Recorder):
+    """A recorder in a process of its own: a seed is for that process's global generators too.
 
-    Args:
-        env: what is recorded.
-        number: of the environment, for messages.
+    Python seeds `random` by the system after a fork.
     """
 
-    def __init__(self, env: gym.Env, number: int) -> None:
-        super().__init__(env)
-        self.number = number
-        self.replayed: tuple[str | None, Any] = (None, None)
-        """Why the last episode that was set could not be played again, or None and its last observation."""
-        self._beginnings = Beginnings(env)
-        self._log = ActionLog(batch_space(env.action_space, 1), 1)
-        self._observation: Any = None
-
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """With a seed, of the process's global generators too: Python seeds `random` by the system after a fork."""
         if seed is not None:
             random.seed(seed)
             np.random.seed(seed % 2**32)  # noqa: NPY002
-        self._observation = self._beginnings.reset(seed=seed)
-        self._log.begin(0)
-        return self._observation, {}
-
-    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        self._log.append(action)
-        self._observation, reward, terminated, truncated, info = self.env.step(action)
-        return self._observation, reward, terminated, truncated, info
-
-    def saved(self) -> Episode | str:
-        """The episode in progress, or why it cannot be saved: an error would end the process."""
-        try:
-            row = as_row(self.observation_space, self._observation)
-            return episode_of(self._beginnings, self._log, 0, row)
-        except CannotReplay as error:
-            return f"environment {self.number}: {error}"
-
-    @property
-    def episode(self) -> None:
-        """Setting it plays an episode again; `replayed` says what came of it."""
-
-    @episode.setter
-    def episode(self, given: Episode) -> None:
-        try:
-            self._observation = play_again(self._beginnings, given)
-            self._log.fill([given.actions])
-            self.replayed = None, self._observation
-        except CannotReplay as error:
-            self.replayed = f"environment {self.number}: {error}", None
+        return super().reset(seed=seed)
 
 
-def _recorder(env_fn: Callable[[], gym.Env], number: int) -> gym.Env:
-    return Recorder(KeepsFinalObservation(env_fn()), number)
+def _recorded(env_fn: Callable[[], gym.Env], *, parent: int | None = None) -> Recorder:
+    if parent is None:
+        return Recorder(env_fn())
+    if os.getpid() != parent:  # an AsyncVectorEnv makes one here, too, to see its spaces
+        # A terminal sends Ctrl-C to all processes. Those of environments finish the step, so that it can be saved.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return _InProcess(KeepsFinalObservation(env_fn()))
 
 
 def with_final_observations(envs: VectorEnv) -> VectorEnv:
     """A vector environment in SAME_STEP mode whose `final_obs` no reset overwrites: see `GymnasiumStreams`."""
     inner = envs.unwrapped
     if type(envs) is SyncVectorEnv:
-        made = [functools.partial(_itself, env) for env in envs.envs]
+        made = [functools.partial(envs.envs.__getitem__, i) for i in range(envs.num_envs)]
         lean = LeanSyncVectorEnv(made, observation_mode=envs.observation_mode)
         lean.makers = envs.env_fns
         return lean
     if isinstance(inner, SyncVectorEnv) and not isinstance(inner, LeanSyncVectorEnv):
         inner.envs = [KeepsFinalObservation(env) for env in inner.envs]
-    elif isinstance(inner, AsyncVectorEnv) and not isinstance(inner, ReplayingAsyncVectorEnv):
+    elif isinstance(inner, AsyncVectorEnv) and not isinstance(inner, RecordedAsyncVectorEnv):
         _refuse_overwritten(inner.env_fns[0])
     return envs
 
@@ -260,10 +166,6 @@ def gymnasium_numbers(final_info: Any) -> dict[str, NDArray[np.float64]] | None:
     return found or None
 
 
-def _itself(env: gym.Env) -> gym.Env:
-    return env
-
-
 def _refuse_overwritten(env_fn: Callable[[], gym.Env]) -> None:
     """Refuses environments whose reset returns arrays in the memory of those that the step before it returned."""
     env = layer = env_fn()
@@ -286,18 +188,3 @@ def _refuse_overwritten(env_fn: Callable[[], gym.Env]) -> None:
             )
     finally:
         env.close()
-
-
-def _one_seed_each(seed: Any, num_envs: int) -> list[int | None]:
-    if seed is None or isinstance(seed, int):
-        return [None if seed is None else seed + i for i in range(num_envs)]
-    return list(seed)
-
-
-def _row(observations: Any, i: int) -> Any:
-    """One of batched observations, as a batch of one."""
-    if isinstance(observations, dict):
-        return {key: _row(part, i) for key, part in observations.items()}
-    if isinstance(observations, tuple):
-        return tuple(_row(part, i) for part in observations)
-    return observations[i : i + 1]
