@@ -233,16 +233,18 @@ class Recorder(gym.Wrapper):
         return [own.bit_generator] if isinstance(own, np.random.Generator) else []
 
 
+def layers_of(env: gym.Env) -> list[gym.Env]:
+    """An environment with all its wrappers, from outside to inside."""
+    return [env, *layers_of(env.env)] if isinstance(env, gym.Wrapper) else [env]
+
+
 def _own_spaces(env: gym.Env) -> list[gym.Space]:
     """The spaces of an environment and of the wrappers around it, replaced by copies with generators of their own.
 
     Spaces are often attributes of a class, or one object that is passed to many wrappers.
     """
-    layers = [env]
-    while isinstance(layers[-1], gym.Wrapper):
-        layers.append(layers[-1].env)
     own: dict[int, gym.Space] = {}
-    for layer in reversed(layers):
+    for layer in reversed(layers_of(env)):
         for name in ("action_space", "observation_space"):
             if id(getattr(layer, name)) not in own:
                 with suppress(AttributeError):  # a property: it stays as it is

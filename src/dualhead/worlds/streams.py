@@ -1,13 +1,13 @@
-"""Gymnasium environments as streams of experience, always in SAME_STEP autoreset: no filler step exists."""
+"""Sources of experience, and Gymnasium environments as one: always in SAME_STEP autoreset, without filler steps."""
 
 from __future__ import annotations
 
 import copy
 import functools
 import importlib
-import importlib.util
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple, Protocol
 
 import gymnasium as gym
@@ -23,13 +23,7 @@ from dualhead.norms import NormEvents
 from dualhead.types import DataError
 from dualhead.worlds.replay import CannotReplay, as_actions, leaves, pack, unpack
 from dualhead.worlds.replay_trial import why_not_replayed
-from dualhead.worlds.vectors import (
-    NUMBERS,
-    LeanSyncVectorEnv,
-    RecordedAsyncVectorEnv,
-    gymnasium_numbers,
-    with_final_observations,
-)
+from dualhead.worlds.vectors import LeanSyncVectorEnv, RecordedAsyncVectorEnv, episode_numbers, with_final_observations
 
 _EXTRAS = {"popgym": ("popgym-",), "minigrid": ("MiniGrid-", "BabyAI-")}
 """Package and extra of the same name -> prefixes of its environment ids."""
@@ -115,8 +109,8 @@ class GymnasiumStreams:
     An environment may write every observation to the same array. Gymnasium keeps a reference to the final observation
     while it resets the environment, so that the reset overwrites it. The environments of a plain `SyncVectorEnv` are
     stepped by a `LeanSyncVectorEnv` instead; those of one inside a vector wrapper are wrapped in
-    `KeepsFinalObservation`. Those of an `AsyncVectorEnv` live in other processes and cannot be wrapped afterwards: one
-    more environment of the first kind is made and tried.
+    `KeepsFinalObservation`. Those of an `AsyncVectorEnv` cannot be wrapped afterwards: one more of them is made and
+    tried.
 
     Raises:
         ValueError: another autoreset mode (its filler steps would be learned from), or an `AsyncVectorEnv` of
@@ -154,13 +148,10 @@ class GymnasiumStreams:
             return str(error)
 
     def reset(self, *, seed: int | None = None) -> Any:
-        """Begins an episode in every stream.
+        """Begins an episode in every stream; observations [B, ...].
 
         Args:
             seed: of all randomness of the environments; None: from the system.
-
-        Returns:
-            Observations [B, ...].
         """
         # Gymnasium's `seed + i` for environment i would give seeds 0 and 1 all environments but one in common.
         seeds: Any = (np.random.SeedSequence(seed).generate_state(self.num_streams) >> 1).tolist()
@@ -179,16 +170,11 @@ class GymnasiumStreams:
                 f"expected infos['final_obs'] with what each saw before its reset, as Gymnasium's vector environments "
                 f"in SAME_STEP mode give it, got infos of {sorted(infos)}. Let its step() add them, or use make_streams"
             )
-        numbers = infos.get(NUMBERS) or gymnasium_numbers(infos.get("final_info"))
+        numbers = episode_numbers(infos.get("final_info"))
         return StreamStep(self._observations, rewards, terminated, truncated, final, numbers=numbers)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """How the episodes in progress began, the actions since, and the process's global generators; see `replay`.
-
-        Raises:
-            CannotReplay: see `resumable`, or an episode is too long.
-            RuntimeError: there was no `reset()` yet.
-        """
+        """How the episodes in progress began, the actions since, and the process's global generators; see `replay`."""
         if self._observations is None:
             raise RuntimeError("state() needs streams that have begun: call reset() first")
         saved = self._recorded().call("saved")
@@ -198,24 +184,15 @@ class GymnasiumStreams:
         return pack(saved, self.action_space)
 
     def restore(self, tensors: dict[str, Tensor], metadata: dict[str, Any], *, source: str = "checkpoint") -> Any:
-        """Plays the episodes that `state` gave again, and takes back the process's global generators.
-
-        Returns:
-            The observations [B, ...] that were to be acted on.
-
-        Raises:
-            CheckpointError: it is no such state, or of other environments.
-            CannotReplay: an episode led elsewhere when it was played again; the streams must be reset then.
-        """
         envs, space = self._recorded(), self.observation_space
         episodes, randomness = unpack(tensors, metadata, self.action_space, self.num_streams, source=source)
         envs.set_attr("episode", episodes)
-        why_not, observations = zip(*envs.call("replay"))
-        for number, reason in enumerate(why_not):
-            if reason is not None:
-                raise CannotReplay(f"environment {number}: {reason}")
+        replayed = envs.call("replay")
+        for number, (why_not, _) in enumerate(replayed):
+            if why_not is not None:
+                raise CannotReplay(f"environment {number}: {why_not}")
         out: Any = create_empty_array(space, n=self.num_streams)
-        self._observations = concatenate(space, observations, out)
+        self._observations = concatenate(space, [observation for _, observation in replayed], out)
         randomness.set()
         return self._observations
 
@@ -272,31 +249,28 @@ def make_env(env: str | Callable[..., gym.Env], **kwargs: Any) -> gym.Env:
         if not isinstance(own, gym.Env):
             raise TypeError(f"expected a callable that makes one Gymnasium environment, got one that made {own!r}")
         return own
-    _import_extra(env)
+    for package, prefixes in _EXTRAS.items():
+        if env.startswith(prefixes):
+            try:
+                importlib.import_module(package)
+            except ModuleNotFoundError as error:
+                raise UnavailableEnvironment(
+                    f"environment {env!r} needs the package {error.name}: pip install -e '.[{package}]' in the checkout"
+                ) from error
     try:
         # The agent checks every observation and reward itself; Gymnasium's passive checker would slow each step.
         made = gym.make(env, disable_env_checker=True, **kwargs)
     except gym.error.NameNotFound as error:
-        raise UnavailableEnvironment(
-            f"unknown environment {env!r}: {error} `dualhead envs` lists what is there."
-        ) from error
-    except gym.error.DependencyNotInstalled as error:
-        raise UnavailableEnvironment(f"environment {env!r} needs a package that is missing: {error}") from error
+        raise UnavailableEnvironment(f"unknown environment {env!r}: {error} `dualhead envs` lists all.") from error
     except (gym.error.Error, ImportError, TypeError) as error:
         raise UnavailableEnvironment(f"cannot make environment {env!r}: {error}") from error
     return _without_mission(made, env) if env.startswith(_EXTRAS["minigrid"]) else made
 
 
 def restart(streams: Streams, *, seed: int, num_steps: int) -> Any:
-    """Begins an episode in every stream of a resumed run whose streams' state was not kept.
+    """Begins an episode in every stream of a resumed run whose streams could not be restored; observations [B, ...].
 
-    Args:
-        streams: of which `resumable` says why.
-        seed: of the run.
-        num_steps: done before; with it the seed changes, so that the run does not see its beginning again.
-
-    Returns:
-        Observations [B, ...]. Recurrent states must be reset with it.
+    The seed changes with `num_steps`, so that the run does not see its beginning again. Recurrent states must be reset.
     """
     return streams.reset(seed=int(np.random.SeedSequence([seed, num_steps]).generate_state(1)[0] >> 1))
 
@@ -304,22 +278,9 @@ def restart(streams: Streams, *, seed: int, num_steps: int) -> Any:
 def gymnasium_ids() -> list[str]:
     """Ids of Gymnasium's environments, ours and those of installed extras among them."""
     for package in _EXTRAS:
-        if importlib.util.find_spec(package) is not None:
+        with suppress(ModuleNotFoundError):
             importlib.import_module(package)
-    own = "phys2d", "tabular", "GymV21", "GymV26"
-    return [name for name in gym.registry if not name.startswith(own)]
-
-
-def _import_extra(env: str) -> None:
-    for package, prefixes in _EXTRAS.items():
-        if not env.startswith(prefixes):
-            continue
-        try:
-            importlib.import_module(package)
-        except ModuleNotFoundError as error:
-            raise UnavailableEnvironment(
-                f"environment {env!r} needs the package {error.name}: pip install -e '.[{package}]' in the checkout"
-            ) from error
+    return [name for name in gym.registry if not name.startswith(("phys2d", "tabular", "GymV21", "GymV26"))]
 
 
 def _without_mission(env: gym.Env, name: str) -> gym.Env:

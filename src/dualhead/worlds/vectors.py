@@ -7,7 +7,8 @@ import functools
 import os
 import random
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any
 
 import gymnasium as gym
@@ -16,11 +17,9 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, Vecto
 from gymnasium.vector.utils import concatenate, iterate
 from numpy.typing import NDArray
 
-from dualhead.worlds.replay import Recorder, action_bytes, leaves
+from dualhead.worlds.replay import Recorder, action_bytes, layers_of, leaves
 from dualhead.worlds.replay_trial import legal_action
 
-NUMBERS = "numbers"
-"""Where `LeanSyncVectorEnv` puts the numbers [B] of episodes that ended, by name."""
 _OURS = ("r", "l", "t")
 """What `RecordEpisodeStatistics` says of an episode is counted here anyway."""
 
@@ -65,9 +64,8 @@ class LeanSyncVectorEnv(SyncVectorEnv):
                 # reset() may write to the same arrays.
                 is_array = type(observation) is np.ndarray
                 infos["final_obs"][i] = observation.copy() if is_array else copy.deepcopy(observation)
-                for name, number in _numbers(info):
-                    numbers = infos.setdefault(NUMBERS, {}).setdefault(name, np.full(self.num_envs, np.nan))
-                    numbers[i] = number
+                if numbers := _numbers(info):
+                    infos = self._add_info(infos, {"final_info": numbers}, i)
                 observation, _ = recorder.reset()
             recorder.observation = observation
             if plain:
@@ -140,51 +138,44 @@ def with_final_observations(envs: VectorEnv) -> VectorEnv:
     return envs
 
 
-def _numbers(info: dict[str, Any]) -> Iterator[tuple[str, float]]:
+def _numbers(info: dict[str, Any]) -> dict[str, float]:
     """The numbers in the `info` of an episode's last step: at its top, and under `episode`."""
     of_episode = info.get("episode")
-    named = [*info.items()]
-    if isinstance(of_episode, dict):
-        named += [(name, value) for name, value in of_episode.items() if name not in _OURS]
-    for name, value in named:
-        if isinstance(value, bool | int | float | np.bool_ | np.integer | np.floating):
-            yield name, float(value)
+    inner = {n: v for n, v in of_episode.items() if n not in _OURS} if isinstance(of_episode, dict) else {}
+    return {name: float(v) for name, v in (info | inner).items() if isinstance(v, Real | np.bool_)}
 
 
-def gymnasium_numbers(final_info: Any) -> dict[str, NDArray[np.float64]] | None:
-    """The same from `infos["final_info"]` of Gymnasium's vector environments: arrays, and under `_NAME` who has one."""
+def episode_numbers(final_info: Any) -> dict[str, NDArray[np.float64]] | None:
+    """The same by name [B], NaN where an episode goes on, from `infos["final_info"]` of a vector environment."""
     if not isinstance(final_info, dict):
         return None
-    found: dict[str, NDArray[np.float64]] = {}
+    found = {}
     of_episode = final_info.get("episode")
-    for infos in (final_info, of_episode if isinstance(of_episode, dict) else {}):
+    for infos, left_out in ((final_info, ()), (of_episode if isinstance(of_episode, dict) else {}, _OURS)):
         for name, values in infos.items():
-            mask = infos.get(f"_{name}")
+            mask = infos.get(f"_{name}")  # who has one
             is_numbers = isinstance(values, np.ndarray) and values.ndim == 1 and values.dtype.kind in "biuf"
-            if is_numbers and isinstance(mask, np.ndarray) and not (infos is not final_info and name in _OURS):
+            if is_numbers and isinstance(mask, np.ndarray) and name not in left_out:
                 found[name] = np.where(mask, values, np.nan)
     return found or None
 
 
 def _refuse_overwritten(env_fn: Callable[[], gym.Env]) -> None:
     """Refuses environments whose reset returns arrays in the memory of those that the step before it returned."""
-    env = layer = env_fn()
+    env = env_fn()
     try:
-        while isinstance(layer, gym.Wrapper):
-            if isinstance(layer, KeepsFinalObservation):
-                return
-            layer = layer.env
+        if any(isinstance(layer, KeepsFinalObservation) for layer in layers_of(env)):
+            return
         action_space = copy.deepcopy(env.action_space)
         action_space.seed(0)
         before, _ = env.reset(seed=0)
         before = env.step(legal_action(action_space, before))[0]
         after, _ = env.reset()
-        if any(np.shares_memory(a, b) for a, b in zip(leaves(before), leaves(after))):
-            raise ValueError(
-                "the reset of these environments overwrites the observation that their last step returned, and "
-                "AsyncVectorEnv copies it too late: wrap each environment in "
-                "dualhead.worlds.vectors.KeepsFinalObservation, or use make_streams(make_env, num_envs, "
-                "vectorization='async')"
-            )
     finally:
         env.close()
+    if any(np.shares_memory(a, b) for a, b in zip(leaves(before), leaves(after))):
+        raise ValueError(
+            "the reset of these environments overwrites the observation that their last step returned, and "
+            "AsyncVectorEnv copies it too late: wrap each environment in dualhead.worlds.vectors."
+            "KeepsFinalObservation, or use make_streams(make_env, num_envs, vectorization='async')"
+        )
