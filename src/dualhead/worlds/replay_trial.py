@@ -52,7 +52,7 @@ def _compare(env: Recorder, other: Recorder, *, min_steps: int, max_steps: int, 
     action_space = copy.deepcopy(env.action_space)
     action_space.seed(0)
 
-    def act() -> Any:
+    def choose() -> Any:
         return legal_action(action_space, env.observation)
 
     _seed_globally(0)
@@ -60,7 +60,7 @@ def _compare(env: Recorder, other: Recorder, *, min_steps: int, max_steps: int, 
     if isinstance(cannot := env.saved(), str):
         return cannot
     for _ in range(7):
-        _step(env, act(), [])
+        _do(env, choose())
     env.reset()  # `replay` resets twice: not the same number of times
     env.reset()
     start = env.saved()
@@ -70,34 +70,32 @@ def _compare(env: Recorder, other: Recorder, *, min_steps: int, max_steps: int, 
     seen: list[Any] = []
     ends_at = time.perf_counter() + seconds
     while len(actions) < min_steps or (len(actions) < max_steps and time.perf_counter() < ends_at):
-        actions.append(act())
-        _step(env, actions[-1], seen)
-    seen.append(_bits(env.reset()[0]))
-    actions.append(act())
-    _step(env, actions[-1], seen)
+        actions.append(choose())
+        seen.append(_do(env, actions[-1]))
+    actions.append(None)  # a reset, which the episode may not reach by itself
+    seen.append(_do(env, None))
+    actions.append(choose())
+    seen.append(_do(env, actions[-1]))
 
     _seed_globally(1)  # what an environment draws from there must not agree
     other.episode = start
     why_not, _ = other.replay()
     if why_not is not None:
         return f"{why_not}: {_BEYOND}"
-    again: list[Any] = []
-    for number, action in enumerate(actions, 1):
-        if number == len(actions):
-            again.append(_bits(other.reset()[0]))
-        _step(other, action, again)
-        if again != seen[: len(again)]:
+    for number, (action, expected) in enumerate(zip(actions, seen), 1):
+        if _do(other, action) != expected:
             return f"an episode that was played again differed at step {number}: {_BEYOND}"
     same = env.fingerprint() == other.fingerprint()
     return None if same else "an episode that was played again left a generator in another state"
 
 
-def _step(env: Recorder, action: Any, seen: list[Any]) -> None:
-    """One step, and the reset that it may ask for; appends what is to be compared."""
+def _do(env: Recorder, action: Any) -> Any:
+    """Everything seen in a step, and in the reset that it asks for; without an action, in a reset."""
+    if action is None:
+        return _bits(env.reset()[0])
     observation, reward, terminated, truncated, _ = env.step(copy.deepcopy(action))
-    seen.append((_bits(observation), _bits(reward), bool(terminated), bool(truncated)))
-    if terminated or truncated:
-        seen.append(_bits(env.reset()[0]))
+    seen = _bits(observation), _bits(reward), bool(terminated), bool(truncated)
+    return seen + ((_bits(env.reset()[0]),) if terminated or truncated else ())
 
 
 def _bits(value: Any) -> list[Any]:
@@ -112,10 +110,7 @@ def _seed_globally(seed: int) -> None:
 def legal_action(space: gym.Space, observation: Any) -> Any:
     """A random action of the space that the observation's `action_mask` allows, where it has one.
 
-    Args:
-        space: of the actions; its generator is drawn from.
-        observation: of one environment. Its mask is one array with an entry for each choice of each head, or a Dict of
-            one array per head.
+    The mask of one environment has an entry for each choice of each head, in one array or a Dict of one per head.
     """
     mask = observation.get("action_mask") if isinstance(observation, Mapping) else None
     if mask is None:
