@@ -1,7 +1,9 @@
 """Episodes in progress are played again to the same bits, or refused; their files are not trusted."""
 
+import functools
 import random
 import re
+from contextlib import closing
 from itertools import count
 
 import gymnasium as gym
@@ -130,9 +132,9 @@ def watch(streams, num_steps, seed):
     return [bits(tuple(streams.step(sampled.sample()))) for _ in range(num_steps)]
 
 
-def begun(env, num_envs=2, *, num_steps=14, **arguments):
+def begun(env, num_envs=2, *, num_steps=14):
     """Streams that have done some random steps."""
-    streams = make_streams(env, num_envs, **arguments)
+    streams = make_streams(env, num_envs)
     streams.reset(seed=0)
     watch(streams, num_steps, seed=1)
     return streams
@@ -140,8 +142,7 @@ def begun(env, num_envs=2, *, num_steps=14, **arguments):
 
 def assert_goes_on(make, tmp_path, *, num_before=37, num_after=60):
     """Saved after some steps, through a file, streams made afresh give what the first ones give."""
-    streams, resumed = make(), make()
-    try:
+    with closing(make()) as streams, closing(make()) as resumed:
         assert streams.resumable is None
         streams.reset(seed=3)
         watch(streams, num_before, seed=1)
@@ -155,9 +156,6 @@ def assert_goes_on(make, tmp_path, *, num_before=37, num_after=60):
         assert metadata == saved[1]
         assert all(tensors[name].equal(saved[0][name]) for name in saved[0])
         assert watch(resumed, num_after, seed=2) == watch(streams, num_after, seed=2)
-    finally:
-        streams.close()
-        resumed.close()
 
 
 ENVS = [
@@ -221,6 +219,14 @@ def test_the_first_episode_and_the_first_step_go_on(num_before, tmp_path):
     assert_goes_on(make, tmp_path, num_before=num_before)  # and those of Gymnasium's vector environment
 
 
+@pytest.mark.parametrize(("kind", "vectorization"), [(SamplesItsSpaces, "sync"), (GlobalGenerators, "async")])
+def test_a_seed_is_for_spaces_and_for_the_generators_of_a_process(kind, vectorization):
+    """A process that another one starts is seeded by the system."""
+    with closing(make_streams(kind, 2, vectorization=vectorization)) as streams:
+        first, again, other = ((bits(streams.reset(seed=seed)), watch(streams, 15, seed=1)) for seed in (0, 0, 1))
+    assert first == again != other
+
+
 def test_global_generators_go_on():
     streams = begun(Walk, 1)
     random.gauss(0, 1)
@@ -249,8 +255,16 @@ BEYOND = "keeps state beyond an episode, or draws from other generators"
     [
         (Masked, "None"),  # it is tried by legal actions
         (CountsEpisodes, BEYOND),
-        # It differs only after a reset, which 300 steps would not bring about by themselves.
-        (walk(kind=CountsEpisodes, ends_by_itself=False), BEYOND),
+        # These differ only after a reset, which 300 steps would not bring about by themselves.
+        (walk(kind=CountsEpisodes, ends_by_itself=False, noise=lambda env: float(env.episodes > 3)), BEYOND),
+        (
+            walk(
+                kind=CountsEpisodes,
+                ends_by_itself=False,
+                noise=lambda env: 0.0 * env.np_random.random(max(0, env.episodes - 3)).sum(),
+            ),
+            "left a generator in another state",
+        ),
         (OwnGenerator, BEYOND),
         (GlobalGenerators, BEYOND),
         (lambda: NormalizeObservation(Walk()), BEYOND),
@@ -275,17 +289,15 @@ def test_the_trial_stops_in_time():
 @pytest.mark.parametrize("vectorization", ["sync", "async"])
 def test_an_episode_that_leads_elsewhere_is_refused_and_new_ones_can_begin(vectorization):
     """Whoever did not listen to `resumable`."""
-    streams = begun(CountsEpisodes, num_steps=24, vectorization=vectorization)
-    resumed = make_streams(CountsEpisodes, 2, vectorization=vectorization)
-    try:
+    make = functools.partial(make_streams, CountsEpisodes, 2, vectorization=vectorization)
+    with closing(make()) as streams, closing(make()) as resumed:
         assert BEYOND in streams.resumable
+        streams.reset(seed=0)
+        watch(streams, 24, seed=1)
         with pytest.raises(CannotReplay, match="environment 0: its last observation or a generator differed after 4"):
             resumed.restore(*streams.state())
         assert restart(resumed, seed=0, num_steps=28).shape == (2, 1)
         assert len(watch(resumed, 12, seed=1)) == 12
-    finally:
-        streams.close()
-        resumed.close()
 
 
 class Drifts(Walk):
@@ -355,19 +367,19 @@ class Told(Walk):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 3), st.integers(5, 90), st.lists(st.integers(0, 4), max_size=200), st.integers(0, 2**32))
-def test_the_actions_of_each_episode_are_kept_and_no_more(num_envs, max_steps, events, seed):
-    """Environment `event` ends with a step; a list for each says what must come out."""
+@given(st.integers(1, 3), st.integers(5, 90), st.integers(0, 150), st.integers(1, 99), st.integers(0, 2**32))
+def test_the_actions_of_each_episode_are_kept_and_no_more(num_envs, max_steps, num_steps, mean_length, seed):
+    """Environments end at random; a list for each says what must come out."""
     rng = np.random.default_rng(seed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(replay, "MAX_REPLAYED_STEPS", max_steps)
         streams = begun(lambda: Told(spaces.Box(-9, 9, (1,))), num_envs, num_steps=0)
         kept = [[] for _ in range(num_envs)]
-        for event in events:
+        for _ in range(num_steps):
             actions = rng.normal(size=(num_envs, 1)).astype(np.float32)
             for env, recorder in enumerate(streams.envs.envs):
-                recorder.unwrapped.ends = env == event
-                kept[env] = [] if env == event else [*kept[env], actions[env, 0]]
+                recorder.unwrapped.ends = rng.integers(mean_length) == 0
+                kept[env] = [] if recorder.unwrapped.ends else [*kept[env], actions[env, 0]]
             streams.step(actions)
         assert max(len(recorder.actions) for recorder in streams.envs.envs) <= 4 * (max_steps + 1)
         too_long = [env for env in range(num_envs) if len(kept[env]) > max_steps]
