@@ -118,9 +118,8 @@ class _State(_Saved):
 class Recorder(gym.Wrapper):
     """Records the episode in progress of one environment, and plays such a record again.
 
-    A reset without a seed draws from the environment's generator, as Gymnasium means it. Environments of
-    `_SEEDED_EACH_EPISODE` get a seed for each episode instead. With a seed the spaces, which Gymnasium leaves out, are
-    seeded too.
+    A reset without a seed draws from the environment's generator, as Gymnasium means it; environments of
+    `_SEEDED_EACH_EPISODE` get a seed instead. A seed is for the spaces too, which Gymnasium leaves out.
 
     Attributes:
         observation: the last one.
@@ -150,7 +149,7 @@ class Recorder(gym.Wrapper):
             self._root, self._number = seed, 0
             for space in self._own_spaces:
                 space.seed(seed)
-        self._states = [generator.state for generator in self._generators_of_reset()]
+        self._states = [generator.state for generator in self._generators(before_reset=True)]
         return self._begin(), {}
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
@@ -190,7 +189,7 @@ class Recorder(gym.Wrapper):
         try:
             if episode.number and not self._seeds_each:
                 self.env.reset(seed=episode.root)  # the environment makes its generators
-            generators = self._generators_of_reset()
+            generators = self._generators(before_reset=True)
             if len(generators) != len(self._states):
                 return f"it has {len(generators)} generators, expected {len(self._states)}", None
             for generator, state in zip(generators, self._states):
@@ -211,8 +210,7 @@ class Recorder(gym.Wrapper):
         digest = hashlib.sha256()
         for leaf in leaves(self.observation):
             digest.update(f"{leaf.dtype.str}{leaf.shape}".encode() + leaf.tobytes())
-        generators = [space.np_random.bit_generator for space in self._spaces] + self._own_generator()
-        digest.update(repr([generator.state for generator in generators]).encode())
+        digest.update(repr([generator.state for generator in self._generators()]).encode())
         return digest.hexdigest()
 
     def _begin(self) -> Any:
@@ -223,14 +221,14 @@ class Recorder(gym.Wrapper):
         self.observation = self.env.reset(seed=seed)[0]
         return self.observation
 
-    def _generators_of_reset(self) -> list[Any]:
-        """Those that a reset draws from. With a seed the environment's own is made anew."""
-        is_seeded = self._seeds_each or self._number == 0
-        return [space.np_random.bit_generator for space in self._spaces] + ([] if is_seeded else self._own_generator())
-
-    def _own_generator(self) -> list[Any]:
+    def _generators(self, *, before_reset: bool = False) -> list[Any]:
+        """Those of the spaces, and the environment's own unless the coming reset has a seed, which makes a new one."""
+        found = [space.np_random for space in self._spaces]
         own = getattr(self._core, "_np_random", None)  # the property would make one, seeded by the system
-        return [own.bit_generator] if isinstance(own, np.random.Generator) else []
+        is_kept = not before_reset or (self._number > 0 and not self._seeds_each)
+        if is_kept and isinstance(own, np.random.Generator):
+            found.append(own)
+        return [generator.bit_generator for generator in found]
 
 
 def layers_of(env: gym.Env) -> list[gym.Env]:
