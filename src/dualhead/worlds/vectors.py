@@ -52,8 +52,9 @@ class LeanSyncVectorEnv(SyncVectorEnv):
         in_bytes = action_bytes(self.envs[0].row, actions, self.num_envs)
         for i, (recorder, action, row) in enumerate(zip(self.envs, iterate(self.action_space, actions), in_bytes)):
             # As `Recorder.step` does, without the time that a call takes.
-            if len(recorder.actions) <= recorder.max_bytes:
-                recorder.actions += row
+            recorded = recorder.actions
+            if len(recorded) <= recorder.max_bytes:
+                recorded += row
             observation, reward, terminated, truncated, info = recorder.env.step(action)
             rewards.append(reward)
             terminations.append(terminated)
