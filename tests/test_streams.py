@@ -10,7 +10,7 @@ from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorWrapper
 from gymnasium.wrappers.vector import RecordEpisodeStatistics
 
-from dualhead.types import DataError
+from dualhead.errors import DataError
 from dualhead.worlds.registry import environment_ids
 from dualhead.worlds.replay_trial import legal_action
 from dualhead.worlds.streams import GymnasiumStreams, UnavailableEnvironment, make_env, make_streams

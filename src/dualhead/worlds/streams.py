@@ -18,9 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import dualhead.worlds.tasks  # noqa: F401  (registers dualhead/...)
-from dualhead.errors import UnavailableEnvironment
+from dualhead.errors import DataError, UnavailableEnvironment
 from dualhead.norms import NormEvents
-from dualhead.types import DataError
 from dualhead.worlds.replay import CannotReplay, as_actions, leaves, pack, unpack
 from dualhead.worlds.replay_trial import why_not_replayed
 from dualhead.worlds.vectors import LeanSyncVectorEnv, RecordedAsyncVectorEnv, episode_numbers, with_final_observations
