@@ -25,15 +25,13 @@ from dualhead.studies.commons_measures import closed_form, spans
 from dualhead.studies.config import StudyConfig
 from dualhead.studies.files import study_names
 from dualhead.studies.measures import (
-    Measured,
     chosen_measures,
     curves_among,
     measure,
-    measure_all,
     numbers,
     summarise,
 )
-from dualhead.studies.processes import OUTPUT, run_in_processes
+from dualhead.studies.processes import OUTPUT, run_all
 from dualhead.studies.study import plan, read_study, safe_name
 
 NAN = math.nan
@@ -172,9 +170,11 @@ def test_a_column_becomes_the_mean_of_the_last_tenth_and_a_time_the_median():
     }
     run = made_run(poles(), columns, steps_per_s=7.0)
     names = ["loss", "time/steps_per_s", "steps_per_s", "empty", "evaluation/mean_return", "nothing"]
-    assert measure_all(run, names).values == {"loss": 2.5, "time/steps_per_s": 10.0, "steps_per_s": 7.0}
+    assert measure(run, names).values == {"loss": 2.5, "time/steps_per_s": 10.0, "steps_per_s": 7.0}
     evaluated = run._replace(summary={"evaluation": {"mean_return": 3.0}})
-    assert measure(evaluated, "evaluation/mean_return") == 3.0  # the final one, not one on the way
+    assert measure(evaluated, ["evaluation/mean_return"]).values == {
+        "evaluation/mean_return": 3.0
+    }  # the final one, not one on the way
 
 
 def test_a_run_has_columns_and_the_numbers_of_its_summary(tmp_path):
@@ -234,7 +234,7 @@ def measured():
         if of_group is not None:
             evaluation = {"evaluation": {"mean_return": of_group[run.config.seed]}}
             runs[i] = run._replace(summary=run.summary | evaluation)
-    return study, [measure_all(run, study.measures) for run in runs]
+    return study, [measure(run, study.measures) for run in runs]
 
 
 def test_the_summary_has_a_row_per_environment_condition_and_measure(measured):
@@ -265,8 +265,8 @@ def test_tables_show_a_measure_each_and_every_seed(measured, capsys):
 
 
 def test_files_have_every_seed_and_curves_that_are_thinned(tmp_path, measured):
-    _, runs = measured
-    tables.write_csv(tmp_path / "runs.csv", *tables.every_seed(runs))
+    study, runs = measured
+    tables.write_csv(tmp_path / "runs.csv", tables.every_seed(runs))
     rows = cells(tmp_path / "runs.csv")
     assert len(rows) == 12
     assert rows[1] == {
@@ -278,7 +278,7 @@ def test_files_have_every_seed_and_curves_that_are_thinned(tmp_path, measured):
         "evaluation/mean_return": "102.0",
         "loss": "474.5",  # of updates 450 to 499
     }
-    tables.write_csv(tmp_path / "results.csv", *tables.results([run for run, _ in runs], ["loss"]))
+    tables.write_csv(tmp_path / "results.csv", tables.results(study, [run for run, _ in runs], ["loss"]))
     rows = cells(tmp_path / "results.csv")
     assert len(rows) == 12 * 167  # every third of 500, and the last one among them
     assert rows[0] == {"environment": "CartPole-v1", "condition": "lstm", "seed": "0", "steps": "200", "loss": "1.0"}
@@ -363,7 +363,7 @@ def test_studies_that_cannot_be_read(tmp_path, capsys):
     with pytest.raises(RunError, match="cannot read the study"):
         read_study(str(tmp_path))
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(RunError, match="is no TOML file"):
+    with pytest.raises(RunError, match="cannot read the study"):
         read_study(str(tmp_path / "binary.toml"))
     assert main(["study", "nowhere.toml"]) == 1
     assert "error: no study 'nowhere.toml'" in capsys.readouterr().err
@@ -520,7 +520,7 @@ def test_a_run_of_a_study_is_the_run_by_itself(tmp_path):
     study = read_study(str(tiny_file(tmp_path)))
     alone, config = study.run("norms", 1, str(tmp_path / "alone")), study.run("norms", 1, str(tmp_path / "run"))
     train(alone, show_progress=False)
-    assert [problem for _, problem, _ in run_in_processes({"one": config}, jobs=1)] == [None]
+    assert [problem for _, problem, _ in run_all({"one": config}, jobs=1)] == [None]
     assert timeless(tmp_path / "run") == timeless(tmp_path / "alone")
 
 
@@ -566,7 +566,7 @@ def test_a_failed_run_is_named_and_the_others_finish(tmp_path, capsys):
     captured = capsys.readouterr()
     assert "plain seed 1 failed after" in captured.out
     assert captured.out.count(" done in ") == 3
-    assert "1 of 4 runs are missing; the same command goes on with them\n  plain seed 1: cannot write" in captured.err
+    assert "1 of 4 runs failed; the same command repeats them\n  plain seed 1: cannot write" in captured.err
     assert not (out / "summary.csv").exists()
     (out / "plain" / "seed1").unlink()
     assert main(["study", str(path), "--out", str(out)]) == 0
@@ -727,7 +727,7 @@ def test_stopping_a_study_stops_its_runs_and_the_next_call_goes_on(tmp_path, how
     assert checkpoints(first)[0].name == f"step-{summary['steps']:012d}.safetensors"
     if how == "ctrl-c":
         assert process.returncode == 130
-        assert "0 of 4 runs are finished; the same command goes on" in errors
+        assert "0 of 4 runs are finished; the same command continues the study" in errors
         assert "Traceback" not in errors
     # The next call goes on with it: shown on the run alone, for the study has minutes to go.
     process = begin_study(path, out)
@@ -747,7 +747,7 @@ def test_a_killed_worker_is_named_and_the_next_call_goes_on(tmp_path):
     configs = {seed: study.run("plain", seed, str(out / str(seed))) for seed in (0, 1)}
     configs[1] = configs[1].model_copy(update={"total_steps": 60})
     outcomes = {}
-    for key, problem, _ in run_in_processes(configs, jobs=2):
+    for key, problem, _ in run_all(configs, jobs=2):
         outcomes[key] = problem
         if key == 1:
             wait_until(lambda: rows_of(out / "0") > 3)
@@ -773,7 +773,7 @@ def test_a_long_complaint_does_not_block_the_process_that_has_it(tmp_path):
     before = signal.signal(signal.SIGALRM, too_late)
     signal.alarm(40)
     try:
-        ((_, problem, _),) = run_in_processes({"one": config}, jobs=1)
+        ((_, problem, _),) = run_all({"one": config}, jobs=1)
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
@@ -786,7 +786,7 @@ def test_workers_have_one_thread_and_at_most_jobs_run_at_once(tmp_path):
     study = read_study(str(endless(tmp_path)))
     configs = {seed: study.run("plain", seed, str(tmp_path / str(seed))) for seed in (0, 1, 2)}
     configs[0] = configs[0].model_copy(update={"total_steps": 60})
-    outcomes = run_in_processes(configs, jobs=2)
+    outcomes = run_all(configs, jobs=2)
     assert next(outcomes)[:2] == (0, None)
     wait_until(lambda: rows_of(tmp_path / "1") > 3)
     pid = int((tmp_path / "1" / ".lock").read_text().split()[1])
@@ -809,13 +809,13 @@ def test_rolling_means_leave_out_what_is_not_there():
 def test_curves_and_final_values_have_axes_for_each_environment(measured):
     study, runs = measured
     blue, red = figures.COLOURS[:2]
-    curves = figures._curves(study, runs, "loss")
+    curves = figures.curves(study, [run for run, _ in runs], "loss")
     assert [axes.get_title(loc="left") for axes in curves.axes] == list(POLES)
     for axes in curves.axes:
         assert [line.get_color() for line in axes.lines] == [blue, red]
         # Means over two of 500 updates: the first is of losses 0 and 1, at 200 steps.
         assert np.stack(axes.lines[0].get_data(), 1)[[0, -1]].tolist() == [[200, 0.5], [50_000, 498.5]]
-    final = figures._final(study, runs, "evaluation/mean_return")
+    final = figures.final(study, runs, "evaluation/mean_return")
     assert [len(axes.collections) for axes in final.axes] == [2, 1]  # `none` has no return in the second
     assert sorted(final.axes[1].collections[0].get_offsets()[:, 1]) == [0.25, 0.5, 0.75]
     low, high = final.axes[1].lines[0].get_ydata()
@@ -829,7 +829,7 @@ def test_bands_are_from_the_lowest_to_the_highest_seed_on_a_conditions_own_steps
     study = poles(environments=POLES[:1])
     runs = [made_run(study, {"r": [NAN, 2.0, 4.0]}), made_run(study, {"r": [1.0, 4.0, 8.0]}, seed=1)]
     runs += [made_run(study, {"r": [5.0] * 9}, "none", seed) for seed in (0, 1)]
-    (axes,) = figures._curves(study, [Measured(run, {}) for run in runs], "r").axes
+    (axes,) = figures.curves(study, runs, "r").axes
     assert np.stack(axes.lines[0].get_data(), 1).tolist() == [[200, 3.0], [300, 6.0]]
     assert len(axes.lines[1].get_xdata()) == 9
     edges = {tuple(point) for point in axes.collections[0].get_paths()[0].vertices.tolist()}
@@ -841,7 +841,7 @@ def test_an_environment_without_values_says_so(measured, tmp_path):
     (tmp_path / "figures").mkdir()
     paths = figures.draw_figures(study, runs, ["nothing"], tmp_path / "figures")
     assert [path.name for path in paths] == ["curves.png", "final.png"]
-    figure = figures._final(study, runs, "nothing")
+    figure = figures.final(study, runs, "nothing")
     assert [[text.get_text() for text in axes.texts] for axes in figure.axes] == [["no values"]] * 2
 
 

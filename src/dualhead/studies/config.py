@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import string
+import re
 from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
@@ -10,8 +10,6 @@ from pydantic import Field, field_validator, model_validator
 from dualhead.config import Config, NonNegativeInt, merged
 from dualhead.running.config import RunConfig
 from dualhead.worlds.commons.config import COMMONS
-
-_NAME_CHARACTERS = string.ascii_letters + string.digits + "-_"
 
 
 class StudyConfig(Config):
@@ -92,7 +90,7 @@ class StudyConfig(Config):
             if len(set(values)) < len(values):
                 raise ValueError(f"{name}: expected different ones, got {values}")
         for name in self.conditions:
-            if not name or not set(name) <= set(_NAME_CHARACTERS):
+            if not re.fullmatch("[A-Za-z0-9_-]+", name):
                 raise ValueError(f"conditions: expected names of letters, digits, '-' and '_', got {name!r}")
             configs = [self.run(name, 0, "", env=env) for env in self.worlds]
             rules = configs[0].world
