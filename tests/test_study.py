@@ -28,7 +28,7 @@ from dualhead.studies.measures import (
     chosen_measures,
     curves_among,
     measure,
-    numbers,
+    measures_of,
     summarise,
 )
 from dualhead.studies.processes import OUTPUT, run_all
@@ -62,23 +62,22 @@ def cells(path):
 
 def test_a_plan_has_every_environment_condition_and_seed():
     planned = plan(poles(), Path("out"))
-    assert {label: run.config.run_dir for label, run in planned.items()} == {
+    assert {label: config.run_dir for label, config in planned.items()} == {
         f"{env} {condition} seed {seed}": f"out/{folder}/{condition}/seed{seed}"
         for env, folder in zip(POLES, ("CartPole-v1", "dualhead-CartPoleNoVel-v1"))
         for condition in ("lstm", "none")
         for seed in (0, 1)
     }
-    for label, (condition, config) in planned.items():
-        assert label == f"{config.env} {condition} seed {config.seed}"
-        assert config.network.memory == condition
+    for label, config in planned.items():
+        assert label == f"{config.env} {config.network.memory} seed {config.seed}"
         assert (config.num_threads, config.eval_episodes) == (1, RunConfig(env="X").eval_episodes)
 
 
 def test_a_study_of_the_commons_is_planned_as_ever():
     planned = plan(read_study("norms"), Path("out"))
     assert len(planned) == 4 * 5
-    condition, config = planned["weak-norms seed 3"]
-    assert (condition, config.run_dir) == ("weak-norms", "out/weak-norms/seed3")
+    config = planned["weak-norms seed 3"]
+    assert config.run_dir == "out/weak-norms/seed3"
     assert (config.env, config.seed, config.num_threads, config.eval_episodes) == ("commons", 3, 1, 0)
     assert (config.total_steps, config.norms.intrinsic_scale, config.norms.decay_rate) == (256_000, -0.5, 0.999)
 
@@ -121,7 +120,7 @@ def test_tuned_settings_lie_below_those_of_the_study():
 def test_the_studies_of_tuned_tasks_train_as_the_command_line_does():
     """`learning` and `recall_cue` differ from `dualhead train` in what their conditions say, and in threads."""
     for name in ("learning", "recall_cue"):
-        for _, config in plan(read_study(name), Path("out")).values():
+        for config in plan(read_study(name), Path("out")).values():
             changed = {"memory": config.network.memory, "sequence_length": config.ppo.sequence_length}
             tuned = preset_settings("tuned", config.env)
             network = tuned["network"] | {"memory": changed["memory"]}
@@ -129,7 +128,7 @@ def test_the_studies_of_tuned_tasks_train_as_the_command_line_does():
             given = {"env": config.env, "seed": config.seed, "run_dir": config.run_dir, "num_threads": 1}
             given["preset"] = "tuned"
             assert config == RunConfig(**tuned | given | {"network": network, "ppo": ppo})
-    recall = {label.partition(" ")[0]: run.config for label, run in plan(read_study("recall_cue"), Path("x")).items()}
+    recall = {label.partition(" ")[0]: config for label, config in plan(read_study("recall_cue"), Path("x")).items()}
     assert {name: (config.network.memory, config.ppo.sequence_length) for name, config in recall.items()} == {
         "lstm-segments-of-32": ("lstm", 32),
         "gru-segments-of-32": ("gru", 32),
@@ -185,7 +184,7 @@ def test_a_run_has_columns_and_the_numbers_of_its_summary(tmp_path):
     (tmp_path / "config.json").write_text(config.model_dump_json())
     run = read_run(tmp_path, condition="lstm")
     assert (run.config, run.condition) == (config, "lstm")
-    assert numbers(run) == {"steps": 160, "seconds": 2.5, "evaluation/mean_return": 9.0}
+    assert measures_of(run) == {"steps": 160, "seconds": 2.5, "evaluation/mean_return": 9.0, "loss": 0.5, "late": 2.0}
     np.testing.assert_array_equal(run.column("late"), [NAN, 2.0])
     assert run.steps.tolist() == [80, 160]
     assert run.turns.tolist() == [10, 20]  # of eight environments
@@ -388,13 +387,13 @@ def test_the_studies_that_come_with_the_package():
     planned = {name: plan(read_study(name), Path("out")) for name in study_names()}
     assert {*of_the_commons, "learning", "recall_cue", "untouched", "development", "confirmation"} <= planned.keys()
     development, confirmation = (
-        {run.config.env for run in planned[name].values()} for name in ("development", "confirmation")
+        {config.env for config in planned[name].values()} for name in ("development", "confirmation")
     )
     assert not development & confirmation
     assert len(development) >= 8
     assert len(confirmation) >= 4
     # What is compared with sb3-contrib comes from both sets.
-    compared = {run.config.env for run in planned["untouched"].values()}
+    compared = {config.env for config in planned["untouched"].values()}
     assert compared <= development | confirmation
     assert compared & development
     assert compared & confirmation

@@ -39,7 +39,6 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#0
 """Okabe and Ito's palette, which colour-blind people can tell apart."""
 STYLES: dict[str, Any] = {"newcomers": ":", "incumbents": "--"}
 GREY, DARK_GREY = "#888888", "#444444"
-BAND = "mean and range of {} seeds"
 NUM_MEANS = 100
 """A line of more than twice as many updates is drawn through means over stretches of it."""
 
@@ -95,7 +94,8 @@ def curves(study: StudyConfig, runs: list[Run], name: str) -> Figure:
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 500k, 1M
         axes.set_xlabel("environment steps", fontsize=8)
 
-    return _figure_of_environments(study, name, draw)
+    figure = _figure_of_environments(study, draw)
+    return _finish(figure, study, runs, name)
 
 
 def final(study: StudyConfig, measured: list[Measured], name: str) -> Figure:
@@ -106,12 +106,11 @@ def final(study: StudyConfig, measured: list[Measured], name: str) -> Figure:
         _dots(axes, study, [(run.condition, values[name]) for run, values in of_env])
         axes.set_xticks([])
 
-    return _figure_of_environments(study, name, draw, seeds="{} seeds, beside them mean and 95% interval")
+    figure = _figure_of_environments(study, draw)
+    return _finish(figure, study, [], name, seeds="{} seeds, beside them mean and 95% interval")
 
 
-def _figure_of_environments(
-    study: StudyConfig, name: str, draw: Callable[[str, Any], None], *, seeds: str = BAND
-) -> Figure:
+def _figure_of_environments(study: StudyConfig, draw: Callable[[str, Any], None]) -> Figure:
     many = len(study.worlds)
     across = many if many <= 3 else math.ceil(math.sqrt(many))
     size = (7.0, 4.2) if many == 1 else (3.3 * across, 0.9 + 2.3 * math.ceil(many / across))
@@ -123,7 +122,7 @@ def _figure_of_environments(
         draw(env, axes)
         if not axes.has_data():
             axes.text(0.5, 0.5, "no values", transform=axes.transAxes, ha="center", va="center", color=GREY)
-    return _finish(figure, study, name, seeds=seeds)
+    return figure
 
 
 def overview(study: StudyConfig, runs: list[Run]) -> Figure:
@@ -152,21 +151,25 @@ def overview(study: StudyConfig, runs: list[Run]) -> Figure:
         grid[0, 1].set_xticks(range(len(names)), names, rotation=30 if sum(map(len, names)) > 40 else 0)
         grid[0, 1].set_title("second half of each run: seeds, mean, 95% interval", fontsize=10)
     subject = "what is earned" if repeat else f"how often {study.harmful} is taken"
-    return _finish_of_commons(figure, study, runs, subject, marks)
+    return _finish(figure, study, runs, subject, marks=marks)
 
 
 def details(study: StudyConfig, runs: list[Run]) -> Figure:
     """What explains the overview: level, votes, norm strength, guilt, reward. What is constant is left out."""
-    panels = [panel for panel in _panels(study) if _varies(study, panel, runs)]
-    if all(phase.mode != "voted" for run in runs for phase in rules(run.config).phases):
-        panels = [panel for panel in panels if not panel.title.startswith("votes")]  # votes have no effect
+    votes_count = any(phase.mode == "voted" for run in runs for phase in rules(run.config).phases)
+    panels = []
+    for panel in _panels(study):
+        values = np.concatenate([rolling_mean(panel.values(run, ""), _window(study, runs)) for run in runs])
+        values = values[~np.isnan(values)]
+        if len(values) and np.ptp(values) > 1e-9 and (votes_count or not panel.title.startswith("votes")):
+            panels.append(panel)
     panels = panels or _panels(study)[:1]
     figure, grid = _grid(len(panels), 2, (11, 1 + 2.6 * math.ceil(len(panels) / 2)))
     for axes, panel in zip(grid, panels):
         _draw(axes, study, runs, panel)
         axes.set_title(panel.title, fontsize=10, loc="left")
         axes.set_xlabel("turn")
-    return _finish_of_commons(figure, study, runs)
+    return _finish(figure, study, runs)
 
 
 def _panels(study: StudyConfig) -> list[Panel]:
@@ -193,12 +196,6 @@ def _panels(study: StudyConfig) -> list[Panel]:
     guilt = Panel("guilt per agent and turn", column("rollout/guilt"))
     reward = Panel("task reward per agent and turn", column("rollout/task_reward"))
     return [shares, level, votes, strengths, guilt, reward]
-
-
-def _varies(study: StudyConfig, panel: Panel, runs: list[Run]) -> bool:
-    values = np.concatenate([rolling_mean(panel.values(run, ""), _window(study, runs)) for run in runs])
-    values = values[~np.isnan(values)]
-    return len(values) > 0 and bool(np.ptp(values) > 1e-9)
 
 
 def _draw(axes: Any, study: StudyConfig, runs: list[Run], panel: Panel) -> None:
@@ -262,19 +259,6 @@ def _mark_closed_form(axes: Any, study: StudyConfig, runs: list[Run]) -> list[Li
     return [Line2D([], [], color=DARK_GREY, marker="v", linewidth=0.8, label=label)] if found else []
 
 
-def _finish_of_commons(
-    figure: Figure, study: StudyConfig, runs: list[Run], subject: str = "", marks: Sequence[Line2D] = ()
-) -> Figure:
-    styles = STYLES if any(_newcomers(run).any() for run in runs) else {}
-    groups = [Line2D([], [], color=DARK_GREY, linestyle=style, label=f"{name} only") for name, style in styles.items()]
-    more, window = "", _window(study, runs)
-    if window > 1:
-        more += f", rolling means over {window * runs[0].config.ppo.rollout_length} turns"
-    if len(_common_spans(runs)) > 1 and any(span.punishes for span in _common_spans(runs)):
-        more += "; grey: with punishment"
-    return _finish(figure, study, subject, more=more, entries=[*groups, *marks])
-
-
 def _common_spans(runs: list[Run]) -> list[Span]:
     """The phases that all runs have in common; none where they differ or repeat."""
     found = spans(runs[0].config)
@@ -304,28 +288,30 @@ def _grid(many: int, across: int, size: tuple[float, float]) -> tuple[Figure, li
 def _finish(
     figure: Figure,
     study: StudyConfig,
-    subject: str,
+    runs: list[Run],
+    subject: str = "",
     *,
-    seeds: str = BAND,
-    more: str = "",
-    entries: Sequence[Line2D] = (),
+    seeds: str = "mean and range of {} seeds",
+    marks: Sequence[Line2D] = (),
 ) -> Figure:
     """Adds the title, and below all axes a legend in as many columns as its entries have room for."""
     figure.suptitle(": ".join(filter(None, (study.title, subject))), fontsize=12)
-    conditions = [Line2D([], [], color=colour, label=name) for name, colour in _colours(study).items()]
-    entries = [*conditions, *entries]
+    entries = [Line2D([], [], color=colour, label=name) for name, colour in _colours(study).items()]
+    title = seeds.format(len(study.seeds)) if len(study.seeds) > 1 else "one seed"
+    if study.is_of_the_commons:
+        if any(_newcomers(run).any() for run in runs):
+            entries += [Line2D([], [], color=DARK_GREY, linestyle=STYLES[of], label=f"{of} only") for of in STYLES]
+        window = _window(study, runs)
+        if window > 1:
+            title += f", rolling means over {window * runs[0].config.ppo.rollout_length} turns"
+        common = _common_spans(runs)
+        if len(common) > 1 and any(span.punishes for span in common):
+            title += "; grey: with punishment"
+    entries += marks
     # A letter takes about a ninth of an inch, and a line with its gaps as much as eight letters.
     fits = sum(len(str(entry.get_label())) + 8 for entry in entries) < 9 * figure.get_figwidth()
-    many = len(study.seeds)
-    figure.legend(
-        handles=entries,
-        title=(seeds.format(many) if many > 1 else "one seed") + more,
-        title_fontsize=9,
-        loc="outside lower center",
-        ncols=len(entries) if fits else 3,
-        frameon=False,
-        fontsize=9,
-    )
+    place: Any = {"loc": "outside lower center", "ncols": len(entries) if fits else 3}
+    figure.legend(handles=entries, title=title, fontsize=9, title_fontsize=9, frameon=False, **place)
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
     return figure

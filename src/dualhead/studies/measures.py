@@ -26,41 +26,38 @@ class Measured(NamedTuple):
     values: dict[str, float]
 
 
-def numbers(run: Run) -> dict[str, float]:
-    """Numbers of a run's summary.json by name; those of the final evaluation begin with `evaluation/`."""
-    evaluation = {f"evaluation/{name}": value for name, value in run.summary.get("evaluation", {}).items()}
-    # The seed is a setting, not an outcome.
-    return {
-        name: float(value)
-        for name, value in (run.summary | evaluation).items()
-        if type(value) in (int, float) and name != "seed"
-    }
-
-
 def curves(run: Run) -> set[str]:
     """Columns that can be a measure. Evaluations during training cannot: the final evaluation has their names."""
     return {name for name in run.metrics.columns if not name.startswith("evaluation/")}
 
 
-def measure(run: Run, names: Iterable[str]) -> Measured:
-    """A run with the measures of these names, as docs/studies.md defines them.
+def measures_of(run: Run) -> dict[str, float]:
+    """All that a run can be measured by, as docs/studies.md defines it; NaN where a column is empty.
 
-    A number of summary.json is taken as it is. A column of metrics.csv becomes its mean over the last tenth of the
-    run's updates, a `time/...` column its median over all updates.
+    A number of summary.json is taken as it is; those of the final evaluation are `evaluation/...`. A column of
+    metrics.csv becomes its mean over the last tenth of the run's updates, a `time/...` column its median over all.
     """
-    found = numbers(run)
+    evaluation = {f"evaluation/{name}": value for name, value in run.summary.get("evaluation", {}).items()}
+    found = {name: float(value) for name, value in (run.summary | evaluation).items() if type(value) in (int, float)}
+    found.pop("seed", None)  # a setting
     for name in curves(run) - found.keys():
         column = run.column(name)
-        if not name.startswith("time/"):
-            found[name] = mean_of_known(column[-math.ceil(LAST_PART * len(column)) :])
-        elif not np.isnan(column).all():
-            found[name] = float(np.nanmedian(column))
+        last = column[-math.ceil(LAST_PART * len(column)) :]
+        over, values = (np.median, column) if name.startswith("time/") else (np.mean, last)
+        values = values[~np.isnan(values)]
+        found[name] = float(over(values)) if len(values) else math.nan
+    return found
+
+
+def measure(run: Run, names: Iterable[str]) -> Measured:
+    """A run with the measures of these names."""
+    found = measures_of(run)
     return Measured(run, {name: found[name] for name in names if not math.isnan(found.get(name, math.nan))})
 
 
 def unknown_measures(names: Iterable[str], runs: list[Run]) -> list[str]:
     """A line for each measure that no run has, with the nearest names that runs have."""
-    known = {name: None for run in runs for name in sorted(curves(run) | numbers(run).keys())}
+    known = {name: None for run in runs for name in sorted(measures_of(run))}
     return [
         f"{name!r} is no measure of these runs; the nearest: "
         + ", ".join(difflib.get_close_matches(name, known, n=3, cutoff=0.0))

@@ -67,7 +67,7 @@ def run_all(tasks: Mapping[str, RunConfig], *, jobs: int) -> Generator[tuple[str
                 multiprocessing.connection.wait([worker.process.sentinel for worker in running.values()], timeout=1.0)
                 for name, worker in list(running.items()):
                     if not progress.disable:
-                        steps[name] = min(last_steps(_folder(tasks[name]) / "metrics.csv"), tasks[name].total_steps)
+                        steps[name] = min(last_steps(folder_of(tasks[name]) / "metrics.csv"), tasks[name].total_steps)
                         progress.update(worker.bar, completed=steps[name])
                         progress.update(together, completed=sum(steps.values()))
                     if not worker.process.is_alive():
@@ -77,7 +77,8 @@ def run_all(tasks: Mapping[str, RunConfig], *, jobs: int) -> Generator[tuple[str
             _stop([worker.process for worker in running.values()])
 
 
-def _folder(config: RunConfig) -> Path:
+def folder_of(config: RunConfig) -> Path:
+    """The run directory of a study's run."""
     assert config.run_dir is not None
     return Path(config.run_dir)
 
@@ -155,7 +156,7 @@ def _end_with_parent() -> None:
 def _train(config: RunConfig) -> str | None:
     from dualhead.running.trainer import resume, train
 
-    folder = _folder(config)
+    folder = folder_of(config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / OUTPUT).open("a") as file:

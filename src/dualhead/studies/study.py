@@ -21,7 +21,6 @@ import sys
 import warnings
 from contextlib import closing, suppress
 from pathlib import Path
-from typing import NamedTuple
 
 from dualhead.running.checkpoint import RunError, read_config, read_json, write_json
 from dualhead.running.config import RunConfig
@@ -32,7 +31,7 @@ from dualhead.studies.commons_measures import measure_commons
 from dualhead.studies.config import StudyConfig
 from dualhead.studies.files import study_text
 from dualhead.studies.measures import chosen_measures, measure, summarise, unknown_measures
-from dualhead.studies.processes import run_all
+from dualhead.studies.processes import folder_of, run_all
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -41,13 +40,6 @@ else:
 
 PACKAGES = ("dualhead", "torch", "numpy", "gymnasium", "popgym", "minigrid")
 """Whose versions a study writes down, where they are installed."""
-
-
-class Planned(NamedTuple):
-    """A run of a study: its condition and its settings."""
-
-    condition: str
-    config: RunConfig
 
 
 def read_study(name: str) -> StudyConfig:
@@ -83,7 +75,7 @@ def run_study(name: str, *, out: str | None = None, jobs: int | None = None) -> 
         raise RunError(f"jobs: expected at least 1, got {jobs}")
     folder = Path(out) if out is not None else Path("runs") / f"study-{Path(name).stem}"
     planned = plan(study, folder)
-    missing = {label: run.config for label, run in planned.items() if not _is_finished(run)}
+    missing = {label: config for label, config in planned.items() if not _is_finished(config)}
     if importlib.util.find_spec("matplotlib") is None:
         warnings.warn("there will be tables only: figures need pip install -e '.[plot]' in the checkout", stacklevel=2)
     try:
@@ -93,14 +85,14 @@ def run_study(name: str, *, out: str | None = None, jobs: int | None = None) -> 
     write_json(folder / "study.json", study.model_dump())
     if missing:
         _write_versions(folder / "versions.json", shlex.join(["dualhead", "study", name]))
-    threads = max(run.config.num_threads or 1 for run in planned.values())
+    threads = max(config.num_threads or 1 for config in planned.values())
     _run_missing(study, planned, missing, jobs or max(1, num_cores() // threads))
     for path in _write_outcome(study, planned, folder):
         print(f"figure: {path}")
     return folder
 
 
-def plan(study: StudyConfig, folder: Path) -> dict[str, Planned]:
+def plan(study: StudyConfig, folder: Path) -> dict[str, RunConfig]:
     """All runs of a study, by their names on the terminal.
 
     Args:
@@ -110,7 +102,7 @@ def plan(study: StudyConfig, folder: Path) -> dict[str, Planned]:
     Raises:
         RunError: two environments would share a folder.
     """
-    planned: dict[str, Planned] = {}
+    planned = {}
     places = {env: folder / safe_name(env) if study.environments else folder for env in study.worlds}
     if len(set(places.values())) < len(places):
         raise RunError(f"environments: two of {', '.join(places)} would have the same folder; rename one")
@@ -119,7 +111,7 @@ def plan(study: StudyConfig, folder: Path) -> dict[str, Planned]:
             for seed in study.seeds:
                 label = f"{condition} seed {seed}"
                 config = study.run(condition, seed, str(place / condition / f"seed{seed}"), env=env)
-                planned[f"{env} {label}" if study.environments else label] = Planned(condition, config)
+                planned[f"{env} {label}" if study.environments else label] = config
     return planned
 
 
@@ -143,7 +135,7 @@ def _write_versions(path: Path, command: str) -> None:
         write_json(path, {"runs_were_made_with": [*before, found]})
 
 
-def _run_missing(study: StudyConfig, planned: dict[str, Planned], missing: dict[str, RunConfig], jobs: int) -> None:
+def _run_missing(study: StudyConfig, planned: dict[str, RunConfig], missing: dict[str, RunConfig], jobs: int) -> None:
     """Runs what is missing, with a line as each run ends.
 
     Raises:
@@ -177,17 +169,17 @@ def _run_missing(study: StudyConfig, planned: dict[str, Planned], missing: dict[
         )
 
 
-def _is_finished(run: Planned) -> bool:
+def _is_finished(config: RunConfig) -> bool:
     """Whether a run is there and complete.
 
     Raises:
         RunError: a run with other settings is there.
     """
-    folder = Path(str(run.config.run_dir))
+    folder = folder_of(config)
     if not (folder / "config.json").exists():
         return False
     found = read_config(folder).model_dump(exclude={"run_dir"})  # a study may be moved
-    settings = run.config.model_dump(exclude={"run_dir"})
+    settings = config.model_dump(exclude={"run_dir"})
     if found != settings:
         names = ", ".join(name for name in settings if found[name] != settings[name])
         raise RunError(
@@ -198,13 +190,13 @@ def _is_finished(run: Planned) -> bool:
     return summary is not None and summary.get("stopped_early") is False
 
 
-def _write_outcome(study: StudyConfig, planned: dict[str, Planned], folder: Path) -> list[Path]:
+def _write_outcome(study: StudyConfig, planned: dict[str, RunConfig], folder: Path) -> list[Path]:
     """Writes and prints the tables, and draws the figures; the paths of these.
 
     Raises:
         RunError: a run cannot be read, no run has one of the measures, or something cannot be written.
     """
-    runs = [_read(run) for run in planned.values()]
+    runs = [_read(config) for config in planned.values()]
     commons = study.is_of_the_commons
     names = () if commons else chosen_measures(study, runs)
     measured = [measure_commons(study, run) if commons else measure(run, names) for run in runs]
@@ -224,13 +216,14 @@ def _write_outcome(study: StudyConfig, planned: dict[str, Planned], folder: Path
     return draw_figures(study, measured, names, folder)
 
 
-def _read(run: Planned) -> Run:
+def _read(config: RunConfig) -> Run:
     """A finished run.
 
     Raises:
         RunError: its files cannot be read.
     """
+    path = folder_of(config)
     try:
-        return read_run(Path(str(run.config.run_dir)), condition=run.condition)
+        return read_run(path, condition=path.parent.name)
     except RunError as error:
         raise RunError(f"{error}; remove this run, and the same command repeats it") from error

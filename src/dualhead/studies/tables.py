@@ -22,7 +22,7 @@ from dualhead.running.results import Run
 from dualhead.storage import write_bytes
 from dualhead.studies.commons_measures import GROUPS, share, spans
 from dualhead.studies.config import StudyConfig
-from dualhead.studies.measures import LAST_PART, Measured, curves_among, numbers
+from dualhead.studies.measures import LAST_PART, Measured, curves_among
 
 Row = dict[str, Any]
 
@@ -75,7 +75,7 @@ def results(study: StudyConfig, runs: list[Run], names: Sequence[str]) -> list[R
 
 def every_seed(measured: list[Measured]) -> list[Row]:
     """A row per run with its measures."""
-    return [_key(run, -1) | {"seconds": numbers(run).get("seconds", math.nan)} | values for run, values in measured]
+    return [_key(run, -1) | {"seconds": run.summary.get("seconds", math.nan)} | values for run, values in measured]
 
 
 def _key(run: Run, update: int) -> Row:
