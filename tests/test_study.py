@@ -1,6 +1,7 @@
 """Studies: the plan, measures against numbers by hand, tables, figures; the file; runs that are stopped and go on."""
 
 import csv
+import itertools
 import json
 import math
 import os
@@ -44,12 +45,12 @@ def poles(**more):
     return StudyConfig(**{"environments": POLES, "conditions": conditions, "seeds": (0, 1)} | more)
 
 
-def made_run(study, columns, condition="lstm", seed=0, env=POLES[0], **numbers):
+def made_run(study, columns, condition="lstm", seed=0, env=POLES[0], **summary):
     """A run of updates of 100 steps."""
     columns = {name: np.array(values, dtype=float) for name, values in columns.items()}
     steps = 100 * np.arange(1, 1 + len(next(iter(columns.values()))))
     config = study.run(condition, seed, "nowhere", env=env)
-    return Run(Path("nowhere"), config, Table(steps, columns), Table(steps[:0], {}), numbers, condition)
+    return Run(Path("nowhere"), config, Table(steps, columns), Table(steps[:0], {}), summary, condition)
 
 
 def cells(path):
@@ -71,9 +72,11 @@ def test_a_plan_has_every_environment_condition_and_seed():
     for label, config in planned.items():
         assert label == f"{config.env} {config.network.memory} seed {config.seed}"
         assert (config.num_threads, config.eval_episodes) == (1, RunConfig(env="X").eval_episodes)
+    with pytest.raises(RunError, match="environments: two of a/b, a:b would have the same folder"):
+        plan(poles(environments=("a/b", "a:b")), Path("out"))
 
 
-def test_a_study_of_the_commons_is_planned_as_ever():
+def test_a_plan_of_the_commons_has_no_folder_for_its_environment():
     planned = plan(read_study("norms"), Path("out"))
     assert len(planned) == 4 * 5
     config = planned["weak-norms seed 3"]
@@ -83,25 +86,30 @@ def test_a_study_of_the_commons_is_planned_as_ever():
 
 
 def test_settings_of_a_condition_win_over_those_of_its_environment_and_these_over_base():
+    ppo = [{"gamma": gamma, "gae_lambda": gamma, "clip_coef": gamma} for gamma in (0.5, 0.6)]
+    del ppo[1]["clip_coef"]
     study = poles(
-        base={
-            "preset": "spec",
-            "total_steps": 5000,
-            "num_envs": 2,
-            "ppo": {"gamma": 0.5, "gae_lambda": 0.5, "clip_coef": 0.5},
-        },
-        environments={POLES[0]: {}, POLES[1]: {"total_steps": 6000, "ppo": {"gamma": 0.6, "gae_lambda": 0.6}}},
+        base={"preset": "spec", "total_steps": 5000, "num_envs": 2, "ppo": ppo[0]},
+        environments={POLES[0]: {}, POLES[1]: {"total_steps": 6000, "ppo": ppo[1]}},
         conditions={"plain": {}, "other": {"ppo": {"gamma": 0.7}}},
     )
-    found = {
-        (env, condition): study.run(condition, 0, "", env=env) for env in POLES for condition in ("plain", "other")
-    }
-    assert {key: (c.total_steps, c.ppo.gamma, c.ppo.gae_lambda, c.ppo.clip_coef) for key, c in found.items()} == {
-        (POLES[0], "plain"): (5000, 0.5, 0.5, 0.5),
-        (POLES[0], "other"): (5000, 0.7, 0.5, 0.5),
-        (POLES[1], "plain"): (6000, 0.6, 0.6, 0.5),
-        (POLES[1], "other"): (6000, 0.7, 0.6, 0.5),
-    }
+    for env, condition, expected in (
+        (POLES[0], "plain", (5000, 0.5, 0.5, 0.5)),
+        (POLES[0], "other", (5000, 0.7, 0.5, 0.5)),
+        (POLES[1], "plain", (6000, 0.6, 0.6, 0.5)),
+        (POLES[1], "other", (6000, 0.7, 0.6, 0.5)),
+    ):
+        config = study.run(condition, 0, "", env=env)
+        assert (config.total_steps, config.ppo.gamma, config.ppo.gae_lambda, config.ppo.clip_coef) == expected
+
+
+def test_a_condition_changes_what_it_names_and_no_more():
+    base = {"world": {"harms": {"A": 1.0, "B": 2.0}, "resources": ["A", "B"], "form": "bandit"}}
+    changed = {"world": {"harms": {"B": 3.0, "A": 0.0}}, "enforce_norms": True}
+    study = StudyConfig(base=base, conditions={"plain": {}, "other": changed})
+    plain, other = study.run("plain", 3, "p"), study.run("other", 4, "o")
+    assert (plain.env, plain.seed, plain.run_dir, plain.enforce_norms) == ("commons", 3, "p", False)
+    assert (other.world.harms, other.world.form, other.enforce_norms) == ({"A": 0.0, "B": 3.0}, "bandit", True)
 
 
 def test_tuned_settings_lie_below_those_of_the_study():
@@ -149,11 +157,6 @@ def test_the_studies_of_tuned_tasks_train_as_the_command_line_does():
 )
 def test_folders_of_environments_are_safe(env, folder):
     assert safe_name(env) == folder
-
-
-def test_environments_do_not_share_a_folder():
-    with pytest.raises(RunError, match="environments: two of a/b, a:b would have the same folder"):
-        plan(poles(environments=("a/b", "a:b")), Path("out"))
 
 
 # Measures.
@@ -221,18 +224,12 @@ def test_intervals_are_students(values, low, high):
 def measured():
     """Two environments, two conditions, three seeds; `none` has no return in the second environment."""
     study = poles(seeds=(0, 1, 2), title="Who balances", measures=("evaluation/mean_return", "loss"))
-    returns = {(0, "lstm"): [101.0, 102.0, 103.0], (0, "none"): [21.0, 22.0, 23.0], (1, "lstm"): [0.25, 0.5, 0.75]}
-    runs = [
-        made_run(study, {"loss": range(500)}, condition, seed, POLES[number], seconds=2.0)
-        for number in (0, 1)
-        for condition in ("lstm", "none")
-        for seed in (0, 1, 2)
-    ]
-    for i, run in enumerate(runs):
-        of_group = returns.get((POLES.index(run.config.env), run.condition))
-        if of_group is not None:
-            evaluation = {"evaluation": {"mean_return": of_group[run.config.seed]}}
-            runs[i] = run._replace(summary=run.summary | evaluation)
+    returns = {(POLES[0], "lstm"): (101.0, 102.0, 103.0), (POLES[0], "none"): (21.0, 22.0, 23.0)}
+    returns[POLES[1], "lstm"] = (0.25, 0.5, 0.75)
+    runs = []
+    for env, condition, seed in itertools.product(POLES, ("lstm", "none"), study.seeds):
+        known = {"mean_return": returns[env, condition][seed]} if (env, condition) in returns else {}
+        runs.append(made_run(study, {"loss": range(500)}, condition, seed, env, seconds=2.0, evaluation=known))
     return study, [measure(run, study.measures) for run in runs]
 
 
@@ -285,32 +282,6 @@ def test_files_have_every_seed_and_curves_that_are_thinned(tmp_path, measured):
 
 
 # The file.
-
-
-def test_a_condition_changes_what_it_names_and_no_more():
-    base = {
-        "preset": "spec",
-        "total_steps": 9000,
-        "num_envs": 8,
-        "ppo": {"gamma": 0.5, "batch_size": 40},
-        "world": {"harms": {"A": 1.0, "B": 2.0}},
-    }
-    base["world"] |= {"resources": ["A", "B"], "form": "bandit"}
-    study = StudyConfig(
-        base=base,
-        conditions={
-            "plain": {},
-            "other": {"ppo": {"gamma": 0.9}, "world": {"harms": {"B": 3.0, "A": 0.0}}, "enforce_norms": True},
-        },
-    )
-    plain, other = study.run("plain", 3, "p"), study.run("other", 4, "o")
-    assert (plain.env, plain.seed, plain.run_dir, plain.num_threads, plain.eval_episodes) == ("commons", 3, "p", 1, 0)
-    assert (plain.ppo.gamma, other.ppo.gamma) == (0.5, 0.9)
-    assert plain.ppo.batch_size == other.ppo.batch_size == 40
-    assert other.world.harms == {"A": 0.0, "B": 3.0}
-    assert other.world.form == "bandit"
-    assert other.enforce_norms
-    assert not plain.enforce_norms
 
 
 @pytest.mark.parametrize(
@@ -658,27 +629,12 @@ def test_the_help_lists_the_studies(capsys):
 
 
 def endless(tmp_path):
-    """A study whose runs take minutes, and its first run's files as they appear."""
+    """A study whose runs take minutes."""
     return tiny_file(tmp_path, steps=2_000_000)
 
 
-def children_of(pid):
-    """Processes that train for a process: descendants by way of multiprocessing's fork server, too."""
-    found, parents = [], {pid}
-    listed = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
-    pairs = [tuple(map(int, line.split())) for line in listed.splitlines()]
-    while parents:
-        parents = {child for child, parent in pairs if parent in parents}
-        found += parents
-    return found
-
-
-def is_alive(pid):
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+def is_alive(process):
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
 def wait_until(condition, seconds=60.0):
@@ -688,32 +644,27 @@ def wait_until(condition, seconds=60.0):
         time.sleep(0.05)
 
 
-def begin_study(path, out, jobs=1):
+def begin_study(path, out):
     """Starts the command as a terminal would: in a process group of its own."""
-    command = [sys.executable, "-m", "dualhead", "study", str(path), "--out", str(out), "--jobs", str(jobs)]
+    command = [sys.executable, "-m", "dualhead", "study", str(path), "--out", str(out), "--jobs", "1"]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
-def rows_of(run):
-    try:
-        return len((run / "metrics.csv").read_text().splitlines()) - 1
-    except FileNotFoundError:
-        return 0
+def num_rows(run):
+    path = run / "metrics.csv"
+    return len(path.read_text().splitlines()) - 1 if path.exists() else 0
 
 
-needs_proc = pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="looks at processes in /proc")
-
-
-@needs_proc
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="needs process groups")
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["ctrl-c", "killed"])
-def test_stopping_a_study_stops_its_runs_and_the_next_call_goes_on(tmp_path, how):
+def test_stopping_a_study_stops_its_runs_and_the_next_call_resumes_them(tmp_path, how):
     """Ctrl-C reaches the whole process group; a kill only the parent, whose end its children notice."""
     path, out = endless(tmp_path), tmp_path / "out"
     first = out / "plain" / "seed0"
     process = begin_study(path, out)
-    wait_until(lambda: rows_of(first) > 3)
-    workers = children_of(process.pid)
+    wait_until(lambda: num_rows(first) > 3)
+    workers = psutil.Process(process.pid).children(recursive=True)
     assert workers
     if how == "ctrl-c":
         os.killpg(process.pid, signal.SIGINT)
@@ -728,9 +679,9 @@ def test_stopping_a_study_stops_its_runs_and_the_next_call_goes_on(tmp_path, how
         assert process.returncode == 130
         assert "0 of 4 runs are finished; the same command continues the study" in errors
         assert "Traceback" not in errors
-    # The next call goes on with it: shown on the run alone, for the study has minutes to go.
+    # Resuming is shown on this run alone, because the study would take minutes.
     process = begin_study(path, out)
-    wait_until(lambda: rows_of(first) > summary["steps"] // 20)
+    wait_until(lambda: num_rows(first) > summary["steps"] // 20)
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
     newest = first / "checkpoints" / f"step-{summary['steps']:012d}.safetensors"
@@ -739,30 +690,34 @@ def test_stopping_a_study_stops_its_runs_and_the_next_call_goes_on(tmp_path, how
     assert steps == list(range(20, 20 * len(steps) + 1, 20))
 
 
-@needs_proc
-def test_a_killed_worker_is_named_and_the_next_call_goes_on(tmp_path):
-    path, out = endless(tmp_path), tmp_path / "out"
-    study = read_study(str(path))
-    configs = {seed: study.run("plain", seed, str(out / str(seed))) for seed in (0, 1)}
-    configs[1] = configs[1].model_copy(update={"total_steps": 60})
-    outcomes = {}
-    for key, problem, _ in run_all(configs, jobs=2):
-        outcomes[key] = problem
-        if key == 1:
-            wait_until(lambda: rows_of(out / "0") > 3)
-            pid = int((out / "0" / ".lock").read_text().split()[1])
-            os.kill(pid, signal.SIGKILL)
-    assert outcomes[1] is None
-    assert "killed by signal 9" in outcomes[0]
-    assert str(out / "0" / OUTPUT) in outcomes[0]
-    done = checkpoints(out / "0")
-    steps = int(done[0].stem.removeprefix("step-"))
-    summary = resume(out / "0", total_steps=steps + 40, show_progress=False).summary
-    assert summary["steps"] == steps + 40
+def test_runs_side_by_side_one_of_which_is_killed(tmp_path):
+    """At most `jobs` at a time, each with torch's own thread and the one that watches its parent."""
+    study = read_study(str(endless(tmp_path)))
+    runs = {name: tmp_path / name for name in ("short", "long", "last")}
+    tasks = {name: study.run("plain", 0, str(path)) for name, path in runs.items()}
+    tasks["short"] = tasks["short"].model_copy(update={"total_steps": 60})
+    outcomes = run_all(tasks, jobs=2)
+    assert next(outcomes)[:2] == ("short", None)
+    wait_until(lambda: num_rows(runs["long"]) > 3)
+    process = psutil.Process(int((runs["long"] / ".lock").read_text().split()[1]))
+    assert process.num_threads() == 2
+    assert not runs["last"].exists()  # it begins when the next outcome is asked for
+    process.kill()
+    name, problem, _ = next(outcomes)
+    assert name == "long"
+    assert "killed by signal 9" in problem
+    assert str(runs["long"] / OUTPUT) in problem
+    wait_until(lambda: num_rows(runs["last"]) > 3)
+    process = psutil.Process(int((runs["last"] / ".lock").read_text().split()[1]))
+    outcomes.close()
+    wait_until(lambda: not is_alive(process), seconds=20)
+    assert json.loads((runs["last"] / "summary.json").read_text())["stopped_early"]
+    steps = int(checkpoints(runs["long"])[0].stem.removeprefix("step-"))
+    assert resume(runs["long"], total_steps=steps + 40, show_progress=False).summary["steps"] == steps + 40
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGALRM"), reason="the alarm ends what would wait for ever")
-def test_a_long_complaint_does_not_block_the_process_that_has_it(tmp_path):
+def test_a_long_error_message_does_not_block_the_process_that_reports_it(tmp_path):
     """A pipe takes 64 kB, and nobody reads from it until the process has ended."""
 
     def too_late(*_):
@@ -778,22 +733,6 @@ def test_a_long_complaint_does_not_block_the_process_that_has_it(tmp_path):
         signal.signal(signal.SIGALRM, before)
     assert problem.startswith("unknown environment 'dualhead/xxx")
     assert "x" * 200_000 in (tmp_path / "run" / OUTPUT).read_text()
-
-
-def test_workers_have_one_thread_and_at_most_jobs_run_at_once(tmp_path):
-    """The process of a run, while it trains, has torch's own thread and the one that watches its parent."""
-    study = read_study(str(endless(tmp_path)))
-    configs = {seed: study.run("plain", seed, str(tmp_path / str(seed))) for seed in (0, 1, 2)}
-    configs[0] = configs[0].model_copy(update={"total_steps": 60})
-    outcomes = run_all(configs, jobs=2)
-    assert next(outcomes)[:2] == (0, None)
-    wait_until(lambda: rows_of(tmp_path / "1") > 3)
-    pid = int((tmp_path / "1" / ".lock").read_text().split()[1])
-    assert psutil.Process(pid).num_threads() == 2
-    assert not (tmp_path / "2").exists()  # the third begins when the second is asked for
-    outcomes.close()
-    wait_until(lambda: not is_alive(pid), seconds=20)
-    assert json.loads((tmp_path / "1" / "summary.json").read_text())["stopped_early"]
 
 
 # Figures.
