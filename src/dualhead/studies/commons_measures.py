@@ -111,19 +111,18 @@ def _end_of_punishment(config: RunConfig) -> int | None:
 def _relapse(study: StudyConfig, run: Run) -> dict[str, float]:
     """How long compliance outlived punishment, beside the closed form.
 
-    Counted from the end of punishment to the end of the first rollout without any in which most of what was taken is
-    harmful; infinite where there was none until the end of the run.
+    Counted from the end of punishment to the end of the first unpunished rollout in which most of what was taken is
+    harmful; infinite if the run has no such rollout.
     """
     stop = _end_of_punishment(run.config)
     after = run.turns - run.config.ppo.rollout_length >= (math.inf if stop is None else stop)
     if stop is None or not after.any():
         return {}
     found = {}
-    groups = {"": share(run, study.harmful)}
     of_groups = {f", {group}": share(run, study.harmful, group) for group in GROUPS}
-    if not np.isnan(of_groups[", newcomers"][after]).all():
-        groups |= of_groups
-    for group, shares in groups.items():
+    if np.isnan(of_groups[", newcomers"][after]).all():
+        of_groups = {}
+    for group, shares in {"": share(run, study.harmful), **of_groups}.items():
         if not np.isnan(shares[after]).all():
             relapsed = run.turns[after & (shares > RELAPSE_SHARE)]
             found[f"turns to relapse{group}"] = float(relapsed[0] - stop) if len(relapsed) else math.inf

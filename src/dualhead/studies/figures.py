@@ -138,7 +138,13 @@ def overview(study: StudyConfig, runs: list[Run]) -> Figure:
     grid = figure.subplots(1, 2 if beside else 1, squeeze=False, sharey=True, width_ratios=[3, 2] if beside else None)
     axes = grid[0, 0]
     _draw(axes, study, runs, panel)
-    _name_phases(axes, runs)
+    common = _common_spans(runs)
+    for span in common if len(common) > 1 else []:
+        has_level = span.level is not None and rules(runs[0].config).num_levels > 1
+        name = f"{span.name} at level {span.level}" if has_level else span.name
+        if (span.end - span.begin) / axes.get_xlim()[1] > 0.012 * len(name):  # there is room
+            place = (span.begin + span.end) / 2
+            axes.text(place, 1.01, name, ha="center", color=DARK_GREY, transform=axes.get_xaxis_transform())
     marks = []
     if not repeat:
         axes.axhline(RELAPSE_SHARE, color=GREY, linewidth=0.6, zorder=0)
@@ -231,18 +237,6 @@ def _window(study: StudyConfig, runs: list[Run]) -> int:
     return min(window, max(1, len(run.steps) // 4))
 
 
-def _name_phases(axes: Any, runs: list[Run]) -> None:
-    """Names of the phases above the axes, if there is room."""
-    common = _common_spans(runs)
-    for span in common if len(common) > 1 else []:
-        name = span.name
-        if span.level is not None and rules(runs[0].config).num_levels > 1:
-            name += f" at level {span.level}"
-        if (span.end - span.begin) / axes.get_xlim()[1] > 0.012 * len(name):
-            place = (span.begin + span.end) / 2
-            axes.text(place, 1.01, name, ha="center", color=DARK_GREY, transform=axes.get_xaxis_transform())
-
-
 def _mark_closed_form(axes: Any, study: StudyConfig, runs: list[Run]) -> list[Line2D]:
     """For each condition marks the turn after which guilt no longer outweighs the gain; entries for the legend."""
     found = False
@@ -267,12 +261,11 @@ def _common_spans(runs: list[Run]) -> list[Span]:
 
 
 def _newcomers(run: Run) -> Any:
-    """[U] whether there were any."""
+    """[U] whether there were newcomers."""
     return ~np.isnan(run.column(f"newcomers/taken/{rules(run.config).resources[0]}"))
 
 
 def _colours(study: StudyConfig) -> dict[str, str]:
-    """Of each condition."""
     return {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(study.conditions)}
 
 

@@ -90,15 +90,7 @@ def _start(config: RunConfig) -> tuple[Any, Connection]:
         context.set_forkserver_preload(_PRELOADED)
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_work, args=(config, sender))
-    # Libraries read their number of threads from the environment that a process begins with.
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"
-    try:
-        process.start()
-    finally:
-        del os.environ["OMP_NUM_THREADS"]
-        if before is not None:
-            os.environ["OMP_NUM_THREADS"] = before
+    process.start()
     sender.close()
     return process, receiver
 
@@ -134,6 +126,7 @@ def _work(config: RunConfig, answer: Connection) -> None:
     """Runs in the child process: trains, and sends back what went wrong, or None."""
     if hasattr(os, "setsid"):
         os.setsid()  # Ctrl-C at the terminal reaches the parent alone, which tells its children to stop
+    os.environ["OMP_NUM_THREADS"] = "1"  # for libraries that are loaded later, and processes of environments
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         problem = _train(config)

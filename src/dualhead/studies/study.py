@@ -1,13 +1,6 @@
 """Studies: trains conditions x environments x seeds from one file, and writes tables with intervals and figures.
 
-STUDY/                           --out, default runs/study-NAME
-  study.json                     what was asked for
-  versions.json                  the versions that runs were made with, and the command
-  [ENVIRONMENT/]CONDITION/seedN/ a run like any other; ENVIRONMENT where the study lists `environments`
-  runs.csv                       a row per run: every seed's measures
-  summary.csv                    a row per environment, condition and measure: mean, 95% interval, range, seeds
-  results.csv                    the curves of every run
-  curves.png, final.png          commons: overview.png, details.png
+docs/studies.md lists the files that a study leaves in its directory.
 """
 
 from __future__ import annotations
