@@ -86,11 +86,9 @@ def run_study(name: str, *, out: str | None = None, jobs: int | None = None) -> 
 
 
 def plan(study: StudyConfig, folder: Path) -> dict[str, RunConfig]:
-    """All runs of a study, by their names on the terminal.
+    """Settings of all runs of a study in a folder, by their names on the terminal.
 
-    Args:
-        study: whose runs.
-        folder: of the study. If it lists `environments`, each of them has its own folder there.
+    If the study lists `environments`, each of them has its own folder there.
 
     Raises:
         RunError: two environments would share a folder.
@@ -114,11 +112,7 @@ def safe_name(env: str) -> str:
 
 
 def _write_versions(path: Path, command: str) -> None:
-    """Adds the installed versions, unless the last call had the same ones.
-
-    Raises:
-        RunError: they cannot be written.
-    """
+    """Adds the installed versions, unless the last call had the same ones."""
     found = {"command": command, "python": platform.python_version()}
     for package in PACKAGES:
         with suppress(importlib.metadata.PackageNotFoundError):
@@ -129,11 +123,7 @@ def _write_versions(path: Path, command: str) -> None:
 
 
 def _run_missing(study: StudyConfig, planned: dict[str, RunConfig], missing: dict[str, RunConfig], jobs: int) -> None:
-    """Runs what is missing, with a line as each run ends.
-
-    Raises:
-        RunError: some failed; the message names them.
-    """
+    """Runs what is missing, with a line as each run ends; RunError names those that failed."""
     num_done = len(planned) - len(missing)
     if num_done:
         print(f"{num_done} of {len(planned)} runs are finished already", flush=True)
@@ -157,17 +147,12 @@ def _run_missing(study: StudyConfig, planned: dict[str, RunConfig], missing: dic
         print(f"{finished} of {len(planned)} runs are finished; the same command continues the study", file=sys.stderr)
         raise
     if failed:
-        raise RunError(
-            "\n  ".join([f"{len(failed)} of {len(planned)} runs failed; the same command repeats them", *failed])
-        )
+        message = f"{len(failed)} of {len(planned)} runs failed; the same command repeats them"
+        raise RunError("\n  ".join([message, *failed]))
 
 
 def _is_finished(config: RunConfig) -> bool:
-    """Whether a run is there and complete.
-
-    Raises:
-        RunError: a run with other settings is there.
-    """
+    """Whether a run is there and complete; RunError if a run with other settings is there."""
     folder = folder_of(config)
     if not (folder / "config.json").exists():
         return False
@@ -184,11 +169,7 @@ def _is_finished(config: RunConfig) -> bool:
 
 
 def _write_outcome(study: StudyConfig, planned: dict[str, RunConfig], folder: Path) -> list[Path]:
-    """Writes and prints the tables, and draws the figures; the paths of these.
-
-    Raises:
-        RunError: a run cannot be read, no run has one of the measures, or something cannot be written.
-    """
+    """Writes and prints the tables, draws the figures, and returns the paths of these."""
     runs = [_read(config) for config in planned.values()]
     commons = study.is_of_the_commons
     names = () if commons else chosen_measures(study, runs)
@@ -210,11 +191,6 @@ def _write_outcome(study: StudyConfig, planned: dict[str, RunConfig], folder: Pa
 
 
 def _read(config: RunConfig) -> Run:
-    """A finished run.
-
-    Raises:
-        RunError: its files cannot be read.
-    """
     path = folder_of(config)
     try:
         return read_run(path, condition=path.parent.name)
