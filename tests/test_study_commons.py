@@ -57,28 +57,28 @@ NAN = math.nan
 # What is measured.
 
 
-def test_phases_become_spans_of_turns():
-    config = one_study().run("one", 0, "")
-    assert [(span.name, span.begin, span.end, span.punishes, span.level) for span in spans(config)] == [
-        ("punishment", 0, 40, True, 9),
-        ("no punishment", 40, 80, False, None),
-    ]
-    # 190 steps of 2 agents end in turn 95; the last phase, planned for 20 turns, stays until then.
-    phases = [{"num_turns": 30}, {"mode": "off", "num_turns": 30}, {"level": 3, "num_turns": 20}]
-    config = one_study(settings(phases=phases) | {"total_steps": 190}).run("one", 0, "")
-    assert [(span.name, span.begin, span.end) for span in spans(config)] == [
-        ("votes (1)", 0, 30),
-        ("no punishment", 30, 60),
-        ("votes (2)", 60, 95),
-    ]
-    # A phase that the run does not reach is none of it; a rollout that is begun is finished, so 81 steps are 41 turns.
-    config = one_study(settings() | {"total_steps": 80}).run("one", 0, "")
-    assert [(span.name, span.end) for span in spans(config)] == [("punishment", 40)]
-    config = one_study(settings() | {"total_steps": 81}).run("one", 0, "")
-    assert spans(config)[-1].end == 41
-    repeated = [{"mode": "off", "num_turns": 5}, {"num_turns": 5}]
-    config = one_study(settings(phases=repeated, repeat_phases=True)).run("one", 0, "")
-    assert [(span.name, span.begin, span.end) for span in spans(config)] == [("all phases", 0, 80)]
+THREE_PHASES = ({"num_turns": 30}, {"mode": "off", "num_turns": 30}, {"level": 3, "num_turns": 20})
+REPEATED = {"phases": ({"mode": "off", "num_turns": 5}, {"num_turns": 5}), "repeat_phases": True}
+
+
+@pytest.mark.parametrize(
+    ("rules", "total_steps", "expected"),
+    [
+        ({}, 160, [("punishment", 9, 0, 40, True), ("no punishment", None, 40, 80, False)]),
+        # 190 steps of 2 agents end in turn 95; the last phase, planned for 20 turns, stays until then.
+        (
+            {"phases": THREE_PHASES},
+            190,
+            [("votes (1)", None, 0, 30, True), ("no punishment", None, 30, 60, False), ("votes (2)", 3, 60, 95, True)],
+        ),
+        # A phase that the run does not reach is left out. A rollout is always finished, so 81 steps are 41 turns.
+        ({}, 80, [("punishment", 9, 0, 40, True)]),
+        ({}, 81, [("punishment", 9, 0, 40, True), ("no punishment", None, 40, 41, False)]),
+        (REPEATED, 160, [("all phases", None, 0, 80, True)]),
+    ],
+)
+def test_phases_become_spans_of_turns(rules, total_steps, expected):
+    assert spans(one_study(settings(**rules) | {"total_steps": total_steps}).run("one", 0, "")) == expected
 
 
 def test_shares_and_rewards_are_those_of_second_halves():
