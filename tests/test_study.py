@@ -695,7 +695,9 @@ def test_runs_side_by_side_one_of_which_is_killed(tmp_path):
     study = read_study(str(endless(tmp_path)))
     runs = {name: tmp_path / name for name in ("short", "long", "last")}
     tasks = {name: study.run("plain", 0, str(path)) for name, path in runs.items()}
-    tasks["short"] = tasks["short"].model_copy(update={"total_steps": 60})
+    tasks["short"] = tasks["short"].model_copy(
+        update={"total_steps": 1000}
+    )  # some seconds, in which no third may start
     outcomes = run_all(tasks, jobs=2)
     assert next(outcomes)[:2] == ("short", None)
     wait_until(lambda: num_rows(runs["long"]) > 3)
