@@ -12,10 +12,11 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from agents import make_agent
 from gymnasium import spaces
 from saved_runs import randomize, save_run
 
-from dualhead import Player, load_policy
+from dualhead import MemoryCell, Player, RecurrentState, load_policy
 from dualhead.cli import main
 from dualhead.config import NetworkConfig
 from dualhead.networks.policy import RecurrentPolicy
@@ -217,6 +218,45 @@ def test_every_kind_of_observation(kind):
         assert [(p["name"], f"tensor({types.get(p['dtype'], p['dtype'])})", p["shape"]) for p in ports] == [
             (port.name, port.type, port.shape) for port in asked
         ]
+
+
+class Ages(MemoryCell):
+    """Its output depends on whether, and on how many steps, an episode has been going on."""
+
+    def __init__(self, input_size, hidden_size):
+        super().__init__(hidden_size, state_shapes={"h": (1, hidden_size)})
+        self.layer = torch.nn.Linear(input_size, hidden_size)
+
+    def initial_state(self, batch, *, device, dtype):
+        h = super().initial_state(batch, device=device, dtype=dtype).h
+        return RecurrentState(
+            h=h, begun=torch.zeros(1, batch, dtype=torch.bool), age=torch.zeros_like(h[..., 0]).long()
+        )
+
+    def step(self, features, state):
+        h = (
+            self.layer(features)
+            + 0.5 * state.h[0]
+            + state.parts["age"][0, :, None] % 3
+            - 2.0 * state.parts["begun"][0, :, None]
+        )
+        return h, RecurrentState(h=h[None], begun=torch.ones_like(state.parts["begun"]), age=state.parts["age"] + 1)
+
+
+def test_states_of_every_dtype(tmp_path):
+    description = export(make_agent(Ages, dtype=torch.float32), tmp_path / "policy.onnx")
+    assert description["verified"]["largest_difference"] < 1e-5
+    session = session_of((tmp_path / "policy.onnx").read_bytes())
+    for ports, asked in (
+        (description["inputs"], session.get_inputs()),
+        (description["outputs"], session.get_outputs()),
+    ):
+        said = {port["name"]: port["dtype"] for port in ports if port["role"] == "state"}
+        assert list(said.values()) == ["float32", "bool", "int64"]
+        types = {"float32": "float"}
+        assert {name: f"tensor({types.get(dtype, dtype)})" for name, dtype in said.items()} == {
+            port.name: port.type for port in asked if port.name in said
+        }
 
 
 def test_pictures_stay_uint8():

@@ -5,11 +5,14 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+from agents import make_agent
 from gymnasium import spaces
 from saved_runs import randomize, save_run
+from torch import nn
 
 import dualhead
-from dualhead import DataError, Player, load_policy
+from dualhead import DataError, MemoryCell, Player, RecurrentState, load_policy
+from dualhead.population import IndependentLearners
 from dualhead.config import NetworkConfig
 from dualhead.networks.policy import RecurrentPolicy
 from dualhead.running.checkpoint import RunError, checkpoints, read_config
@@ -17,7 +20,7 @@ from dualhead.running.evaluation import Evaluation, play_episodes
 from dualhead.running.session import make_learner
 from dualhead.running.video import _frames
 from dualhead.spaces import ActionSpec, ObservationSpec
-from dualhead.storage import CheckpointError
+from dualhead.storage import CheckpointError, write_tensors
 from dualhead.types import as_numpy
 from dualhead.worlds.commons.config import CommonsConfig
 from dualhead.worlds.commons.world import Commons
@@ -53,6 +56,24 @@ ACTION_SPACES = {
     "dict": spaces.Dict(move=spaces.Discrete(4, start=1), vote=spaces.MultiDiscrete([2, 2])),
     "box": spaces.Box(np.float32([-2, -np.inf, 0]), np.float32([4, np.inf, np.inf])),
 }
+
+
+class Elman(MemoryCell):
+    def __init__(self, input_size, hidden_size):
+        super().__init__(hidden_size, state_shapes={"h": (1, hidden_size)})
+        self.cell = nn.RNNCell(input_size, hidden_size)
+
+    def step(self, features, state):
+        h = self.cell(features, state.h[0])
+        return h, RecurrentState(h=h[None])
+
+
+class Reversed(Elman):
+    """The same weights by the same names, and another function."""
+
+    def step(self, features, state):
+        h = self.cell(-features, state.h[0])
+        return h, RecurrentState(h=h[None])
 
 
 def make_player(action_space, *, memory="lstm", seed=0, observation_space=None, **shape):
@@ -173,6 +194,41 @@ def test_what_cannot_be_loaded_is_said(tmp_path):
     broken.write_bytes(broken.read_bytes()[:-10])
     with pytest.raises(CheckpointError, match="not a whole dualhead checkpoint"):
         load_policy(broken)
+
+
+def test_a_part_of_another_class_than_the_file_names_is_refused(tmp_path):
+    make_agent(Elman).save(tmp_path / "agent")
+    load_policy(tmp_path / "agent", memory=lambda *sizes: Elman(*sizes))
+    with pytest.raises(CheckpointError, match=r"memory.*Elman.*Reversed"):
+        load_policy(tmp_path / "agent", memory=Reversed)
+
+
+def test_independent_policies_need_a_memory_each(tmp_path):
+    agents = IndependentLearners(lambda seed: make_agent(Elman, num_streams=1, seed=seed), num_agents=2, seed=0)
+    write_tensors(tmp_path / "agents", *agents.state())
+    one, other = load_policy(tmp_path / "agents", memory=Elman).policy.policies
+    assert not torch.equal(one.memory.cell.weight_hh, other.memory.cell.weight_hh)
+    with pytest.raises(CheckpointError, match="memory: .*expected a class or factory"):
+        load_policy(tmp_path / "agents", memory=one.memory)
+
+
+def test_loading_leaves_the_global_generator_alone(tmp_path):
+    make_agent(Elman).save(tmp_path / "agent")
+    before = torch.random.get_rng_state()
+    load_policy(tmp_path / "agent", memory=Elman)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_returned_actions_are_the_caller_s_to_change():
+    seen, results = np.random.default_rng(0).uniform(-1, 1, (2, 3, 3)).astype(np.float32), []
+    for change in (False, True):
+        player = make_player(spaces.MultiDiscrete([4, 3]), previous_action=True)
+        actions = player.act(seen[0], np.ones(3, bool))
+        if change:
+            actions[:] = (actions + 1) % 3
+        player.act(seen[1], np.zeros(3, bool))
+        results.append(player._state.h.numpy())
+    np.testing.assert_array_equal(*results)
 
 
 def test_evaluation_repeats_on_the_same_streams():

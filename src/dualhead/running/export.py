@@ -187,7 +187,7 @@ class StepGraph(nn.Module):
 
     def describe(self) -> dict[str, Any]:
         """Inputs, outputs, reset and actions for the JSON file."""
-        dtype = str(self.policy.dtype).removeprefix("torch.")
+        dtype = _name(self.policy.dtype)
         nested = isinstance(self.spec.space, spaces.Dict | spaces.Tuple)
         inputs: list[dict[str, Any]] = [
             {
@@ -195,7 +195,7 @@ class StepGraph(nn.Module):
                 "role": "action_mask" if leaf.is_mask else "observation",
                 "part": leaf.name if nested else None,
                 "space": str(leaf.space),
-                "dtype": str(self.input_dtype(leaf)).removeprefix("torch."),
+                "dtype": _name(self.input_dtype(leaf)),
                 "shape": ["batch", *(leaf.space.shape or ())],
             }
             for name, leaf in zip(self.observation_inputs, self.spec.leaves)
@@ -204,12 +204,16 @@ class StepGraph(nn.Module):
             {
                 "name": name,
                 "role": name.replace("/", "_"),
-                "dtype": str(leaf_dtype).removeprefix("torch."),
+                "dtype": _name(leaf_dtype),
                 "shape": ["batch", *shape],
             }
             for name, (shape, leaf_dtype) in self.policy.previous.shapes(self.policy.dtype).items()
         ]
-        states = [{"role": "state", "dtype": dtype, "shape": list(shape)} for shape in self.state_shapes.values()]
+        dtypes = [_name(part.dtype) for part in self.zero_state(1)]
+        states = [
+            {"role": "state", "dtype": dtype, "shape": list(shape)}
+            for dtype, shape in zip(dtypes, self.state_shapes.values())
+        ]
         sizes = self.actions.nvec or (self.actions.num_columns,) * 2
         outputs: list[dict[str, Any]] = [
             {"name": name, "role": name.partition("/")[0], "dtype": dtype, "shape": ["batch", size]}
@@ -246,6 +250,10 @@ class StepGraph(nn.Module):
             "low": [float(x) if np.isfinite(x) else None for x in actions.space.low],
             "high": [float(x) if np.isfinite(x) else None for x in actions.space.high],
         }
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _places(space: Any) -> list[list[str | int]]:
@@ -322,7 +330,8 @@ def verify(contents: bytes, graph: StepGraph) -> dict[str, Any] | None:
                 given = {name: part for name, part in zip(graph.input_names, inputs) if name in read}
                 outputs = session.run(graph.output_names, given)
                 for name, a, b in zip(graph.output_names, outputs, expected):
-                    difference = np.max(np.abs(a - b.numpy()) / (1.0 + np.abs(b.numpy())))
+                    wanted = b.double().numpy()
+                    difference = np.max(np.abs(a - wanted) / (1.0 + np.abs(wanted)))
                     if a.shape != b.shape or not difference <= TOLERANCE:
                         raise RunError(f"the exported graph differs from the policy: {name} by {difference:.2g}")
                     worst = max(worst, float(difference))

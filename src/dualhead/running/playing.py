@@ -102,7 +102,7 @@ class Player:
         output, self._state = policy.step(tensors, state)
         distribution = output.distribution
         chosen = distribution.mode() if deterministic else distribution.sample(self._sampling)
-        self._actions = chosen
+        self._actions = chosen.clone()  # the caller may change what is returned
         actions = self._action_spec.to_env(chosen, numpy=not holds_tensors(observations))
         return actions if starts.ndim else _first(actions)
 
@@ -191,19 +191,30 @@ def load_weights(run: str | os.PathLike[str], **foreign: Any) -> LoadedPolicy:
     source = str(path)
     policies: list[RecurrentPolicy] = []
     learners = metadata.get("learners")
+    for name, part in foreign.items():
+        if learners and isinstance(part, nn.Module):
+            raise CheckpointError(
+                f"{name}: {source} has a policy for each agent, and each needs its own: expected a class or factory, "
+                f"got a module"
+            )
     for number, of_learner in enumerate(learners if isinstance(learners, list) and learners else [metadata]):
         arguments = snapshot.arguments(of_learner, source=source)
         observation_space, action_space = arguments["observation_space"], arguments["action_space"]
         try:
-            made = RecurrentPolicy(
-                ObservationSpec(observation_space),
-                ActionSpec(action_space),
-                config=arguments["network"],
-                normalize_observations=arguments["config"].normalize_observations,
-                **snapshot.foreign_arguments(of_learner, source=source, **foreign),
-            ).to(arguments["dtype"])
+            with torch.random.fork_rng(devices=[]):  # the initial weights are overwritten
+                made = RecurrentPolicy(
+                    ObservationSpec(observation_space),
+                    ActionSpec(action_space),
+                    config=arguments["network"],
+                    normalize_observations=arguments["config"].normalize_observations,
+                    **snapshot.foreign_arguments(of_learner, source=source, **foreign),
+                ).to(arguments["dtype"])
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"{source} describes no possible policy: {error}") from error
+        for name, part in made.foreign_parts.items():
+            saved = of_learner["foreign_parts"][name]
+            if str(saved).rpartition(":")[2] != part.rpartition(":")[2]:  # the class may have moved to another module
+                raise CheckpointError(f"{source} was saved with the {name} {saved}, got {part}")
         weights: dict[str, Any] = made.state_dict(keep_vars=True)
         fill(weights, without_prefix(f"agent_{number}/policy" if learners else "policy", tensors), what=source)
         policies.append(made)
