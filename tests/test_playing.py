@@ -12,9 +12,9 @@ from torch import nn
 
 import dualhead
 from dualhead import DataError, MemoryCell, Player, RecurrentState, load_policy
-from dualhead.population import IndependentLearners
 from dualhead.config import NetworkConfig
 from dualhead.networks.policy import RecurrentPolicy
+from dualhead.population import IndependentLearners
 from dualhead.running.checkpoint import RunError, checkpoints, read_config
 from dualhead.running.evaluation import Evaluation, play_episodes
 from dualhead.running.session import make_learner
@@ -208,7 +208,7 @@ def test_independent_policies_need_a_memory_each(tmp_path):
     write_tensors(tmp_path / "agents", *agents.state())
     one, other = load_policy(tmp_path / "agents", memory=Elman).policy.policies
     assert not torch.equal(one.memory.cell.weight_hh, other.memory.cell.weight_hh)
-    with pytest.raises(CheckpointError, match="memory: .*expected a class or factory"):
+    with pytest.raises(CheckpointError, match=r"memory: .*expected a class or factory"):
         load_policy(tmp_path / "agents", memory=one.memory)
 
 
