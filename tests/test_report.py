@@ -1,6 +1,7 @@
 """The report: numbers read as they are, nothing hidden, nothing executed, and figures that a browser draws."""
 
 import base64
+import csv
 import json
 import math
 import re
@@ -22,7 +23,7 @@ from dualhead.running import report
 from dualhead.running.checkpoint import RunError
 from dualhead.running.config import RunConfig
 from dualhead.running.report import group_runs, write_report
-from dualhead.running.report_figures import Curve, curves, draw, mean_and_range, number, outline, statement, thin
+from dualhead.running.report_figures import Curve, band, change, curves, draw, mean_and_range, number, thin
 from dualhead.running.results import read_run, read_table
 
 NAN = math.nan
@@ -33,10 +34,10 @@ CHROMIUM = shutil.which("chromium")
 class Page(HTMLParser):
     """Elements, their addresses and the text of a page, with what scripts and styles say apart."""
 
-    def __init__(self, html):
+    def __init__(self, path):
         super().__init__()
         self.tags, self.addresses, self.text, self.scripts, self.inside = [], [], "", [], ""
-        self.feed(html)
+        self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
@@ -59,32 +60,37 @@ class Page(HTMLParser):
         return json.loads(self.scripts[1])
 
 
-def make_run(path, metrics, *, steps=None, summary=None, **settings):
-    """A run directory with these columns of numbers; None leaves a cell empty."""
+def make_run(path, metrics, *, steps=None, summary=None, evaluations=None, **settings):
+    """A run directory with these columns of numbers, and rows of evaluations; None leaves a cell empty."""
     path.mkdir(parents=True)
     (path / "config.json").write_text(RunConfig(**{"env": "Some-v0", **settings}).model_dump_json())
-    if steps is None:
-        steps = [100 * (i + 1) for i in range(len(next(iter(metrics.values()), [])))]
-    rows = [",".join(["steps", *metrics])]
-    for i, step in enumerate(steps):
-        rows.append(
-            ",".join([str(step), *("" if column[i] is None else str(column[i]) for column in metrics.values())])
-        )
-    (path / "metrics.csv").write_text("".join(f"{row}\r\n" for row in rows))
+    steps = steps or [100 * (i + 1) for i in range(len(next(iter(metrics.values()), [])))]
+    with (path / "metrics.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["steps", *metrics], *zip(steps, *metrics.values())])
+    if evaluations is not None:
+        header = "steps,mean_return,std_return,ci95_low,ci95_high,mean_length,episodes"
+        (path / "evaluations.csv").write_text("\n".join([header, *evaluations, ""]))
     if summary is not None:
         (path / "summary.json").write_text(json.dumps(summary))
     return path
 
 
-def page_of(*runs, **options):
-    out = runs[0].parent / "page.html"
-    write_report(runs, out, replay=False, **options)
-    return Page(out.read_text(encoding="utf-8"))
+def page_of(*runs):
+    return Page(write_report(runs, runs[0].parent / "page.html", replay=False))
+
+
+def figures_of(**groups):
+    """Figures by section of groups of run directories."""
+    return draw({name: [curves(read_run(run)) for run in runs] for name, runs in groups.items()})[0]
 
 
 def finished(steps, **evaluation):
     evaluation = {"mean_return": 7.25, "std_return": 1.5, "episodes": 20} | evaluation
     return {"steps": steps, "stopped_early": False, "seconds": 4.0, "evaluation": evaluation}
+
+
+def same(array, expected):
+    return np.array_equal(array, expected, equal_nan=True)
 
 
 def test_table_by_hand(tmp_path):
@@ -93,8 +99,8 @@ def test_table_by_hand(tmp_path):
     table = read_table(path)
     assert table.columns.keys() == {"a", "b"}
     assert table.steps.tolist() == [10, 20, 30]  # the last line was cut off: 0.12 may have been 0.1234
-    assert np.array_equal(table.columns["a"], [1.5, NAN, math.inf], equal_nan=True)
-    assert np.array_equal(table.columns["b"], [NAN, 2, NAN], equal_nan=True)
+    assert same(table.columns["a"], [1.5, NAN, math.inf])
+    assert same(table.columns["b"], [NAN, 2, NAN])
     assert read_table(tmp_path / "missing.csv").steps.tolist() == []
 
 
@@ -107,44 +113,39 @@ def test_steps_that_a_resumed_run_wrote_again_count_once(tmp_path):
 
 
 def test_mean_and_range_where_all_seeds_have_a_number():
-    seeds = [
-        Curve(np.array([1.0, 2, 3, 4]), np.array([1.0, 2, 3, 4])),
-        Curve(np.array([1.0, 2, 3]), np.array([3.0, NAN, 9])),
-    ]
-    mean, low, high = mean_and_range(seeds)
+    longer = Curve(np.array([1.0, 2, 3, 4]), np.array([1.0, 2, 3, 4]))
+    shorter = Curve(np.array([1.0, 2, 3]), np.array([3.0, NAN, 9]))
+    mean, low, high = mean_and_range([longer, shorter])
     assert mean.steps.tolist() == [1, 2, 3]
-    assert np.array_equal(mean.values, [2, NAN, 6], equal_nan=True)
-    assert np.array_equal(low.values, [1, NAN, 3], equal_nan=True)
-    assert np.array_equal(high.values, [3, NAN, 9], equal_nan=True)
+    for curve, expected in ((mean, [2, NAN, 6]), (low, [1, NAN, 3]), (high, [3, NAN, 9])):
+        assert same(curve.values, expected)
 
 
 def test_band_is_cut_at_gaps():
     steps = np.array([1.0, 2, 3, 4])
-    band = outline(Curve(steps, np.array([1.0, 2, NAN, 4])), Curve(steps, np.array([5.0, 6, 7, 8])))
-    assert np.array_equal(band.steps, [1, 2, 2, 1, NAN, 4, 4], equal_nan=True)
-    assert np.array_equal(band.values, [5, 6, 2, 1, NAN, 8, 4], equal_nan=True)
+    area = band(Curve(steps, np.array([1.0, 2, NAN, 4])), Curve(steps, np.array([5.0, 6, 7, 8])))
+    assert same(area.values, [5, 6, 2, 1, NAN, 8, 4, NAN])
+    assert same(area.steps[[0, 1, 2, 3, 5, 6]], [1, 2, 2, 1, 4, 4])
 
 
 def test_long_band_keeps_its_reach():
     steps = np.arange(10_000.0)
     low, high = np.zeros(10_000), np.ones(10_000)
     low[4321], high[8765] = -3.0, 9.0
-    band = outline(Curve(steps, low), Curve(steps, high), max_points=100)
-    assert len(band.steps) == 100
-    assert band.values.min() == -3
-    assert band.values.max() == 9
+    area = band(Curve(steps, low), Curve(steps, high))
+    assert len(area.steps) == 201  # there and back through a hundred stretches, and an end
+    assert (np.nanmin(area.values), np.nanmax(area.values)) == (-3, 9)
 
 
 def test_peaks_and_gaps_of_a_long_line_stay():
     values = np.sin(np.arange(50_000) / 1000)
     values[12_345], values[40_000], values[20_000:30_000] = 80.0, -90.0, NAN
     curve = thin(Curve(np.arange(50_000.0), values), 1000)
-    assert len(curve.steps) <= 1000
-    assert curve.values[curve.steps == 12_345] == 80
-    assert curve.values[curve.steps == 40_000] == -90
-    assert (curve.steps[0], curve.steps[-1]) == (0, 49_999)
+    assert len(curve.steps) == 1000  # in stretches of 100 steps
+    assert np.abs(curve.steps[curve.values == 80] - 12_345).max() <= 50
+    assert np.abs(curve.steps[curve.values == -90] - 40_000).max() <= 50
     inside = (curve.steps >= 20_000) & (curve.steps < 30_000)
-    assert inside.sum() > 50
+    assert inside.sum() == 200
     assert np.isnan(curve.values[inside]).all()
 
 
@@ -152,42 +153,37 @@ def test_thick_line_through_a_long_curve_shows_means(tmp_path):
     values = np.tile([1.0, 5.0], 500)
     values[300:320] = NAN
     run = make_run(tmp_path / "run", {"loss/total": values.tolist()}, steps=range(10, 10_010, 10))
-    (figure,) = draw({"lstm": [curves(read_run(run))]})[0]["Optimisation"]
+    (figure,) = figures_of(lstm=[run])["Optimisation"]
     pale, thick = figure.traces
-    assert np.array_equal(pale["y"], values, equal_nan=True)
+    assert same(pale["y"], values)
     assert thick["x"].tolist() == [55 + 100 * i for i in range(100)]  # ten points each, mean step of 10 to 100 is 55
-    assert np.array_equal(thick["y"], [NAN if i in (30, 31) else 3.0 for i in range(100)], equal_nan=True)
+    assert same(thick["y"], [NAN if i in (30, 31) else 3.0 for i in range(100)])
 
 
 @given(st.lists(st.floats(-1e6, 1e6) | st.just(NAN), min_size=1, max_size=200), st.integers(4, 40))
 def test_thinning_picks_points_and_keeps_the_extremes(numbers, max_points):
     values = np.array(numbers)
     curve = thin(Curve(np.arange(len(values), dtype=float), values), max_points)
-    assert len(curve.steps) <= max(max_points, 4)
-    assert np.array_equal(values[curve.steps.astype(int)], curve.values, equal_nan=True)
+    assert len(curve.steps) <= max_points
+    assert np.isin(curve.values[np.isfinite(curve.values)], values).all()
     if np.isfinite(values).any():
         assert np.nanmax(curve.values) == np.nanmax(values)
         assert np.nanmin(curve.values) == np.nanmin(values)
 
 
 @pytest.mark.parametrize(
-    ("lines", "expected"),
+    ("values", "expected"),
     [
-        ({"": [1, 2, 3]}, "rose from 1 to 3"),
-        ({"": [NAN, 0.5, 0.25, NAN]}, "fell from 0.5 to 0.25"),
-        ({"": [0, 10, 1]}, "ended at 1"),
-        ({"": [4, 4]}, "stayed at 4"),
-        ({"": [-12345.6]}, "stayed at −12,346"),
-        ({"": [NAN]}, ""),
-        ({"": [0] * 10 + [1] * 8 + [2, 4]}, "rose from 0 to 3"),  # of twenty numbers the last two
-        ({"a": [1, 2]}, "rose from 1 to 2 (a)"),
-        ({"a": [1, 2], "b": [1, 3]}, "ended at 2 (a), 3 (b)"),
-        ({"a": [1, 2], "b": [NAN, 2]}, "ended at 2 everywhere"),
-        ({"a": [2], "b": [7], "c": [-1], "d": [3]}, "ended between −1 (c) and 7 (b)"),
+        ([1, 2, 3], "1 → 3"),
+        ([NAN, 0.5, 0.25, NAN], "0.5 → 0.25"),
+        ([4, 4.0001], "4"),
+        ([-12345.6], "−12,346"),
+        ([NAN], "–"),
+        ([0] * 10 + [1] * 8 + [2, 4], "0 → 3"),  # of twenty numbers the last two
     ],
 )
-def test_statements(lines, expected):
-    assert statement({label: np.array(values, dtype=float) for label, values in lines.items()}) == expected
+def test_change_between_the_first_and_the_last_tenth(values, expected):
+    assert change(np.array(values, dtype=float)) == expected
 
 
 def test_numbers_as_text():
@@ -208,27 +204,21 @@ def test_runs_that_differ_in_the_seed_are_one_group(tmp_path):
     }
 
 
-def test_names_of_groups_with_many_differences_tell_them_apart(tmp_path):
+def test_groups_with_many_differences_have_the_names_of_their_folders(tmp_path):
     ppo = spec_segments(gamma=0.9, gae_lambda=0.8, clip_coef=0.1)
     paths = [
         make_run(tmp_path / "a", {"a": [1.0]}, num_envs=8, ppo=spec_segments()),
         make_run(tmp_path / "b", {"a": [1.0]}, num_envs=4, ppo=ppo),
         make_run(tmp_path / "c", {"a": [1.0]}, num_envs=4, ppo=ppo.model_copy(update={"gamma": 0.5})),
     ]
-    names = list(group_runs([read_run(path) for path in paths]))
-    assert names == [
-        "num_envs=8, gamma=0.99 and 2 more",
-        "num_envs=4, gamma=0.9 and 2 more",
-        "num_envs=4, gamma=0.5 and 2 more",
-    ]
+    assert list(group_runs([read_run(path) for path in paths])) == [str(path) for path in paths]
     # In a folder for each condition, as studies have them, the folder is the name.
-    moved = []
-    for path in paths:
-        moved.append(tmp_path / f"condition-{path.name}" / "seed0")
-        shutil.copytree(path, moved[-1])
+    moved = [tmp_path / f"condition-{path.name}" / "seed0" for path in paths]
+    for path, there in zip(paths, moved):
+        shutil.copytree(path, there)
     assert list(group_runs([read_run(path) for path in moved])) == ["condition-a", "condition-b", "condition-c"]
-    rows = page_of(*paths).text
-    assert all(name in rows for name in ("ppo.gamma", "ppo.gae_lambda", "ppo.clip_coef", "num_envs"))
+    text = page_of(*paths).text
+    assert all(name in text for name in ("ppo.gamma", "ppo.gae_lambda", "ppo.clip_coef", "num_envs"))
 
 
 def test_report_of_a_trained_run(tmp_path, capsys):
@@ -239,7 +229,7 @@ def test_report_of_a_trained_run(tmp_path, capsys):
     capsys.readouterr()
     assert main(["report", str(run), "--no-replay"]) == 0
     assert capsys.readouterr().out.strip() == str(run / "report.html")
-    page = Page((run / "report.html").read_text(encoding="utf-8"))
+    page = Page(run / "report.html")
     summary = json.loads((run / "summary.json").read_text())
     assert f"{summary['evaluation']['mean_return']:.3g}".replace("-", "−") in page.text
     assert "lstm on dualhead/RecallCue-v0" in page.text
@@ -256,39 +246,36 @@ def test_report_of_a_trained_run(tmp_path, capsys):
 
 def test_numbers_in_figures_are_those_of_the_file(tmp_path):
     run = make_run(tmp_path / "run", {"episode/mean_return": [1, None, 2.5, 4]})
-    ((figure,), _) = draw({"": [curves(read_run(run))]})[0]["Learning"], None
+    (figure,) = figures_of(lstm=[run])["Learning"]
     (trace,) = figure.traces
     assert trace["x"].tolist() == [100, 200, 300, 400]
-    assert np.array_equal(trace["y"], [1, NAN, 2.5, 4], equal_nan=True)
+    assert same(trace["y"], [1, NAN, 2.5, 4])
     assert trace["mode"] == "lines+markers"  # the first point has no neighbour to draw a line to
     assert "1 number missing" in figure.note
-    assert (figure.unit, figure.title) == ("task reward per episode", "Return in training rose from 1 to 4")
+    assert (figure.unit, figure.title) == ("task reward per episode", "Return in training")
+    assert "Return in training: 1 → 4" in page_of(run).text
 
 
 def test_seeds_are_thin_lines_under_their_mean_and_range(tmp_path):
     runs = [make_run(tmp_path / f"{seed}", {"loss/total": [seed, 2 * seed]}, seed=seed) for seed in (1, 5)]
-    sections, _ = draw({"lstm": [curves(read_run(run)) for run in runs]})
-    (figure,) = sections["Optimisation"]
+    (figure,) = figures_of(lstm=runs)["Optimisation"]
     assert figure.band == "lowest to highest seed"
-    band, *seeds, mean = figure.traces
-    assert band["y"].tolist() == [5, 10, 2, 1]
+    area, *seeds, mean = figure.traces
+    assert same(area["y"], [5, 10, 2, 1, NAN])
     assert [seed["y"].tolist() for seed in seeds] == [[1, 2], [5, 10]]
     assert mean["y"].tolist() == [3, 6]
     assert mean["line"]["width"] > seeds[0]["line"]["width"]
 
 
 def test_heads_share_a_figure_until_runs_are_compared(tmp_path):
-    metrics = {"entropy/move": [1.0, 0.5], "entropy/vote": [1.0, 0.25]}
-    a = read_run(make_run(tmp_path / "a", metrics))
-    b = read_run(make_run(tmp_path / "b", {"entropy/move": [1.0, 0.75]}, num_envs=4))
-    alone = draw({"lstm": [curves(a)]})[0]["Policy"]
-    assert [figure.title for figure in alone] == ["Entropy ended at 0.5 (move), 0.25 (vote)"]
-    assert [label for label, _ in alone[0].lines] == ["move", "vote"]
-    compared = draw({"A": [curves(a)], "B": [curves(b)]})[0]["Policy"]
-    assert [figure.title for figure in compared] == [
-        "Entropy (move) ended at 0.5 (A), 0.75 (B)",
-        "Entropy (vote) fell from 1 to 0.25 (A)",
-    ]
+    a = make_run(tmp_path / "a", {"entropy/move": [1.0, 0.5], "entropy/vote": [1.0, 0.25]})
+    b = make_run(tmp_path / "b", {"entropy/move": [1.0, 0.75]}, num_envs=4)
+    (alone,) = figures_of(lstm=[a])["Policy"]
+    assert (alone.title, alone.lines) == ("Entropy", [("move", 0, "1 → 0.5"), ("vote", 1, "1 → 0.25")])
+    move, vote = figures_of(A=[a], B=[b])["Policy"]
+    assert (move.title, move.lines) == ("Entropy (move)", [("A", 0, "1 → 0.5"), ("B", 1, "1 → 0.75")])
+    assert (vote.title, vote.lines) == ("Entropy (vote)", [("A", 0, "1 → 0.25")])
+    assert re.search(r"move: 1 → 0\.5\s+vote: 1 → 0\.25", page_of(a).text)
 
 
 def test_no_metric_is_hidden(tmp_path):
@@ -302,32 +289,24 @@ def test_no_metric_is_hidden(tmp_path):
         "plain": [1, 2],
         "commons/never": [NAN, None],
     }
-    sections, empty = draw({"lstm": [curves(read_run(make_run(tmp_path / "run", metrics)))]})
+    run = make_run(tmp_path / "run", metrics)
+    sections, empty = draw({"lstm": [curves(read_run(run))]})
     assert empty == ["commons/never"]
-    titles = {section: [figure.title for figure in figures] for section, figures in sections.items()}
-    assert titles == {
-        "Norms": [
-            "Norm strength rose from 0 to 6.5 (A)",
-            "Guilt by resource fell from 0 to −0.5 (A)",
-            *titles["Norms"][2:],
-        ],
-        "Commons": ["Collected ended at 0.25 (A), 0.75 (B)", "Punishment level rose from 3 to 4"],
-        "Plain": ["Plain rose from 1 to 2"],
+    shown = {section: {f.title: [label for label, *_ in f.lines] for f in figs} for section, figs in sections.items()}
+    assert shown == {
+        "Norms": {"Norm strength": ["A"], "Guilt by resource": ["A"], "Guilt": [""]},
+        "Commons": {"Collected": ["A", "B"], "Punishment level": [""]},
+        "Plain": {"Plain": [""]},
     }
-    assert titles["Norms"][2:] == ["Guilt fell from 0 to −0.25"]
-    page = page_of(tmp_path / "run")
-    assert [name for name in metrics if name not in page.text] == []
+    text = page_of(run).text
+    assert [name for name in metrics if name not in text] == []
 
 
 def test_evaluations_with_their_interval(tmp_path):
-    run = make_run(tmp_path / "run", {"a": [1, 2]})
-    text = (
-        "steps,mean_return,std_return,ci95_low,ci95_high,mean_length,episodes\n100,1,9,0,2,5,20\n200,3,9,2.5,4,6,20\n"
-    )
-    (run / "evaluations.csv").write_text(text)
-    returns, lengths = draw({"lstm": [curves(read_run(run))]})[0]["Learning"]
+    run = make_run(tmp_path / "run", {"a": [1, 2]}, evaluations=["100,1,9,0,2,5,20", "200,3,9,2.5,4,6,20"])
+    returns, lengths = figures_of(lstm=[run])["Learning"]
     assert (returns.band, lengths.band) == ("95% interval over episodes", "")
-    assert returns.traces[0]["y"].tolist() == [2, 4, 2.5, 0]
+    assert same(returns.traces[0]["y"], [2, 4, 2.5, 0, NAN])
     assert "95% interval 2.5 to 4, in evaluation after 200 steps" in page_of(run).text
 
 
@@ -340,10 +319,8 @@ def test_evaluations_with_their_interval(tmp_path):
     ids=["one evaluation", "of one episode each"],
 )
 def test_no_legend_promises_an_interval_that_is_not_drawn(tmp_path, rows, said):
-    run = make_run(tmp_path / "run", {"a": [1, 2]})
-    header = "steps,mean_return,std_return,ci95_low,ci95_high,mean_length,episodes"
-    (run / "evaluations.csv").write_text("\n".join([header, *rows, ""]))
-    returns = draw({"lstm": [curves(read_run(run))]})[0]["Learning"][0]
+    run = make_run(tmp_path / "run", {"a": [1, 2]}, evaluations=rows)
+    returns = figures_of(lstm=[run])["Learning"][0]
     assert (returns.band, len(returns.traces)) == ("", 1)
     text = page_of(run).text
     assert said in text
@@ -353,7 +330,7 @@ def test_no_legend_promises_an_interval_that_is_not_drawn(tmp_path, rows, said):
 
 def test_sentences_of_the_page_are_set_apart(tmp_path):
     runs = [make_run(tmp_path / f"{seed}", {"a": [1, 2]}, seed=seed) for seed in (1, 2)]
-    assert re.search(r"all seeds of a setting\s+have\.\s+Of more than", page_of(*runs).text)
+    assert re.search(r"seeds of a setting have\.\s+Thick lines and bands", page_of(*runs).text)
 
 
 @pytest.mark.parametrize(
@@ -371,18 +348,16 @@ def test_status_and_return(tmp_path, summary, expected):
     run = make_run(tmp_path / "run", {"episode/mean_return": [1, 2], "time/rollout_s": [2, 3]}, summary=summary)
     text = page_of(run).text
     assert [words for words in expected if words not in text] == []
-    assert re.search(r"Training time\s+5 s", text)
+    assert re.search(r"Training time\s+0:00:05", text)
     assert re.search(r"Speed\s+4[02] ", text)
 
 
 def test_comparison_says_mean_and_reach_of_the_seeds(tmp_path):
-    returns = {"lstm": (10, 20), "gru": (1, 4)}
     runs = []
-    for memory, seeds in returns.items():
-        for seed, value in enumerate(seeds):
-            settings = {"network": NetworkConfig(memory=memory), "seed": seed}
-            summary = finished(100, mean_return=value)
-            runs.append(make_run(tmp_path / f"{memory}{seed}", {"a": [1]}, summary=summary, **settings))
+    for memory, seed, value in (("lstm", 0, 10), ("lstm", 1, 20), ("gru", 0, 1), ("gru", 1, 4)):
+        settings = {"network": NetworkConfig(memory=memory), "seed": seed}
+        summary = finished(100, mean_return=value)
+        runs.append(make_run(tmp_path / f"{memory}{seed}", {"a": [1]}, summary=summary, **settings))
     text = page_of(*runs, runs[0]).text
     assert re.search(r"memory=lstm\s+15\s+mean; seeds reach from 10 to 20\s+0, 1\s+100", text)
     assert re.search(r"memory=gru\s+2\.5\s+mean; seeds reach from 1 to 4\s+0, 1\s+100", text)
@@ -453,7 +428,7 @@ def test_page_of_a_long_run_stays_small(tmp_path):
     for length in (1000, 20_000):
         run = make_run(tmp_path / str(length), {"a": values[:length], "b": values[:length]})
         sizes.append(write_report([run], replay=False).stat().st_size)
-    assert abs(sizes[1] - sizes[0]) < 2000
+    assert abs(sizes[1] - sizes[0]) < 5000
 
 
 def test_replay_is_recorded_where_the_run_has_none(tmp_path, monkeypatch):
@@ -463,19 +438,18 @@ def test_replay_is_recorded_where_the_run_has_none(tmp_path, monkeypatch):
         calls.append((run_dir, max_steps > 0, seed))
         path.write_bytes(GIF)
 
+    def shown():
+        return Page(write_report([run], tmp_path / "page.html")).addresses
+
     monkeypatch.setitem(sys.modules, "dualhead.running.video", SimpleNamespace(record_video=record_video))
     run = make_run(tmp_path / "run", {"a": [1]})
     before = sorted(run.iterdir())
-    html = write_report([run], tmp_path / "page.html").read_text()
+    assert shown() == ["data:image/gif;base64," + base64.b64encode(GIF).decode()]
     assert calls == [(run, True, 10_000)]
-    (address,) = Page(html).addresses
-    assert address.startswith("data:image/gif;base64,")
-    assert base64.b64decode(address.partition(",")[2]) == GIF
     assert sorted(run.iterdir()) == before
-    assert "<img" not in write_report([run], tmp_path / "page.html", replay=False).read_text()
+    assert "img" not in page_of(run).tags
     (run / "replay.gif").write_bytes(GIF + b"own")
-    (address,) = Page(write_report([run], tmp_path / "page.html").read_text()).addresses
-    assert base64.b64decode(address.partition(",")[2]) == GIF + b"own"
+    assert shown() == ["data:image/gif;base64," + base64.b64encode(GIF + b"own").decode()]
     assert len(calls) == 1
 
 
@@ -492,13 +466,12 @@ def test_no_replay_says_why(tmp_path, monkeypatch, error, expected):
 
     monkeypatch.setattr(report, "_record", fail)
     run = make_run(tmp_path / "run", {"a": [1]})
-    assert expected in Page(write_report([run]).read_text()).text
-    (run / "replay.gif").write_bytes(b"<script>alert(1)</script>")
-    page = Page(write_report([run]).read_text())
-    assert "replay.gif is no GIF" in page.text
-    assert "img" not in page.tags
-    (run / "replay.gif").write_bytes(GIF + bytes(11_000_000))
-    assert "replay.gif has 11 MB" in Page(write_report([run]).read_text()).text
+    assert expected in Page(write_report([run])).text
+    for contents, problem in ((b"<script>alert(1)</script>", "is no GIF"), (GIF + bytes(11_000_000), "has 11 MB")):
+        (run / "replay.gif").write_bytes(contents)
+        page = Page(write_report([run]))
+        assert f"replay.gif {problem}" in page.text
+        assert "img" not in page.tags
 
 
 PROBE = """

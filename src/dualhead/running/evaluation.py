@@ -11,7 +11,7 @@ import numpy as np
 from dualhead.running.checkpoint import RunError, read_config
 from dualhead.running.config import EVAL_EPISODES, EVALUATION_SEED, RunConfig
 from dualhead.running.environment import Environment, is_streams, open_streams
-from dualhead.running.playing import Player, Policy, load_weights, run_directory
+from dualhead.running.playing import Player, Policy, load_player, run_directory
 from dualhead.running.results import interval
 from dualhead.types import DataError, as_numpy
 from dualhead.worlds.streams import Streams
@@ -114,8 +114,8 @@ def evaluate(
     num_envs, episodes = evaluation_size(config, episodes)
     streams = open_streams(config, env, num_envs=num_envs)
     try:
-        policy = load_weights(run, world=streams, encoder=encoder, memory=memory).policy
-        return play_episodes(policy, streams, episodes=episodes, seed=seed, deterministic=deterministic)
+        player, _, _ = load_player(run, world=streams, encoder=encoder, memory=memory)
+        return play_episodes(player.policy, streams, episodes=episodes, seed=seed, deterministic=deterministic)
     except DataError as error:
         raise RunError(f"{config.env}: {error}") from error
     finally:

@@ -23,7 +23,7 @@ from dualhead.networks.heads import DiagonalGaussian, FactoredCategorical
 from dualhead.networks.memory import MemoryFactory
 from dualhead.networks.policy import RecurrentPolicy
 from dualhead.running.checkpoint import RunError, read_json, write_json
-from dualhead.running.playing import Policy, load_weights
+from dualhead.running.playing import Policy, load_player
 from dualhead.spaces import ACTION_MASK, WHOLE, ActionSpec, Leaf, ObservationSpec, torch_dtype
 from dualhead.storage import write_bytes
 from dualhead.types import RecurrentState
@@ -92,8 +92,12 @@ def export(
         spec, actions = source.observation_spec, source.action_spec
         run["steps"] = source.num_steps
     else:
-        policy, observation_space, action_space, path, metadata = load_weights(source, encoder=encoder, memory=memory)
-        spec, actions = ObservationSpec(observation_space), ActionSpec(action_space)
+        player, path, metadata = load_player(source, encoder=encoder, memory=memory)
+        policy, spec, actions = (
+            player.policy,
+            ObservationSpec(player.observation_space),
+            ActionSpec(player.action_space),
+        )
         folder = path.absolute().parent.parent
         if config := read_json(folder / "config.json"):
             run |= {"directory": folder.name, "env": config.get("env"), "seed": config.get("seed")}

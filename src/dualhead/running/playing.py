@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -145,26 +145,13 @@ def load_policy(
         RunError: no run, or no whole checkpoint, is there.
         CheckpointError: the checkpoint cannot be read, a part is missing, or a part is of another class.
     """
-    loaded = load_weights(run, encoder=encoder, memory=memory)
-    return Player(loaded.policy, loaded.observation_space, loaded.action_space, seed=seed)
+    return load_player(run, seed=seed, encoder=encoder, memory=memory)[0]
 
 
-class LoadedPolicy(NamedTuple):
-    """A policy with its weights, the spaces of one stream, and the checkpoint that it is from."""
-
-    policy: Policy
-    observation_space: gym.Space
-    action_space: gym.Space
-    path: Path
-    metadata: dict[str, Any]
-
-
-def load_weights(run: str | os.PathLike[str], *, world: Any = None, **foreign: Any) -> LoadedPolicy:
-    """The policy of a run's newest whole checkpoint, or of the checkpoint file given; see `load_policy`.
-
-    Args:
-        world: an environment or streams whose spaces must be the policy's.
-    """
+def load_player(
+    run: str | os.PathLike[str], *, seed: int = 0, world: Any = None, **foreign: Any
+) -> tuple[Player, Path, dict[str, Any]]:
+    """As `load_policy`, with the checkpoint's path and metadata. The spaces of a `world` must be the policy's."""
     path = Path(run)
     if path.is_file():
         tensors, metadata = read_tensors(path)
@@ -176,7 +163,7 @@ def load_weights(run: str | os.PathLike[str], *, world: Any = None, **foreign: A
     for name, part in foreign.items():
         if learners and isinstance(part, nn.Module):
             raise CheckpointError(f"{name}: {path} has several policies: expected a class or factory, got a module")
-    policies = []
+    policies: list[RecurrentPolicy] = []
     for number, of_learner in enumerate(learners if isinstance(learners, list) and learners else [metadata]):
         arguments = snapshot.arguments(of_learner, source=str(path))
         spaces = arguments["observation_space"], arguments["action_space"]
@@ -186,7 +173,7 @@ def load_weights(run: str | os.PathLike[str], *, world: Any = None, **foreign: A
         parts = snapshot.foreign_arguments(of_learner, source=str(path), **foreign)
         try:
             with torch.random.fork_rng(devices=[]):  # the initial weights are overwritten
-                policy = RecurrentPolicy(
+                made = RecurrentPolicy(
                     ObservationSpec(spaces[0]),
                     ActionSpec(spaces[1]),
                     config=arguments["network"],
@@ -195,14 +182,15 @@ def load_weights(run: str | os.PathLike[str], *, world: Any = None, **foreign: A
                 ).to(arguments["dtype"])
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"{path} describes no possible policy: {error}") from error
-        for name, part in policy.foreign_parts.items():
+        for name, part in made.foreign_parts.items():
             saved = str(of_learner["foreign_parts"][name])
             if saved.rpartition(":")[2] != part.rpartition(":")[2]:  # the class may have moved to another module
                 raise CheckpointError(f"{path} was saved with the {name} {saved}, got {part}")
         prefix = f"agent_{number}/policy" if learners else "policy"
-        fill(policy.state_dict(keep_vars=True), without_prefix(prefix, tensors), what=str(path))
-        policies.append(policy)
-    return LoadedPolicy(IndependentPolicies(policies) if learners else policies[0], *spaces, path, metadata)
+        fill(made.state_dict(keep_vars=True), without_prefix(prefix, tensors), what=str(path))
+        policies.append(made)
+    policy: Policy = IndependentPolicies(policies) if learners else policies[0]
+    return Player(policy, *spaces, seed=seed), path, metadata
 
 
 def run_directory(run: str | os.PathLike[str]) -> Path:

@@ -22,49 +22,31 @@ INTERVALS = {"evaluations/mean_return": ("evaluations/ci95_low", "evaluations/ci
 
 
 class Curve(NamedTuple):
-    """One metric of one run.
+    """One metric of one run."""
 
-    Fields:
-        steps: [P] environment steps, rising.
-        values: [P], NaN where there is none.
-    """
-
-    steps: NDArray[Any]
-    values: FloatArray
+    steps: NDArray[Any]  # [P] environment steps, rising
+    values: FloatArray  # [P], NaN where there is no finite number
 
 
 class Panel(NamedTuple):
-    """A figure that is drawn when a run has its metrics.
+    """A figure that is drawn when a run has its metrics."""
 
-    Fields:
-        metrics: a name, or a pattern in which `*` stands for the name of a line.
-        title, unit, note: what it shows, the unit of the vertical axis, and how it is measured.
-    """
-
-    metrics: str
+    metrics: str  # a name, or a pattern in which `*` stands for the name of a line
     title: str
-    unit: str = ""
-    note: str = ""
+    unit: str = ""  # of the vertical axis
+    note: str = ""  # how it is measured
 
 
 class Figure(NamedTuple):
-    """What the page needs for one figure.
-
-    Fields:
-        title, unit, note: of the panel; `note` also says how many numbers are missing.
-        names: of the metrics.
-        lines: label, style, and first and last number of each line.
-        band: what the shaded band is, or "".
-        traces: for plotly.js; `meta` holds the number of the colour.
-    """
+    """What the page needs for one figure."""
 
     title: str
     unit: str
-    note: str
-    names: list[str]
-    lines: list[tuple[str, int, str]]
-    band: str
-    traces: list[dict[str, Any]]
+    note: str  # of the panel, and how many numbers are missing
+    names: list[str]  # of the metrics
+    lines: list[tuple[str, int, str]]  # label, number of colour and dash, and `change` of each
+    band: str  # what the shaded band is, or ""
+    traces: list[dict[str, Any]]  # for plotly.js; `meta` holds the number of the colour
 
 
 _DRIFT = "between stored and refreshed state, at the first and last step of segments"
@@ -228,7 +210,7 @@ def change(values: FloatArray) -> str:
     """Means over the first and the last tenth of the numbers there are; one number where these read the same."""
     finite = values[np.isfinite(values)]
     if not len(finite):
-        return ""
+        return "–"
     tenth = max(1, len(finite) // 10)
     first, last = number(finite[:tenth].mean()), number(finite[-tenth:].mean())
     return last if first == last else f"{first} → {last}"
@@ -251,32 +233,22 @@ def mean_and_range(curves: Sequence[Curve]) -> tuple[Curve, Curve, Curve]:
     return Curve(steps, stacked.mean(0)), Curve(steps, stacked.min(0)), Curve(steps, stacked.max(0))
 
 
-def thin(curve: Curve, max_points: int) -> Curve:
-    """At most `max_points` of a curve: its ends, and the lowest and highest of each of equal stretches.
-
-    Nothing is smoothed: every peak stays, and a stretch without numbers stays a gap.
-    """
-    num_points = len(curve.values)
-    if num_points <= max_points:
+def by_stretch(curve: Curve, function: Callable[[FloatArray], Any], num_stretches: int = NUM_MEANS) -> Curve:
+    """One number for each of equal stretches of a long curve: `function` of its finite values, or NaN without any."""
+    if len(curve.values) <= 2 * num_stretches:
         return curve
-    kept = {0, num_points - 1}
-    for stretch in np.array_split(np.arange(num_points), max(1, (max_points - 2) // 2)):
-        rising = stretch[np.argsort(curve.values[stretch])]  # NaN last
-        kept |= {int(rising[0]), int(rising[np.isfinite(curve.values[stretch]).sum() - 1])}
-    chosen = np.array(sorted(kept))
-    return Curve(curve.steps[chosen], curve.values[chosen])
-
-
-def by_stretch(curve: Curve, function: Callable[[FloatArray], Any]) -> Curve:
-    """A number for each of `NUM_MEANS` equal stretches of a long curve: `function` of its finite values, or NaN."""
-    if len(curve.values) <= 2 * NUM_MEANS:
-        return curve
-    steps, values = (np.array_split(array, NUM_MEANS) for array in curve)
+    steps, values = (np.array_split(array, num_stretches) for array in curve)
     finite = [stretch[np.isfinite(stretch)] for stretch in values]
-    return Curve(
-        np.array([stretch.mean() for stretch in steps]),
-        np.array([function(stretch) if len(stretch) else np.nan for stretch in finite]),
-    )
+    means = np.array([stretch.mean() for stretch in steps])
+    return Curve(means, np.array([function(stretch) if len(stretch) else np.nan for stretch in finite]))
+
+
+def thin(curve: Curve, max_points: int) -> Curve:
+    """At most `max_points` of a curve: the lowest and the highest of each of equal stretches. Every peak stays."""
+    if len(curve.values) <= max_points:
+        return curve
+    low, high = (by_stretch(curve, function, max_points // 2) for function in (np.min, np.max))
+    return Curve(np.repeat(low.steps, 2), np.column_stack([low.values, high.values]).ravel())
 
 
 def band(low: Curve, high: Curve) -> Curve | None:

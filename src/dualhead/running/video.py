@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from dualhead.running.checkpoint import RunError, read_config
 from dualhead.running.config import EVALUATION_SEED
-from dualhead.running.playing import Player, load_weights, run_directory
+from dualhead.running.playing import Player, load_player, run_directory
 from dualhead.types import DataError
 from dualhead.worlds.commons.config import CommonsConfig
 from dualhead.worlds.commons.world import Commons
@@ -76,8 +76,7 @@ def record_video(
         raise RunError(f"{config.env!r} was handed over in Python: its files cannot make it to be filmed")
     env = Commons(config.world) if isinstance(config.world, CommonsConfig) else _renderable(config.env)
     try:
-        policy = load_weights(run_dir, world=env, encoder=encoder, memory=memory).policy
-        player = Player(policy, env.observation_space, env.action_space, seed=seed)
+        player, _, _ = load_player(run_dir, seed=seed, world=env, encoder=encoder, memory=memory)
         fps = COMMONS_FPS if isinstance(env, Commons) else float(env.metadata.get("render_fps") or DEFAULT_FPS)
         frames = _frames(env, player, max_steps, seed=seed, deterministic=deterministic)
         out.parent.mkdir(parents=True, exist_ok=True)
