@@ -13,8 +13,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from settings import spec_segments
 
 from dualhead.cli import main
@@ -23,7 +21,7 @@ from dualhead.running import report
 from dualhead.running.checkpoint import RunError
 from dualhead.running.config import RunConfig
 from dualhead.running.report import group_runs, write_report
-from dualhead.running.report_figures import Curve, band, change, curves, draw, mean_and_range, number, thin
+from dualhead.running.report_figures import change, curves, draw, number
 from dualhead.running.results import read_run, read_table
 
 NAN = math.nan
@@ -112,63 +110,21 @@ def test_steps_that_a_resumed_run_wrote_again_count_once(tmp_path):
     assert table.columns["a"].tolist() == [1, 22, 33, 44]
 
 
-def test_mean_and_range_where_all_seeds_have_a_number():
-    longer = Curve(np.array([1.0, 2, 3, 4]), np.array([1.0, 2, 3, 4]))
-    shorter = Curve(np.array([1.0, 2, 3]), np.array([3.0, NAN, 9]))
-    mean, low, high = mean_and_range([longer, shorter])
-    assert mean.steps.tolist() == [1, 2, 3]
-    for curve, expected in ((mean, [2, NAN, 6]), (low, [1, NAN, 3]), (high, [3, NAN, 9])):
-        assert same(curve.values, expected)
-
-
-def test_band_is_cut_at_gaps():
-    steps = np.array([1.0, 2, 3, 4])
-    area = band(Curve(steps, np.array([1.0, 2, NAN, 4])), Curve(steps, np.array([5.0, 6, 7, 8])))
-    assert same(area.values, [5, 6, 2, 1, NAN, 8, 4, NAN])
-    assert same(area.steps[[0, 1, 2, 3, 5, 6]], [1, 2, 2, 1, 4, 4])
-
-
-def test_long_band_keeps_its_reach():
-    steps = np.arange(10_000.0)
-    low, high = np.zeros(10_000), np.ones(10_000)
-    low[4321], high[8765] = -3.0, 9.0
-    area = band(Curve(steps, low), Curve(steps, high))
-    assert len(area.steps) == 201  # there and back through a hundred stretches, and an end
-    assert (np.nanmin(area.values), np.nanmax(area.values)) == (-3, 9)
-
-
-def test_peaks_and_gaps_of_a_long_line_stay():
-    values = np.sin(np.arange(50_000) / 1000)
-    values[12_345], values[40_000], values[20_000:30_000] = 80.0, -90.0, NAN
-    curve = thin(Curve(np.arange(50_000.0), values), 1000)
-    assert len(curve.steps) == 1000  # in stretches of 100 steps
-    assert np.abs(curve.steps[curve.values == 80] - 12_345).max() <= 50
-    assert np.abs(curve.steps[curve.values == -90] - 40_000).max() <= 50
-    inside = (curve.steps >= 20_000) & (curve.steps < 30_000)
-    assert inside.sum() == 200
-    assert np.isnan(curve.values[inside]).all()
-
-
-def test_thick_line_through_a_long_curve_shows_means(tmp_path):
+def test_a_long_curve_is_drawn_by_means_lowest_and_highest(tmp_path):
     values = np.tile([1.0, 5.0], 500)
-    values[300:320] = NAN
+    values[300:320], values[432], values[876] = NAN, -7.0, 90.0
     run = make_run(tmp_path / "run", {"loss/total": values.tolist()}, steps=range(10, 10_010, 10))
     (figure,) = figures_of(lstm=[run])["Optimisation"]
-    pale, thick = figure.traces
-    assert same(pale["y"], values)
-    assert thick["x"].tolist() == [55 + 100 * i for i in range(100)]  # ten points each, mean step of 10 to 100 is 55
-    assert same(thick["y"], [NAN if i in (30, 31) else 3.0 for i in range(100)])
-
-
-@given(st.lists(st.floats(-1e6, 1e6) | st.just(NAN), min_size=1, max_size=200), st.integers(4, 40))
-def test_thinning_picks_points_and_keeps_the_extremes(numbers, max_points):
-    values = np.array(numbers)
-    curve = thin(Curve(np.arange(len(values), dtype=float), values), max_points)
-    assert len(curve.steps) <= max_points
-    assert np.isin(curve.values[np.isfinite(curve.values)], values).all()
-    if np.isfinite(values).any():
-        assert np.nanmax(curve.values) == np.nanmax(values)
-        assert np.nanmin(curve.values) == np.nanmin(values)
+    area, line = figure.traces
+    # Stretches of ten points: the mean step of the first is 55, its mean 3.
+    steps, means = 55 + 100 * np.arange(100), np.full(100, 3.0)
+    means[30:32], means[43], means[87] = NAN, 2.2, 11.9  # (4 * 1 + 5 * 5 - 7) / 10, (4 * 1 + 5 * 5 + 90) / 10
+    assert line["x"].tolist() == steps.tolist()
+    np.testing.assert_allclose(line["y"], means, rtol=1e-6)
+    low, high = np.where(steps == 4355, -7.0, 1.0), np.where(steps == 8755, 90.0, 5.0)
+    sides = slice(30), slice(32, None)  # of the gap
+    assert same(area["y"], np.concatenate([y for side in sides for y in (high[side], low[side][::-1], [NAN])]))
+    assert figure.band == "lowest to highest"
 
 
 @pytest.mark.parametrize(
@@ -242,6 +198,8 @@ def test_report_of_a_trained_run(tmp_path, capsys):
     assert len(columns) > 20
     assert [name for name in columns if name not in page.text] == []
     assert len(page.figures) == page.tags.count("figure") > 15
+    assert page.addresses == []
+    assert "default-src 'none'" in (run / "report.html").read_text()
 
 
 def test_numbers_in_figures_are_those_of_the_file(tmp_path):
@@ -257,13 +215,17 @@ def test_numbers_in_figures_are_those_of_the_file(tmp_path):
 
 
 def test_seeds_are_thin_lines_under_their_mean_and_range(tmp_path):
-    runs = [make_run(tmp_path / f"{seed}", {"loss/total": [seed, 2 * seed]}, seed=seed) for seed in (1, 5)]
+    """Mean and range are at the steps that all seeds have; where one has no number the band is cut."""
+    numbers = [1, 2, 3, 4, 5], [3, 5, None, 7]
+    runs = [make_run(tmp_path / str(seed), {"loss/total": x}, seed=seed) for seed, x in enumerate(numbers)]
     (figure,) = figures_of(lstm=runs)["Optimisation"]
-    assert figure.band == "lowest to highest seed"
     area, *seeds, mean = figure.traces
-    assert same(area["y"], [5, 10, 2, 1, NAN])
-    assert [seed["y"].tolist() for seed in seeds] == [[1, 2], [5, 10]]
-    assert mean["y"].tolist() == [3, 6]
+    assert figure.band == "lowest to highest seed"
+    assert same(area["y"], [3, 5, 2, 1, NAN, 7, 4, NAN])
+    assert area["x"][[0, 1, 2, 3, 5, 6]].tolist() == [100, 200, 200, 100, 400, 400]
+    for trace, expected in zip((*seeds, mean), ([1, 2, 3, 4, 5], [3, 5, NAN, 7], [2, 3.5, NAN, 5.5])):
+        assert same(trace["y"], expected)
+    assert mean["x"].tolist() == [100, 200, 300, 400]
     assert mean["line"]["width"] > seeds[0]["line"]["width"]
 
 
@@ -302,35 +264,35 @@ def test_no_metric_is_hidden(tmp_path):
     assert [name for name in metrics if name not in text] == []
 
 
-def test_evaluations_with_their_interval(tmp_path):
-    run = make_run(tmp_path / "run", {"a": [1, 2]}, evaluations=["100,1,9,0,2,5,20", "200,3,9,2.5,4,6,20"])
-    returns, lengths = figures_of(lstm=[run])["Learning"]
-    assert (returns.band, lengths.band) == ("95% interval over episodes", "")
-    assert same(returns.traces[0]["y"], [2, 4, 2.5, 0, NAN])
-    assert "95% interval 2.5 to 4, in evaluation after 200 steps" in page_of(run).text
-
-
 @pytest.mark.parametrize(
-    ("rows", "said"),
+    ("rows", "reach", "said"),
     [
-        (["100,1,0,0.5,1.5,5,20"], "95% interval 0.5 to 1.5, in evaluation after 100 steps"),
-        (["100,1,0,nan,nan,5,1", "200,2,0,nan,nan,5,1"], "in evaluation after 200 steps"),
+        (
+            ["100,1,9,0,2,5,20", "200,3,9,2.5,4,6,20"],
+            [2, 4, 2.5, 0, NAN],
+            "95% interval 2.5 to 4, in evaluation after 200",
+        ),
+        (["100,1,0,0.5,1.5,5,20"], None, "95% interval 0.5 to 1.5, in evaluation after 100 steps"),
+        (["100,1,0,nan,nan,5,1", "200,2,0,nan,nan,5,1"], None, "in evaluation after 200 steps"),
     ],
-    ids=["one evaluation", "of one episode each"],
+    ids=["two evaluations", "one evaluation", "of one episode each"],
 )
-def test_no_legend_promises_an_interval_that_is_not_drawn(tmp_path, rows, said):
+def test_evaluations_with_their_interval_where_one_is_drawn(tmp_path, rows, reach, said):
     run = make_run(tmp_path / "run", {"a": [1, 2]}, evaluations=rows)
-    returns = figures_of(lstm=[run])["Learning"][0]
-    assert (returns.band, len(returns.traces)) == ("", 1)
+    returns, lengths = figures_of(lstm=[run])["Learning"]
     text = page_of(run).text
     assert said in text
-    assert "over episodes" not in text
     assert "interval –" not in text
+    assert (returns.band == "95% interval over episodes") == ("over episodes" in text) == (reach is not None)
+    assert lengths.band == ""
+    *areas, _ = returns.traces
+    assert len(areas) == (reach is not None)
+    assert all(same(area["y"], reach) for area in areas)
 
 
 def test_sentences_of_the_page_are_set_apart(tmp_path):
     runs = [make_run(tmp_path / f"{seed}", {"a": [1, 2]}, seed=seed) for seed in (1, 2)]
-    assert re.search(r"seeds of a setting have\.\s+Thick lines and bands", page_of(*runs).text)
+    assert re.search(r"seeds of a setting have\.\s+Of more than", page_of(*runs).text)
 
 
 @pytest.mark.parametrize(
@@ -416,12 +378,6 @@ def test_text_of_runs_is_never_markup(tmp_path):
     assert any("&lt;a href" in name for name in names)
 
 
-def test_page_names_no_address(tmp_path):
-    page = page_of(make_run(tmp_path / "run", {"a": [1, 2]}))
-    assert page.addresses == []
-    assert "default-src 'none'" in (tmp_path / "page.html").read_text()
-
-
 def test_page_of_a_long_run_stays_small(tmp_path):
     values = np.random.default_rng(0).normal(size=20_000).round(6).tolist()
     sizes = []
@@ -501,8 +457,10 @@ FRAME = """<iframe src="page.html" style="width:%dpx;height:900px"></iframe><pre
     [("light", 1300, "rgb(246, 247, 248)", "rgb(0, 114, 178)"), ("dark", 390, "rgb(17, 20, 23)", "rgb(88, 178, 234)")],
 )
 def test_a_browser_draws_the_page(tmp_path, scheme, width, page, stroke):
-    metrics = {"episode/mean_return": [1, 3, 2], "loss/total": [None, 1, None], "time/rollout_s": [1, 1, 1]}
-    runs = [make_run(tmp_path / f"{n}-{s}", metrics, seed=s, num_envs=n) for n in (4, 8) for s in (0, 1)]
+    runs = []
+    for n, s in ((4, 0), (4, 1), (8, 0), (8, 1)):
+        metrics = {"episode/mean_return": [1, 3 + s, 2], "loss/total": [None, 1 + s, None], "time/rollout_s": [1, s, 1]}
+        runs.append(make_run(tmp_path / f"{n}-{s}", metrics, seed=s, num_envs=n))
     html = write_report(runs, tmp_path / "page.html", replay=False).read_text()
     (tmp_path / "page.html").write_text(html.replace("</script>\n</body>", PROBE))
     (tmp_path / "frame.html").write_text(FRAME % width)

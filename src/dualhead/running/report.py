@@ -18,7 +18,7 @@ import numpy as np
 from dualhead.config import Config, flat
 from dualhead.running.checkpoint import RunError
 from dualhead.running.config import EVALUATION_SEED, RunConfig, preset_settings
-from dualhead.running.report_figures import DASHES, NUM_COLORS, NUM_MEANS, curves, draw, number
+from dualhead.running.report_figures import DASHES, NUM_COLORS, NUM_STRETCHES, curves, draw, number
 from dualhead.running.results import Run, read_run
 from dualhead.storage import CheckpointError
 from dualhead.worlds.streams import UnavailableEnvironment
@@ -133,9 +133,9 @@ def render(groups: Mapping[str, Sequence[Run]], replays: Sequence[Mapping[str, s
         runs=[_facts(str(r.path), [r], style) for style, members in enumerate(groups.values()) for r in members],
         sections=sections,
         empty=empty,
-        settings=_settings_rows(groups),
+        settings=_settings_table(groups),
         replays=replays,
-        num_means=NUM_MEANS,
+        num_stretches=NUM_STRETCHES,
         num_colors=NUM_COLORS,
         dashes=DASHES,
         made=f"{datetime.datetime.now():%Y-%m-%d %H:%M}",
@@ -222,32 +222,23 @@ def _status(run: Run) -> tuple[str, str]:
     return ("stopped", "before its end, with a checkpoint") if run.summary.get("stopped_early") else ("finished", "")
 
 
-def _settings_rows(groups: Mapping[str, Sequence[Run]]) -> list[dict[str, Any]]:
+def _settings_table(groups: Mapping[str, Sequence[Run]]) -> dict[str, Any]:
     """Settings that are not the default in some group, or that differ between groups."""
     configs = [members[0].config for members in groups.values()]
-    default = _settings(RunConfig(env=configs[0].env))
-    settings = [_settings(config) for config in configs]
-    tuned = [flat(preset_settings(config.preset, config.env)) for config in configs]
+    default, settings = _settings(RunConfig(env=configs[0].env)), [_settings(config) for config in configs]
     differing = _differing(settings)
-    descriptions = {name: text for config in configs for name, text in _descriptions(config).items()}
-    rows = []
-    for name in dict.fromkeys(name for one in settings for name in one):
-        values = [one.get(name, "none") for one in settings]
-        usual = default.get(name, "none")
-        if name in differing or (name != "env" and any(value != usual for value in values)):
-            rows.append(
-                {
-                    "name": name,
-                    "description": descriptions.get(name, ""),
-                    "default": "" if name == "env" else usual,
-                    "differs": name in differing,
-                    "values": [
-                        {"text": value, "tuned": name in known and _text(known[name]) == value}
-                        for value, known in zip(values, tuned)
-                    ],
-                }
-            )
-    return rows
+    names = _differing([default, *settings])
+    return {
+        "names": [name for name in names if name != "env" or name in differing],
+        "default": default | {"env": ""},
+        "groups": settings,
+        "tuned": [
+            {name: _text(value) for name, value in flat(preset_settings(config.preset, config.env)).items()}
+            for config in configs
+        ],
+        "differing": differing,
+        "descriptions": {name: text for config in configs for name, text in _descriptions(config).items()},
+    }
 
 
 def _descriptions(config: Config, prefix: str = "") -> dict[str, str]:

@@ -12,9 +12,8 @@ from numpy.typing import NDArray
 
 from dualhead.running.results import FloatArray, Run
 
-MAX_POINTS = 1000
-NUM_MEANS = 100
-"""A line of more than twice as many points is drawn through means over this many stretches."""
+NUM_STRETCHES = 100
+"""Lines and bands of more than twice as many points are drawn from this many equal stretches."""
 NUM_COLORS = 6
 DASHES = ("solid", "dash", "dot")
 INTERVALS = {"evaluations/mean_return": ("evaluations/ci95_low", "evaluations/ci95_high")}
@@ -181,16 +180,18 @@ def _figure(panel: Panel, lines: Sequence[tuple[str, int, str, list[dict[str, Cu
         if not runs:
             continue
         seeds = [run[name] for run in runs]
-        mean, *ends = mean_and_range(seeds)
-        if len(seeds) == 1:
-            ends = [runs[0][end] for end in INTERVALS.get(name, ()) if end in runs[0]]
-        area = band(*ends) if ends else None
+        mean, low, high = mean_and_range(seeds)
+        interval = [runs[0][end] for end in INTERVALS.get(name, ()) if end in runs[0]]
+        words = "lowest to highest seed" if len(seeds) > 1 else "lowest to highest"
+        if len(seeds) == 1 and len(interval) == 2:
+            (low, high), words = interval, "95% interval over episodes"
+        area = band(low, high)
         if area is not None:
-            about = "95% interval over episodes" if len(seeds) == 1 else "lowest to highest seed"
+            about = words
             bands.append(_trace(area, label, style, fill="toself", hoverinfo="skip"))
-        if len(seeds) > 1 or len(mean.values) > 2 * NUM_MEANS:
-            thinned = [thin(seed, max(2 * NUM_MEANS, MAX_POINTS // len(seeds))) for seed in seeds]
-            pale += [_trace(seed, label, style, width=1, opacity=0.4, hoverinfo="skip") for seed in thinned]
+        if len(seeds) > 1:
+            means = [by_stretch(seed, np.mean) for seed in seeds]
+            pale += [_trace(seed, label, style, width=1, opacity=0.4, hoverinfo="skip") for seed in means]
         thick.append(_trace(by_stretch(mean, np.mean), label, style, width=2, hovertemplate="%{y:.4g}"))
         legend.append((label, style, change(mean.values)))
         num_missing += sum(int(np.isnan(v[np.isfinite(v).argmax() :]).sum()) for _, v in seeds)
@@ -233,34 +234,30 @@ def mean_and_range(curves: Sequence[Curve]) -> tuple[Curve, Curve, Curve]:
     return Curve(steps, stacked.mean(0)), Curve(steps, stacked.min(0)), Curve(steps, stacked.max(0))
 
 
-def by_stretch(curve: Curve, function: Callable[[FloatArray], Any], num_stretches: int = NUM_MEANS) -> Curve:
-    """One number for each of equal stretches of a long curve: `function` of its finite values, or NaN without any."""
-    if len(curve.values) <= 2 * num_stretches:
+def by_stretch(curve: Curve, function: Callable[[FloatArray], Any]) -> Curve:
+    """A number for each of `NUM_STRETCHES` of a long curve: `function` of its finite values, or NaN without any."""
+    if len(curve.values) <= 2 * NUM_STRETCHES:
         return curve
-    steps, values = (np.array_split(array, num_stretches) for array in curve)
+    steps, values = (np.array_split(array, NUM_STRETCHES) for array in curve)
     finite = [stretch[np.isfinite(stretch)] for stretch in values]
     means = np.array([stretch.mean() for stretch in steps])
     return Curve(means, np.array([function(stretch) if len(stretch) else np.nan for stretch in finite]))
 
 
-def thin(curve: Curve, max_points: int) -> Curve:
-    """At most `max_points` of a curve: the lowest and the highest of each of equal stretches. Every peak stays."""
-    if len(curve.values) <= max_points:
-        return curve
-    low, high = (by_stretch(curve, function, max_points // 2) for function in (np.min, np.max))
-    return Curve(np.repeat(low.steps, 2), np.column_stack([low.values, high.values]).ravel())
-
-
 def band(low: Curve, high: Curve) -> Curve | None:
-    """The area between two curves as closed polygons with gaps between them; None where it has no area."""
+    """The area between two curves as closed polygons with gaps between them; None where there is none.
+
+    Of long curves it reaches from the lowest to the highest number of each stretch, so every peak stays.
+    """
     steps, lowest = by_stretch(low, np.min)
     highest = by_stretch(high, np.max).values
     along, around = [], []
     for part in np.ma.clump_unmasked(np.ma.masked_invalid(lowest + highest)):
         along += [steps[part], steps[part][::-1], steps[part][:1]]
         around += [highest[part], lowest[part][::-1], [np.nan]]
-    has_area = any(len(part) > 1 for part in along)
-    return Curve(np.concatenate(along), np.concatenate(around)) if has_area else None
+    if not any(len(part) > 1 for part in along) or not (highest > lowest).any():
+        return None
+    return Curve(np.concatenate(along), np.concatenate(around))
 
 
 def _trace(curve: Curve, label: str, style: int, *, width: int = 0, **look: Any) -> dict[str, Any]:
