@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import io
 import os
 import warnings
@@ -24,7 +23,7 @@ from dualhead.networks.memory import MemoryFactory
 from dualhead.networks.policy import RecurrentPolicy
 from dualhead.running.checkpoint import RunError, read_json, write_json
 from dualhead.running.playing import Policy, load_player
-from dualhead.spaces import ACTION_MASK, WHOLE, ActionSpec, Leaf, ObservationSpec, torch_dtype
+from dualhead.spaces import ACTION_MASK, WHOLE, ActionSpec, ObservationSpec, torch_dtype
 from dualhead.storage import write_bytes
 from dualhead.types import RecurrentState
 
@@ -84,8 +83,10 @@ def export(
     out = Path(out)
     if out.suffix != ".onnx":
         raise RunError(f"export to {out}: expected a name that ends in .onnx")
-    if importlib.util.find_spec("onnx") is None:
-        raise RunError("exporting needs the package onnx: pip install -e '.[onnx]' in the checkout")
+    try:
+        import onnx
+    except ImportError as error:
+        raise RunError("exporting needs the package onnx: pip install -e '.[onnx]' in the checkout") from error
     run: dict[str, Any] = dict.fromkeys(("directory", "checkpoint", "env", "seed"))
     if isinstance(source, DualHeadRecurrentPPO):
         policy: Policy = copy.deepcopy(source.policy).cpu()
@@ -106,7 +107,9 @@ def export(
         raise RunError(f"{source} holds a policy for each agent: only a run with --policies shared can be exported")
     graph = StepGraph(policy, spec, actions)
     contents = to_onnx(graph)
-    described, read = graph.describe(), input_names(contents)
+    described = graph.describe()
+    # A user's encoder may ignore parts of an observation, and a graph has no inputs that it does not read.
+    read = {given.name for given in onnx.load_model_from_string(contents).graph.input}
     described["inputs"] = [port for port in described["inputs"] if port["name"] in read]
     description = {
         "format": FORMAT,
@@ -138,17 +141,18 @@ class StepGraph(nn.Module):
         super().__init__()
         self.policy, self.spec, self.actions = policy, spec, actions
         nested = isinstance(spec.space, spaces.Dict | spaces.Tuple)
-        self.inputs = [
-            _port(
-                f"{WHOLE}/{leaf.name}" if nested else WHOLE,
-                "action_mask" if leaf.is_mask else "observation",
-                self._input_dtype(leaf),
-                ["batch", *(leaf.space.shape or ())],
-                part=leaf.name if nested else None,
-                space=str(leaf.space),
+        self.inputs = []
+        for leaf in spec.leaves:
+            name = f"{WHOLE}/{leaf.name}" if nested else WHOLE
+            dtype, shape = torch_dtype(leaf.space.dtype), ["batch", *(leaf.space.shape or ())]
+            if dtype.is_floating_point:
+                dtype = policy.dtype
+            elif dtype in (torch.uint16, torch.uint32, torch.uint64):  # the exporter lacks them
+                dtype = torch.int64
+            role = "action_mask" if leaf.is_mask else "observation"
+            self.inputs.append(
+                _port(name, role, dtype, shape, part=leaf.name if nested else None, space=str(leaf.space))
             )
-            for leaf in spec.leaves
-        ]
         previous = policy.previous.shapes(policy.dtype)
         self.inputs += [
             _port(name, name.replace("/", "_"), dtype, ["batch", *shape]) for name, (shape, dtype) in previous.items()
@@ -181,13 +185,6 @@ class StepGraph(nn.Module):
             chosen = distribution.logits
         return (*chosen, output.values, *(next_state.parts[name] for name in self.state))
 
-    def _input_dtype(self, leaf: Leaf) -> torch.dtype:
-        """Floats as the policy's, and wide unsigned integers as int64 because the exporter lacks them."""
-        own = torch_dtype(leaf.space.dtype)
-        if own.is_floating_point:
-            return self.policy.dtype
-        return torch.int64 if own in (torch.uint16, torch.uint32, torch.uint64) else own
-
     def zero_state(self, batch: int) -> list[Tensor]:
         """The state inputs at the beginning of an episode."""
         parts = self.policy.initial_state(batch).parts
@@ -195,28 +192,26 @@ class StepGraph(nn.Module):
 
     def random_observations(self, batch: int, rng: np.random.Generator) -> list[Tensor]:
         """Observations [batch, ...] from their spaces, masks that leave every head a choice, and a step before."""
-        actions, previous = self.actions, self.policy.previous
-        size = (batch, actions.num_columns)
-        before = rng.normal(size=size) if actions.is_continuous else rng.integers(-1, actions.nvec, size)
-        after = previous.after(torch.from_numpy(before), torch.from_numpy(rng.normal(size=batch)))
-        dtypes = previous.shapes(self.policy.dtype)
-        return [
-            torch.from_numpy(self._random(leaf, batch, rng)).to(self._input_dtype(leaf)) for leaf in self.spec.leaves
-        ] + [tensor.to(dtypes[name][1]) for name, tensor in after.items()]
-
-    def _random(self, leaf: Leaf, batch: int, rng: np.random.Generator) -> Any:
-        if isinstance(leaf.space, spaces.Box) and np.issubdtype(leaf.space.dtype, np.floating):
-            low, high = leaf.space.low, leaf.space.high
-            return np.clip(rng.normal(np.clip(0.0, low, high), 3.0, (batch, *leaf.space.shape)), low, high)
-        batched = batch_space(leaf.space, batch)
-        batched.seed(int(rng.integers(2**31)))
-        drawn: Any = batched.sample()
-        if leaf.is_mask:
-            whole, start = leaf.name.rpartition("/")[2] == ACTION_MASK, 0
-            for n in self.actions.nvec if whole else (drawn[0].size,):
-                drawn.reshape(batch, -1)[np.arange(batch), start + rng.integers(n, size=batch)] = 1
-                start += n
-        return drawn
+        given: list[Any] = []
+        for leaf in self.spec.leaves:
+            space, shape = leaf.space, (batch, *(leaf.space.shape or ()))
+            if leaf.is_mask:
+                whole = leaf.name.rpartition("/")[2] == ACTION_MASK
+                firsts = np.cumsum([0, *self.actions.nvec[:-1]]) if whole else [0]
+                given.append(rng.integers(2, size=shape))
+                given[-1].reshape(batch, -1)[:, firsts] = 1
+            elif isinstance(space, spaces.Box) and np.issubdtype(space.dtype, np.floating):  # bounds may be huge
+                near_zero = np.clip(0.0, space.low, space.high)
+                given.append(np.clip(rng.normal(near_zero, 3.0, shape), space.low, space.high))
+            else:
+                batched = batch_space(space, batch)
+                batched.seed(int(rng.integers(2**31)))
+                given.append(batched.sample())
+        size = (batch, self.actions.num_columns)
+        before = rng.normal(size=size) if self.actions.is_continuous else rng.integers(-1, self.actions.nvec, size)
+        previous = self.policy.previous.after(torch.from_numpy(before), torch.from_numpy(rng.normal(size=batch)))
+        tensors = zip(self.inputs, [*given, *previous.values()])
+        return [torch.as_tensor(tensor).to(getattr(torch, port["dtype"])) for port, tensor in tensors]
 
     def describe(self) -> dict[str, Any]:
         """Inputs, outputs, reset and actions for the JSON file."""
@@ -291,13 +286,6 @@ def to_onnx(graph: StepGraph) -> bytes:
     return file.getvalue()
 
 
-def input_names(contents: bytes) -> set[str]:
-    """The inputs that a model has: a user's encoder may ignore parts of an observation."""
-    import onnx
-
-    return {given.name for given in onnx.load_model_from_string(contents).graph.input}
-
-
 def verify(contents: bytes, graph: StepGraph) -> dict[str, Any] | None:
     """Plays random observations with resets through ONNX Runtime and through the policy, each with its own state.
 
@@ -307,17 +295,18 @@ def verify(contents: bytes, graph: StepGraph) -> dict[str, Any] | None:
     Raises:
         RunError: it differs by more than 1e-5, or ONNX Runtime cannot run it.
     """
-    if importlib.util.find_spec("onnxruntime") is None:
+    try:
+        import onnxruntime
+    except ImportError:
         return None
-    import onnxruntime
-
     options = onnxruntime.SessionOptions()
     options.log_severity_level, options.intra_op_num_threads = 3, 1
     rng = np.random.default_rng(1)
-    worst, read = 0.0, input_names(contents)
+    worst = 0.0
     names = [port["name"] for port in graph.outputs]
     try:
         session = onnxruntime.InferenceSession(contents, options, providers=["CPUExecutionProvider"])
+        read = {given.name for given in session.get_inputs()}
         for batch in (1, 5):
             ours, theirs = graph.zero_state(batch), [part.numpy() for part in graph.zero_state(batch)]
             for _ in range(VERIFIED_STEPS):
