@@ -18,11 +18,7 @@ from numpy.typing import NDArray
 from dualhead.errors import DataError
 from dualhead.running.checkpoint import RunError, read_config
 from dualhead.running.config import EVALUATION_SEED
-<<<<<<< HEAD
-from dualhead.running.playing import Player, load_weights, run_directory
-=======
 from dualhead.running.playing import Player, load_player, run_directory
->>>>>>> size-look
 from dualhead.worlds.commons.config import CommonsConfig
 from dualhead.worlds.commons.world import Commons
 from dualhead.worlds.streams import make_env
