@@ -25,15 +25,17 @@ from settings import spec_segments
 
 import dualhead
 from dualhead import DualHeadRecurrentPPO
-from dualhead.cli import main, parse_train
+from dualhead.cli import main
 from dualhead.config import NetworkConfig, PPOConfig
-from dualhead.running import machine
+from dualhead.errors import SettingsError
+from dualhead.running import machine, trainer
 from dualhead.running.checkpoint import RunError, checkpoints, locked, new_run_dir, read_config, read_newest
 from dualhead.running.config import RunConfig
 from dualhead.running.episodes import EpisodeTracker
 from dualhead.running.trainer import train
 from dualhead.running.writers import CSVWriter, ProgressDisplay
 from dualhead.storage import read_tensors
+from dualhead.worlds import registry
 from dualhead.worlds.streams import StreamStep, make_streams
 
 SMALL = NetworkConfig.spec(hidden_size=8, encoder_sizes=(8,))
@@ -212,7 +214,7 @@ def test_evaluation_repeats_and_leaves_the_run_alone(tmp_path, capsys):
         (["train", "CartPole-v1", "--entropy-coef-end", "0.1"], "entropy_coef_end needs entropy_decay_steps"),
         (["train", "CartPole-v1", "--device", "cuda"], "torch sees no GPU here"),
         (["eval", "nowhere"], "nowhere holds no run"),
-        (["eval", "nowhere", "--seed", "-1"], "seed: expected at least 0, got -1"),
+        (["eval", "nowhere", "--seed", "-1"], "seed: expected at least 0 and less than 2**64, got -1"),
         (["eval", __file__], "is no checkpoint of a run: expected a run directory"),
         (["train", "Humanoid-v2"], "cannot make environment 'Humanoid-v2': The mujoco v2"),
     ],
@@ -291,20 +293,39 @@ def test_a_preset_for_an_environment_that_has_none_is_refused(capsys):
     assert "env" in capsys.readouterr().err.lower()
 
 
+@pytest.fixture
+def settings_of(monkeypatch):
+    """What `dualhead train ARGUMENTS` would train with."""
+    configs = []
+
+    def train(config):
+        configs.append(config)
+        raise RunError("not trained")
+
+    monkeypatch.setattr(trainer, "train", train)
+
+    def settings_of(arguments):
+        assert main(["train", *arguments]) == 1
+        return configs.pop()
+
+    return settings_of
+
+
 @pytest.mark.parametrize("form", [["--run-dir", "commons"], ["--run_dir", "commons"], ["--run_dir=commons"]])
-def test_where_a_run_goes_chooses_no_preset(form):
-    command = parse_train([*form, "CartPole-v1"])
+def test_where_a_run_goes_chooses_no_preset(settings_of, form):
+    command = settings_of([*form, "CartPole-v1"])
     assert (command.env, command.preset, command.run_dir) == ("CartPole-v1", "default", "commons")
 
 
-def test_what_is_no_number_ends_a_list_of_numbers():
-    command = parse_train(["--encoder-sizes", "32", "16", "--head-sizes", "6", "6", "CartPole-v1", "--seed", "3"])
-    assert (command.env, command.seed, command.network.head_sizes) == ("CartPole-v1", 3, (6, 6))
+def test_lists_take_the_words_up_to_the_next_option(settings_of):
+    command = settings_of(["--encoder-sizes", "32", "16", "--head-sizes", "6", "6", "CartPole-v1"])
+    assert (command.env, command.network.head_sizes) == ("CartPole-v1", (6, 6))
+    assert settings_of(["--seed", "3", "CartPole-v1", "--gamma", "1"]).env == "CartPole-v1"
     assert command.network.encoder_sizes == (32, 16)
-    assert parse_train(["CartPole-v1", "--head-sizes", "6"]).network.head_sizes == (6,)
-    assert parse_train(["CartPole-v1", "--entropy-coef", "0.5"]).ppo.entropy_coef == 0.5
-    assert parse_train(["CartPole-v1", "--entropy-coef", "0.5", "0"]).ppo.entropy_coef == (0.5, 0.0)
-    assert parse_train(["CartPole-v1", "--max-grad-norm", "None"]).ppo.max_grad_norm is None
+    assert settings_of(["CartPole-v1", "--head-sizes", "6"]).network.head_sizes == (6,)
+    assert settings_of(["CartPole-v1", "--entropy-coef", "0.5"]).ppo.entropy_coef == 0.5
+    assert settings_of(["CartPole-v1", "--entropy-coef", "0.5", "0"]).ppo.entropy_coef == (0.5, 0.0)
+    assert settings_of(["CartPole-v1", "--max-grad-norm", "None"]).ppo.max_grad_norm is None
 
 
 def test_every_wrong_setting_has_a_line(capsys):
@@ -328,15 +349,15 @@ def test_help_shows_what_the_environment_can_use(capsys):
         main(["train", "CartPole-v1", "--world.num-agents", "3"])
     with pytest.raises(SystemExit):
         main(["train", "CartPole-v1", "--num-env", "3"])
-    assert "unknown option --num-env: did you mean --num-envs" in capsys.readouterr().err
+    assert re.search(r"Unrecognized options: --num-env, 3.*--num-envs INT", capsys.readouterr().err, flags=re.S)
 
 
-def test_only_the_option_makes_policies_independent():
+def test_only_the_option_makes_policies_independent(settings_of):
     """A directory of that name leaves the tuned minibatch as it is."""
-    assert parse_train(["commons", "--run-dir", "runs/independent"]).ppo.batch_size == 500
-    assert parse_train(["commons", "--policies", "independent", "--policies", "shared"]).ppo.batch_size == 500
+    assert settings_of(["commons", "--run-dir", "runs/independent"]).ppo.batch_size == 500
+    assert settings_of(["commons", "--policies", "independent", "--policies", "shared"]).ppo.batch_size == 500
     for form in (["--policies", "independent"], ["--policies=independent"]):
-        assert parse_train([*form, "commons"]).ppo.batch_size == 64
+        assert settings_of([*form, "commons"]).ppo.batch_size == 64
 
 
 def test_independent_policies_fit_the_tuned_settings(tmp_path):
@@ -360,8 +381,7 @@ def test_help_and_import_do_not_load_torch():
 
 
 def test_the_version_is_said(capsys):
-    with pytest.raises(SystemExit):
-        main(["--version"])
+    assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"dualhead {dualhead.__version__}\n"
 
 
@@ -546,3 +566,98 @@ def test_output_that_cannot_be_written_is_said_without_a_traceback():
         )
     assert done.returncode == 1
     assert done.stderr == "error: cannot write the output: No space left on device\n"
+
+
+OWN_WORLD = """
+from pydantic import Field
+from dualhead import Commons, CommonsConfig, WorldConfig, register_world
+
+class MyConfig(WorldConfig):
+    num_agents: int = Field(default=200, description="Agents.")
+    payoff: float = Field(description="What A pays.")
+
+def open_mine(settings, *, num_worlds, device):
+    rules = CommonsConfig(form="bandit", num_agents=settings.num_agents)
+    return Commons(rules, num_worlds=num_worlds, device=device)
+
+register_world("mine", MyConfig, open_mine)
+"""
+OWN_WORLD_OPTIONS = ["mine", "--import", "my_world", "--world.payoff", "3", "--total-steps", "2000", "--num-envs", "1"]
+OWN_WORLD_OPTIONS += ["--rollout-length", "5", "--batch-size", "500", "--eval-episodes", "0", "--run-dir", "run"]
+
+
+@pytest.fixture
+def in_folder_of_own_world(tmp_path, monkeypatch):
+    (tmp_path / "my_world.py").write_text(OWN_WORLD)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield
+    registry._WORLDS.pop("mine", None)
+    sys.modules.pop("my_world", None)
+
+
+@pytest.mark.usefixtures("in_folder_of_own_world")
+def test_a_world_with_required_settings_and_many_agents(capsys):
+    """The settings that are printed are compared with defaults that would be impossible on their own."""
+    assert main(["train", *OWN_WORLD_OPTIONS]) == 0
+    said = capsys.readouterr().out.splitlines()[0]
+    assert said.startswith("settings: defaults for any environment")
+    assert "payoff=3.0" in said.partition("; given: ")[2].split()
+    assert "num_agents" not in said
+    assert main(["train", "mine", "--num-envs", "1"]) == 1
+    assert "error: world.payoff: Field required" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["train", "mine", "--help"])
+    assert "--world.payoff FLOAT" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("in_folder_of_own_world")
+def test_a_run_in_a_world_that_is_not_registered_says_to_import_its_module(capsys):
+    assert main(["train", *OWN_WORLD_OPTIONS]) == 0
+    registry._WORLDS.pop("mine")
+    sys.modules.pop("my_world")
+    for command in (["resume", "run", "--total-steps", "3000"], ["eval", "run"]):
+        capsys.readouterr()
+        assert main(command) == 1
+        error = capsys.readouterr().err
+        assert "'mine'" in error
+        assert "--import" in error
+    assert main(["resume", "run", "--total-steps", "3000", "--import", "my_world"]) == 0
+
+
+@pytest.mark.usefixtures("in_folder_of_own_world")
+def test_a_study_imports_modules():
+    with open("study.toml", "w") as file:
+        file.write(
+            "seeds = [0]\n[base]\nenv = 'mine'\ntotal_steps = 2000\nnum_envs = 1\neval_episodes = 0\n"
+            "world = {payoff = 3.0}\nppo = {rollout_length = 5, batch_size = 500}\n[conditions.only]\n"
+        )
+    assert main(["study", "study.toml", "--import", "my_world", "--out", "out", "--jobs", "1"]) == 0
+    assert read_config("out/only/seed0").world.payoff == 3.0
+
+
+def test_a_core_of_ours_is_no_part_of_ones_own():
+    with pytest.raises(RunError, match=r"NetworkConfig\(memory='gru'\)"):
+        train("CartPole-v1", memory="gru")
+
+
+def test_seeds_are_bounded(tmp_path, capsys):
+    for command in (["train", "CartPole-v1"], ["eval", str(tmp_path)]):
+        assert main([*command, "--seed", str(2**64)]) == 1
+        assert re.search(rf"error: seed: .*{2**64}", capsys.readouterr().err)
+    assert RunConfig(env="CartPole-v1", seed=2**64 - 1).seed == 2**64 - 1
+
+
+def test_numbers_may_be_written_with_an_exponent(settings_of):
+    config = settings_of(["CartPole-v1", "--total-steps", "1e6", "--norms.intrinsic-scale", "-1e-1"])
+    assert (config.total_steps, config.norms.intrinsic_scale) == (1_000_000, -0.1)
+
+
+def test_an_unknown_setting_is_answered_with_the_nearest_name():
+    for settings, nearest in (
+        ({"num_env": 3}, "num_envs"),
+        ({"ppo": {"gama": 0.9}}, "gamma"),
+        ({"hidden_size": 8}, "network.hidden_size"),
+    ):
+        with pytest.raises(SettingsError, match=rf"did you mean {nearest}\b"):
+            RunConfig(env="CartPole-v1", **settings)

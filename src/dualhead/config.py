@@ -6,6 +6,7 @@ Help texts and docs are read from the fields. Those of a run are in `running/con
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
@@ -19,6 +20,8 @@ PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+SEED_LIMIT = 2**64
+Seed = Annotated[int, Field(ge=0, lt=SEED_LIMIT)]
 FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
 
 SPEC: dict[str, dict[str, Any]] = {
@@ -73,7 +76,7 @@ class Config(BaseModel):
         try:
             super().__init__(**settings)
         except ValidationError as error:
-            raise SettingsError(problems(error)) from None
+            raise SettingsError(problems(error, of=type(self))) from None
 
     @classmethod
     def __pydantic_init_subclass__(cls, **_: Any) -> None:
@@ -326,8 +329,13 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return result
 
 
-def problems(error: ValidationError) -> list[tuple[str, str]]:
-    """Wrong settings: which, and what is wrong with it and what was given."""
+def problems(error: ValidationError, *, of: type[BaseModel] | None = None) -> list[tuple[str, str]]:
+    """Wrong settings: which, what is wrong with it, and what was given.
+
+    Args:
+        error: from pydantic.
+        of: the settings class, whose fields are suggested for unknown names.
+    """
     found, errors = [], error.errors()
     around = {problem["loc"][:depth] for problem in errors for depth in range(len(problem["loc"]))}
     for problem in errors:
@@ -338,10 +346,18 @@ def problems(error: ValidationError) -> list[tuple[str, str]]:
         )
         inner = problem.get("ctx", {}).get("error")
         if isinstance(inner, SettingsError):  # of settings within settings
-            found += [
-                (f"{name}.{below}" if name and below else below or name, message) for below, message in inner.problems
-            ]
+            found += [(f"{name}.{below}".strip("."), message) for below, message in inner.problems]
             continue
         given = "" if problem["type"] == "value_error" else f", got {problem['input']!r}"
-        found.append((name, problem["msg"].removeprefix("Value error, ") + given))
+        near = difflib.get_close_matches(name, _names(of), n=1) if problem["type"] == "extra_forbidden" and of else []
+        meant = f"; did you mean {near[0]}?" if near else ""
+        found.append((name, problem["msg"].removeprefix("Value error, ") + given + meant))
     return found
+
+
+def _names(settings: type[BaseModel]) -> list[str]:
+    """Of all fields; those of settings within settings have the prefix that is needed there."""
+    names = list(settings.model_fields)
+    for name, field in settings.model_fields.items():
+        names += [f"{name}.{below}" for below in getattr(field.annotation, "model_fields", ())]
+    return names

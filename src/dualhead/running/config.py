@@ -16,10 +16,12 @@ from dualhead.config import (
     NormConfig,
     PositiveInt,
     PPOConfig,
+    Seed,
     TurnoverConfig,
     WorldConfig,
     merged,
 )
+from dualhead.errors import SettingsError
 from dualhead.worlds.commons.config import COMMONS
 from dualhead.worlds.registry import world_settings
 
@@ -59,7 +61,7 @@ class RunConfig(Config):
     vectorization: Literal["sync", "async"] = Field(
         default="sync", description="Environments in this process, or one process each (slow environments)."
     )
-    seed: NonNegativeInt = Field(default=0, description="Seed of everything random; same seed, same run on CPU.")
+    seed: Seed = Field(default=0, description="Seed of everything random; same seed, same run on CPU.")
     run_dir: str | None = Field(default=None, description="Where results go; default runs/ENV/MEMORY-seedN.")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="Where networks and rollouts live.")
     num_threads: PositiveInt | None = Field(default=None, description="Threads of torch; default: as torch decides.")
@@ -122,12 +124,17 @@ class RunConfig(Config):
         settings = world_settings(env) if is_id else WorldConfig
         if type(given) is WorldConfig and given == WorldConfig():
             given = {}
+        unregistered = f"no world {env!r} is registered here: import the module that registers it (--import MODULE)"
         if isinstance(given, Mapping):
-            given = settings(**given)
+            try:
+                given = settings(**given)
+            except SettingsError as error:
+                hint = [("", unregistered)] if settings is WorldConfig else []
+                raise SettingsError([*hint, *error.problems]) from None
         if not isinstance(given, settings):
             raise ValueError(f"expected {settings.__name__}(...) for {env!r}, got {given!r}")
         if is_id and settings is WorldConfig and given != WorldConfig():
-            raise ValueError(f"{env!r} has no settings of its own, got {given!r}")
+            raise ValueError(f"{unregistered}; environments of Gymnasium have no settings, got {given!r}")
         return given
 
     @property
@@ -283,11 +290,21 @@ def preset_settings(preset: str, env: str, *, independent: bool = False) -> dict
     return merged(settings, {"ppo": {"batch_size": SPEC["ppo"]["batch_size"]}}) if independent else settings
 
 
+def usual_preset(env: str) -> str:
+    """The preset of an environment id where none is asked for."""
+    return "tuned" if tuned_settings(env) else "default"
+
+
+def default_settings(env: str) -> dict[str, Any]:
+    """Every default of a run, nested as RunConfig is, unchecked: together they may be impossible for this world."""
+    return RunConfig.model_construct(env=env, world=world_settings(env).model_construct()).model_dump()
+
+
 def planned(env: str, **settings: Any) -> RunConfig:
     """Settings of a run: where no preset is asked for those that were tuned for this environment, if there are any.
 
     Raises:
         SettingsError: they are not possible.
     """
-    is_tuned = settings.get("env_from", "id") == "id" and tuned_settings(env)
-    return RunConfig(**{"env": env, "preset": "tuned" if is_tuned else "default"} | settings)
+    preset = usual_preset(env) if settings.get("env_from", "id") == "id" else "default"
+    return RunConfig(**{"env": env, "preset": preset} | settings)

@@ -35,7 +35,10 @@ def find_part(given: Any, *, what: str) -> Any:
         return given
     module, _, name = given.partition(":")
     if not module or not name:
-        raise RunError(f"{what}={given!r}: expected MODULE:NAME, such as my_package.nets:MyNet")
+        raise RunError(
+            f"{what}={given!r}: expected MODULE:NAME of a part of your own, such as my_package.nets:MyNet; those of "
+            f"dualhead are settings, such as network=NetworkConfig(memory='gru')"
+        )
     found: Any = import_module(module, what=what)
     for attribute in name.split("."):
         if not hasattr(found, attribute):
