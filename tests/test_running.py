@@ -592,7 +592,7 @@ def in_folder_of_own_world(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     yield
-    registry._WORLDS.pop("mine", None)
+    registry.WORLDS.pop("mine", None)
     sys.modules.pop("my_world", None)
 
 
@@ -614,7 +614,7 @@ def test_a_world_with_required_settings_and_many_agents(capsys):
 @pytest.mark.usefixtures("in_folder_of_own_world")
 def test_a_run_in_a_world_that_is_not_registered_says_to_import_its_module(capsys):
     assert main(["train", *OWN_WORLD_OPTIONS]) == 0
-    registry._WORLDS.pop("mine")
+    registry.WORLDS.pop("mine")
     sys.modules.pop("my_world")
     for command in (["resume", "run", "--total-steps", "3000"], ["eval", "run"]):
         capsys.readouterr()

@@ -9,10 +9,9 @@ import re
 import select
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Annotated, Any, TypedDict, get_args, get_origin
 
 import tyro
@@ -33,7 +32,7 @@ from dualhead.running.config import (
 )
 from dualhead.running.parts import find_part, import_module
 from dualhead.studies.files import copy_study, study_names
-from dualhead.worlds.registry import environment_ids, worlds
+from dualhead.worlds.registry import WORLDS, environment_ids
 
 # Modules that load torch are imported by the commands that need them: `--help` is quick.
 
@@ -67,32 +66,25 @@ Own = Annotated[OwnParts, arg(name="")]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; errors that a user can mend give one message and exit status 1 or 2."""
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
         try:
-            return _main(arguments)
+            return _main(sys.argv[1:] if arguments is None else list(arguments))
         finally:
             sys.stdout.flush()
-    except BrokenPipeError:
-        if _has_reader():
-            raise  # it was another pipe
-        _drop_output()  # `dualhead envs | head` has seen enough
-        return 141
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        is_unread = error.errno == errno.EPIPE and not _has_reader()
+        if not is_unread and error.errno != errno.ENOSPC:
             raise
+        # What is left in the buffer must not fail again at the exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if is_unread:
+            return 141  # `dualhead envs | head` has seen enough
         print(f"error: cannot write the output: {error.strerror}", file=sys.stderr)
-        _drop_output()
         return 1
 
 
-def _drop_output() -> None:
-    """What is still in the buffer must not fail once more at the exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def _has_reader() -> bool:
-    """Whether something reads standard output; True where the system cannot tell."""
+    """Whether something reads standard output: another pipe broke then. True where the system cannot tell."""
     if not hasattr(select, "poll"):  # Windows
         return True
     poll = select.poll()
@@ -111,7 +103,7 @@ def _main(arguments: list[str]) -> int:
         try:
             # Worlds bring options: they must be registered before the other options are read.
             tyro.cli(_import, args=arguments, add_help=False, return_unknown_args=True)
-            named = [settings for name, settings in worlds().items() if name in arguments]
+            named = [world.settings for name, world in WORLDS.items() if name in arguments]
             words = [word for word in arguments if word not in ("-h", "--help")]
             if arguments[:1] == ["train"] and words != arguments:
                 _show_help_of_train(words[1:], named)
@@ -201,7 +193,7 @@ def _show_help_of_train(words: list[str], named: Sequence[type[Config]]) -> None
     hidden, defaults = ["world"], default_settings("")
     with suppress(SystemExit):  # no environment was given
         env, given = tyro.cli(_with_options(lambda *found: found, named), args=words, console_outputs=False)
-        hidden = [] if env in worlds() else _OF_AGENTS
+        hidden = [] if env in WORLDS else _OF_AGENTS
         independent = given.get("policies") == "independent"
         preset = preset_settings(given.get("preset", usual_preset(env)), env, independent=independent)
         defaults = merged(default_settings(env), preset)
@@ -214,12 +206,12 @@ def _with_options(
     worlds: Sequence[type[Config]],
     *,
     hidden: Iterable[str] = (),
-    defaults: Mapping[str, Any] = MappingProxyType({}),
+    defaults: dict[str, Any] | None = None,
 ) -> Callable[..., Any]:
     hidden = ("env", "env_from", "learning_rate_from", "memory", *hidden)
     settings_of_a_run = _options(RunConfig, hidden=hidden, worlds=worlds)
     about_env = RunConfig.model_fields["env"].description
-    shown = {name: value for name, value in defaults.items() if name not in hidden} or tyro.MISSING
+    shown = {name: value for name, value in (defaults or {}).items() if name not in hidden} or tyro.MISSING
 
     def train(
         env: Positional[Annotated[str, arg(metavar="ENV", help=about_env)]],

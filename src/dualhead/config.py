@@ -25,46 +25,22 @@ Seed = Annotated[int, Field(ge=0, lt=SEED_LIMIT)]
 FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
 
 SPEC: dict[str, dict[str, Any]] = {
-    "network": {
-        "memory": "lstm",
-        "hidden_size": 256,
-        "num_layers": 1,
-        "encoder_sizes": (256,),
-        "activation": "relu",
-        "previous_action": False,
-        "previous_reward": False,
-        "critic_memory": "shared",
-        "head_sizes": (),
-        "head_gain": 2**0.5,
-        "forget_bias": 0.0,
-        "orthogonal_per_gate": False,
-    },
+    "network": {"hidden_size": 256, "encoder_sizes": (256,), "head_gain": 2**0.5},
     "ppo": {
         "learning_rate": 3e-4,
-        "learning_rate_schedule": "constant",
-        "adam_eps": 1e-5,
-        "gamma": 0.99,
-        "gae_lambda": 0.95,
-        "clip_coef": 0.2,
-        "value_clip": None,
         "num_epochs": 4,
         "batch_size": 64,
-        "entropy_coef": 0.01,
-        "max_grad_norm": 0.5,
-        "value_coef": 0.5,
-        "ratio": "per_head",
-        "target_kl": None,
         "normalize_advantages": "rollout",
         "normalize_observations": False,
         "normalize_rewards": False,
         "rollout_length": 100,
         "sequence_length": 1,
-        "burn_in": 0,
         "state_refresh": "never",
         "bootstrap_last": False,
     },
 }
-"""The specification's class, for `NetworkConfig.spec()`, `PPOConfig.spec()` and `--preset spec`. docs/spec.md."""
+"""What the specification's class (docs/spec.md) sets differently from our defaults: `--preset spec` and the methods
+`NetworkConfig.spec()` and `PPOConfig.spec()`."""
 
 
 class Config(BaseModel):

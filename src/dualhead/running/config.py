@@ -23,7 +23,7 @@ from dualhead.config import (
 )
 from dualhead.errors import SettingsError
 from dualhead.worlds.commons.config import COMMONS
-from dualhead.worlds.registry import world_settings
+from dualhead.worlds.registry import WORLDS
 
 EVAL_EPISODES = 20
 """Episodes of an evaluation."""
@@ -110,9 +110,7 @@ class RunConfig(Config):
             )
         # Of a settings object those fields count that its maker named: PPOConfig(gamma=0.9) is one setting.
         given = {
-            name: {field: getattr(value, field) for field in value.model_fields_set}
-            if isinstance(value, Config)
-            else value
+            name: value.model_dump(exclude_unset=True) if isinstance(value, Config) else value
             for name, value in given.items()
         }
         return merged(preset_settings(preset, env, independent=given.get("policies") == "independent"), given)
@@ -121,7 +119,7 @@ class RunConfig(Config):
     @classmethod
     def _of_the_world_s_own_class(cls, given: Any, info: ValidationInfo) -> Any:
         env, is_id = info.data.get("env", ""), info.data.get("env_from") == "id"
-        settings = world_settings(env) if is_id else WorldConfig
+        settings = WORLDS[env].settings if is_id and env in WORLDS else WorldConfig
         if type(given) is WorldConfig and given == WorldConfig():
             given = {}
         unregistered = f"no world {env!r} is registered here: import the module that registers it (--import MODULE)"
@@ -148,56 +146,43 @@ class RunConfig(Config):
         return self.num_envs * self.world.num_agents
 
     @model_validator(mode="after")
-    def _minibatch_fits(self) -> RunConfig:
-        per_learner = self.num_envs if self.policies == "independent" else self.num_streams
-        rollout_steps = per_learner * self.ppo.rollout_length
-        if self.ppo.batch_size > rollout_steps:
+    def _rollouts_fit(self) -> RunConfig:
+        length, batch_size, num_streams = self.ppo.rollout_length, self.ppo.batch_size, self.num_streams
+        per_learner = self.num_envs if self.policies == "independent" else num_streams
+        if batch_size > per_learner * length:
             raise ValueError(
-                f"a rollout of {per_learner} streams x {self.ppo.rollout_length} steps = {rollout_steps} "
-                f"steps does not fill one minibatch of batch_size={self.ppo.batch_size}: raise rollout_length "
-                f"or num_envs, or lower batch_size to at most {rollout_steps}"
+                f"a rollout of {per_learner} streams x {length} steps = {per_learner * length} steps does not fill one "
+                f"minibatch of {batch_size=}: raise rollout_length or num_envs, or lower batch_size"
             )
-        rollout_steps = self.num_streams * self.ppo.rollout_length
-        if self.total_steps < rollout_steps:
+        if self.total_steps < num_streams * length:
             raise ValueError(
-                f"total_steps={self.total_steps} ends before the first update: one rollout is {self.num_streams} "
-                f"streams x {self.ppo.rollout_length} steps = {rollout_steps}; raise total_steps, or lower num_envs or "
-                f"rollout_length"
+                f"total_steps={self.total_steps} ends before the first update: one rollout is {num_streams} streams x "
+                f"{length} steps = {num_streams * length}; raise total_steps, or lower num_envs or rollout_length"
             )
         return self
 
     @model_validator(mode="after")
     def _agents_and_events_fit(self) -> RunConfig:
-        world, turnover = self.world, self.turnover
+        env, world, turnover, norms = self.env, self.world, self.turnover, self.norms
         if type(world) is WorldConfig and world.num_agents == 1:
-            for name, asked in (
-                ("policies", self.policies == "independent"),
-                ("turnover", turnover.first_turn is not None),
-            ):
-                if asked:
-                    raise ValueError(f"{name}: expected a world of several agents, and {self.env!r} has one")
+            of_several = {"policies": self.policies == "independent", "turnover": turnover.first_turn is not None}
+            for name in [name for name, is_asked in of_several.items() if is_asked]:
+                raise ValueError(f"{name}: expected a world of several agents, and {env!r} has one")
         if turnover.num_agents > world.num_agents:
-            raise ValueError(
-                f"turnover.num_agents={turnover.num_agents}: expected at most the {world.num_agents} agents of a world"
-            )
+            raise ValueError(f"turnover: expected at most the {world.num_agents} agents of a world, got {turnover}")
         num_turns = self.total_steps // self.num_streams
         if (turnover.first_turn or 0) > num_turns:
             raise ValueError(
                 f"turnover.first_turn={turnover.first_turn} comes after the run: total_steps={self.total_steps} are "
                 f"{num_turns} turns of {self.num_streams} agents"
             )
-        if self.enforce_norms and not world.resources:
+        if self.enforce_norms and not (world.resources and norms.mode == "resource"):
             raise ValueError(
-                f"enforce_norms: expected a world that says who took and was punished for which resource, and "
-                f"{self.env!r} does not"
+                f"enforce_norms: expected a world that says who took and was punished for which resource, got {env!r}; "
+                f"expected norms.mode='resource', got {norms.mode!r}"
             )
-        if self.enforce_norms and self.norms.mode != "resource":
-            raise ValueError(
-                f"norms.mode={self.norms.mode!r}: {self.env!r} tells who took and was punished for which resource; "
-                f"expected norms.mode='resource'"
-            )
-        if self.norms.resources not in (NormConfig().resources, world.resources):
-            raise ValueError(f"norms.resources: {self.env!r} has {world.resources}, got {self.norms.resources}")
+        if norms.resources not in (NormConfig().resources, world.resources):
+            raise ValueError(f"norms.resources: {env!r} has {world.resources}, got {norms.resources}")
         return self
 
 
@@ -297,7 +282,8 @@ def usual_preset(env: str) -> str:
 
 def default_settings(env: str) -> dict[str, Any]:
     """Every default of a run, nested as RunConfig is, unchecked: together they may be impossible for this world."""
-    return RunConfig.model_construct(env=env, world=world_settings(env).model_construct()).model_dump()
+    world = WORLDS[env].settings if env in WORLDS else WorldConfig
+    return RunConfig.model_construct(env=env, world=world.model_construct()).model_dump()
 
 
 def planned(env: str, **settings: Any) -> RunConfig:
