@@ -34,68 +34,58 @@ EVALUATION_SEED = 10_000
 class RunConfig(Config):
     """A training run: which environment, for how long, where."""
 
-    env: str = Field(description="`commons`, or a Gymnasium id: `dualhead envs` lists them.")
-    encoder: str | None = Field(
-        default=None, description="An encoder of your own, MODULE:NAME; None: the one that `network` describes."
-    )
-    memory: str | None = Field(
-        default=None, description="A recurrent core of your own, MODULE:NAME; None: `network.memory`."
-    )
-    env_from: Literal["id", "callable", "streams"] = Field(
-        default="id",
-        description="Whether `env` is an id, or the name of a callable or of streams that Python handed over: only who "
-        "hands them over again can resume or play the run.",
-    )
-    learning_rate_from: Literal["config", "callable"] = Field(
-        default="config", description="Whether `ppo.learning_rate` holds, or a schedule that Python handed over."
-    )
-    preset: Literal["default", "tuned", "spec"] = Field(
-        default="default",
-        description="Where settings come from that are not given: our defaults for any environment, the settings that "
-        "were tuned for this one (`dualhead train` takes them where there are any), or the specification's class.",
-    )
-    total_steps: PositiveInt = Field(default=100_000, description="Environment steps over all streams.")
-    num_envs: PositiveInt = Field(
-        default=16, description="Environments, or worlds of several agents, stepped side by side."
-    )
-    vectorization: Literal["sync", "async"] = Field(
-        default="sync", description="Environments in this process, or one process each (slow environments)."
-    )
-    seed: Seed = Field(default=0, description="Seed of everything random; same seed, same run on CPU.")
-    run_dir: str | None = Field(default=None, description="Where results go; default runs/ENV/MEMORY-seedN.")
-    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="Where networks and rollouts live.")
-    num_threads: PositiveInt | None = Field(default=None, description="Threads of torch; default: as torch decides.")
-    checkpoint_every: PositiveInt = Field(default=50_000, description="Environment steps between checkpoints.")
-    keep_checkpoints: PositiveInt = Field(
-        default=2, description="How many of the newest checkpoints stay; the best one does."
-    )
-    log_to: tuple[Literal["wandb", "mlflow"], ...] = Field(
-        default=(), description="Also log to Weights & Biases or MLflow, beside TensorBoard and metrics.csv."
-    )
-    eval_episodes: NonNegativeInt = Field(
-        default=EVAL_EPISODES,
-        description="Episodes of an evaluation (the same number for each agent of a world); 0: none at the end.",
-    )
-    eval_every: NonNegativeInt = Field(
-        default=0,
-        description="Environment steps between evaluations during training, the best of which is kept; 0: none.",
-    )
-    policies: Literal["shared", "independent"] = Field(
-        default="shared", description="Of several agents: one policy for all, or a policy and optimiser for each."
-    )
-    enforce_norms: bool = Field(
-        default=False,
-        description="Add the guilt of internalised norms to the rewards, in a world that tells of punishments.",
-    )
-    network: NetworkConfig = Field(default_factory=NetworkConfig, description="Shape of the policy.")
-    ppo: PPOConfig = Field(default_factory=PPOConfig, description="The update.")
-    world: SerializeAsAny[WorldConfig] = Field(
-        default_factory=WorldConfig,
-        validate_default=True,
-        description="Settings of the world's own class; `CommonsConfig` of the commons.",
-    )
-    norms: NormConfig = Field(default_factory=NormConfig, description="How fast norms form, fade and weigh.")
-    turnover: TurnoverConfig = Field(default_factory=TurnoverConfig, description="When newcomers take whose place.")
+    env: str
+    """`commons`, or a Gymnasium id: `dualhead envs` lists them."""
+    encoder: str | None = None
+    """An encoder of your own, MODULE:NAME; None: the one that `network` describes."""
+    memory: str | None = None
+    """A recurrent core of your own, MODULE:NAME; None: `network.memory`."""
+    env_from: Literal["id", "callable", "streams"] = "id"
+    """Whether `env` is an id, or the name of a callable or of streams that Python handed over: only who hands them over
+    again can resume or play the run."""
+    learning_rate_from: Literal["config", "callable"] = "config"
+    """Whether `ppo.learning_rate` holds, or a schedule that Python handed over."""
+    preset: Literal["default", "tuned", "spec"] = "default"
+    """Where settings come from that are not given: our defaults for any environment, the settings that were tuned for
+    this one (`dualhead train` takes them where there are any), or the specification's class."""
+    total_steps: PositiveInt = 100_000
+    """Environment steps over all streams."""
+    num_envs: PositiveInt = 16
+    """Environments, or worlds of several agents, stepped side by side."""
+    vectorization: Literal["sync", "async"] = "sync"
+    """Environments in this process, or one process each (slow environments)."""
+    seed: Seed = 0
+    """Seed of everything random; same seed, same run on CPU."""
+    run_dir: str | None = None
+    """Where results go; default runs/ENV/MEMORY-seedN."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where networks and rollouts live."""
+    num_threads: PositiveInt | None = None
+    """Threads of torch; default: as torch decides."""
+    checkpoint_every: PositiveInt = 50_000
+    """Environment steps between checkpoints."""
+    keep_checkpoints: PositiveInt = 2
+    """How many of the newest checkpoints stay; the best one does."""
+    log_to: tuple[Literal["wandb", "mlflow"], ...] = ()
+    """Also log to Weights & Biases or MLflow, beside TensorBoard and metrics.csv."""
+    eval_episodes: NonNegativeInt = EVAL_EPISODES
+    """Episodes of an evaluation (the same number for each agent of a world); 0: none at the end."""
+    eval_every: NonNegativeInt = 0
+    """Environment steps between evaluations during training, the best of which is kept; 0: none."""
+    policies: Literal["shared", "independent"] = "shared"
+    """Of several agents: one policy for all, or a policy and optimiser for each."""
+    enforce_norms: bool = False
+    """Add the guilt of internalised norms to the rewards, in a world that tells of punishments."""
+    network: NetworkConfig = NetworkConfig()
+    """Shape of the policy."""
+    ppo: PPOConfig = PPOConfig()
+    """The update."""
+    world: SerializeAsAny[WorldConfig] = Field(default_factory=WorldConfig, validate_default=True)
+    """Settings of the world's own class; `CommonsConfig` of the commons."""
+    norms: NormConfig = NormConfig()
+    """How fast norms form, fade and weigh."""
+    turnover: TurnoverConfig = TurnoverConfig()
+    """When newcomers take whose place."""
 
     @model_validator(mode="before")
     @classmethod
