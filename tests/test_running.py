@@ -27,7 +27,7 @@ from settings import spec_segments
 import dualhead
 from dualhead import DualHeadRecurrentPPO
 from dualhead.cli import main
-from dualhead.config import NetworkConfig, PPOConfig
+from dualhead.config import NetworkConfig, PPOConfig, flat
 from dualhead.errors import SettingsError
 from dualhead.running import machine, trainer
 from dualhead.running.checkpoint import RunError, checkpoints, locked, new_run_dir, read_config, read_newest
@@ -298,22 +298,42 @@ def settings_of(monkeypatch):
     return settings_of
 
 
-@pytest.mark.parametrize("form", [["--run-dir", "commons"], ["--run_dir", "commons"], ["--run_dir=commons"]])
-def test_where_a_run_goes_chooses_no_preset(settings_of, form):
-    command = settings_of([*form, "CartPole-v1"])
-    assert (command.env, command.preset, command.run_dir) == ("CartPole-v1", "default", "commons")
-    assert command.ppo == PPOConfig()
-
-
-def test_lists_take_the_words_up_to_the_next_option(settings_of):
-    command = settings_of(["--encoder-sizes", "32", "16", "--head-sizes", "6", "6", "CartPole-v1"])
-    assert (command.env, command.network.head_sizes) == ("CartPole-v1", (6, 6))
-    assert settings_of(["--seed", "3", "CartPole-v1", "--gamma", "1"]).env == "CartPole-v1"
-    assert command.network.encoder_sizes == (32, 16)
-    assert settings_of(["CartPole-v1", "--head-sizes", "6"]).network.head_sizes == (6,)
-    assert settings_of(["CartPole-v1", "--entropy-coef", "0.5"]).ppo.entropy_coef == 0.5
-    assert settings_of(["CartPole-v1", "--entropy-coef", "0.5", "0"]).ppo.entropy_coef == (0.5, 0.0)
-    assert settings_of(["CartPole-v1", "--max-grad-norm", "None"]).ppo.max_grad_norm is None
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        # Where a run goes chooses neither environment nor preset nor policies.
+        ("--run-dir commons CartPole-v1", {"env": "CartPole-v1", "preset": "default", "run_dir": "commons"}),
+        ("--run_dir=commons CartPole-v1", {"env": "CartPole-v1", "run_dir": "commons", "ppo.gamma": 0.99}),
+        ("commons --run-dir runs/independent", {"preset": "tuned", "policies": "shared", "ppo.batch_size": 500}),
+        ("commons --policies independent --policies shared", {"policies": "shared", "ppo.batch_size": 500}),
+        ("--policies=independent commons", {"policies": "independent", "ppo.batch_size": 64}),
+        ("--seed 3 CartPole-v1 --gamma 1", {"env": "CartPole-v1", "seed": 3, "ppo.gamma": 1.0}),
+        (
+            "--encoder-sizes 32 16 --head-sizes 6 6 CartPole-v1",
+            {"env": "CartPole-v1", "network.encoder_sizes": (32, 16), "network.head_sizes": (6, 6)},
+        ),
+        ("CartPole-v1 --head-sizes 6 --memory gru", {"network.head_sizes": (6,), "network.memory": "gru"}),
+        ("CartPole-v1 --entropy-coef 0.5 --max-grad-norm None", {"ppo.entropy_coef": 0.5, "ppo.max_grad_norm": None}),
+        ("CartPole-v1 --entropy-coef 0.5 0 --no-previous-action", {"ppo.entropy_coef": (0.5, 0.0)}),
+        ("CartPole-v1 --memory mine:X --encoder mine:Y", {"memory": "mine:X", "encoder": "mine:Y"}),
+        (
+            "commons --norms.intrinsic-scale -1e-1 --total-steps 1e6",
+            {"norms.intrinsic_scale": -0.1, "total_steps": 1e6},
+        ),
+        (
+            'commons --world.phases [{"mode":"off"}]',
+            {"world.phases": ({"mode": "off", "level": None, "num_turns": None},)},
+        ),
+        (f"CartPole-v1 --seed {2**64 - 1}", {"seed": 2**64 - 1}),
+    ],
+)
+def test_what_a_command_means(monkeypatch, arguments, expected):
+    configs = []
+    monkeypatch.setattr(trainer, "train", lambda config: configs.append(config) or trained_nothing)
+    trained_nothing = SimpleNamespace(summary={"stopped_early": True, "steps": 0, "checkpoint": "", "run_dir": ""})
+    assert main(["train", *arguments.split()]) == 130
+    settings = flat(configs[0].model_dump())
+    assert {name: settings[name] for name in expected} == expected
 
 
 def test_every_wrong_setting_has_a_line(capsys):
@@ -337,14 +357,6 @@ def test_help_shows_what_the_environment_can_use(capsys):
     with pytest.raises(SystemExit):
         main(["train", "CartPole-v1", "--num-env", "3"])
     assert re.search(r"Unrecognized options: --num-env, 3.*--num-envs INT", capsys.readouterr().err, flags=re.S)
-
-
-def test_only_the_option_makes_policies_independent(settings_of):
-    """A directory of that name leaves the tuned minibatch as it is."""
-    assert settings_of(["commons", "--run-dir", "runs/independent"]).ppo.batch_size == 500
-    assert settings_of(["commons", "--policies", "independent", "--policies", "shared"]).ppo.batch_size == 500
-    for form in (["--policies", "independent"], ["--policies=independent"]):
-        assert settings_of([*form, "commons"]).ppo.batch_size == 64
 
 
 def test_independent_policies_fit_the_tuned_settings(tmp_path):
@@ -404,35 +416,34 @@ def test_interrupt_saves_a_checkpoint_and_says_where(tmp_path, number):
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["stopped_early"]
 
 
-class Clocks:
+@pytest.fixture
+def clocks(monkeypatch):
     """In the place of psutil's: two cores of ours and one that is not, this process, and one child."""
+    clocks = SimpleNamespace(seconds=0.0, own=0.0, ended=0.0, child=0.0, by_core=[0.0, 0.0, 0.0], are_told=True)
 
-    def __init__(self, monkeypatch):
-        self.seconds, self.own, self.ended, self.child, self.by_core = 0.0, 0.0, 0.0, 0.0, [0.0, 0.0, 0.0]
-        self.is_told = True
-        process = SimpleNamespace(
-            cpu_times=lambda: (self.own / 2, self.own / 2, self.ended / 2, self.ended / 2, 99.0),
-            children=lambda recursive: [SimpleNamespace(cpu_times=self.of_child)],
-        )
-        monkeypatch.setattr(machine, "_cores", lambda: {0, 2})
-        monkeypatch.setattr(machine.psutil, "Process", lambda: process)
-        monkeypatch.setattr(machine.psutil, "cpu_times", self.of_cores)
-        monkeypatch.setattr(machine.time, "perf_counter", lambda: self.seconds)
-
-    def of_child(self):
-        if self.child is None:
+    def of_child():
+        if clocks.child is None:
             raise psutil.NoSuchProcess(1)
-        return self.child, 0.0, 99.0, 99.0
+        return clocks.child, 0.0, 99.0, 99.0
 
-    def of_cores(self, percpu):
-        if not self.is_told:
+    def of_cores(percpu):
+        if not clocks.are_told:
             raise psutil.AccessDenied
-        return [SimpleNamespace(user=b / 2, system=b / 2, idle=7.0, steal=9.0, guest=b / 2) for b in self.by_core]
+        return [SimpleNamespace(user=b / 2, system=b / 2, idle=7.0, steal=9.0, guest=b / 2) for b in clocks.by_core]
 
-
-def test_a_busy_machine_is_said(monkeypatch):
+    process = SimpleNamespace(
+        cpu_times=lambda: (clocks.own / 2, clocks.own / 2, clocks.ended / 2, clocks.ended / 2, 99.0),
+        children=lambda recursive: [SimpleNamespace(cpu_times=of_child)],
+    )
+    monkeypatch.setattr(machine, "_cores", lambda: {0, 2})
+    monkeypatch.setattr(machine.psutil, "Process", lambda: process)
+    monkeypatch.setattr(machine.psutil, "cpu_times", of_cores)
+    monkeypatch.setattr(machine.time, "perf_counter", lambda: clocks.seconds)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    clocks = Clocks(monkeypatch)
+    return clocks
+
+
+def test_a_busy_machine_is_said(monkeypatch, clocks):
     use = machine.CoreUse()
     clocks.seconds, clocks.own, clocks.child, clocks.by_core = 4.0, 2.0, 1.5, [4.0, 4.0, 4.0]
     # Of 8 seconds on our two cores 3.5 were ours.
@@ -445,16 +456,14 @@ def test_a_busy_machine_is_said(monkeypatch):
     use.warn()  # 0.4 cores; warnings are errors here
     clocks.own = 2.0
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    use.warn()  # one thread fights with nobody
+    use.warn()  # one thread does not compete
 
 
 @pytest.mark.parametrize("when", [False, True])
-def test_a_system_that_does_not_tell_is_not_called_busy(monkeypatch, when):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    clocks = Clocks(monkeypatch)
-    clocks.is_told = when
+def test_a_system_that_does_not_tell_is_not_called_busy(clocks, when):
+    clocks.are_told = when
     use = machine.CoreUse()
-    clocks.is_told, clocks.seconds, clocks.by_core = not when, 4.0, [4e6] * 3
+    clocks.are_told, clocks.seconds, clocks.by_core = not when, 4.0, [4e6] * 3
     use.warn()
 
 
@@ -493,15 +502,9 @@ def test_episode_tracker_by_hand():
 @pytest.mark.parametrize(("terminal", "shown"), [("xterm", "return 7.5"), ("dumb", "return    7.500")])
 def test_live_display_on_a_terminal(terminal, shown, monkeypatch):
     """A terminal that cannot move its cursor gets plain lines."""
-    import io
-
     monkeypatch.setenv("TERM", terminal)
-
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
-    stream = Terminal()
+    stream = io.StringIO()
+    monkeypatch.setattr(stream, "isatty", lambda: True)
     display = ProgressDisplay(100, stream=stream)
     display.write(50, {"time/steps_per_s": 1234.0, "episode/mean_return": 7.5})
     display.close()
@@ -600,11 +603,6 @@ def test_a_study_imports_modules():
 def test_a_core_of_ours_is_no_part_of_ones_own():
     with pytest.raises(RunError, match=r"NetworkConfig\(memory='gru'\)"):
         train("CartPole-v1", memory="gru")
-
-
-def test_numbers_may_be_written_with_an_exponent(settings_of):
-    config = settings_of(["CartPole-v1", "--total-steps", "1e6", "--norms.intrinsic-scale", "-1e-1"])
-    assert (config.total_steps, config.norms.intrinsic_scale) == (1_000_000, -0.1)
 
 
 def test_an_unknown_setting_is_answered_with_the_nearest_name():

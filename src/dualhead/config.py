@@ -85,7 +85,7 @@ class NetworkConfig(Config):
     """Shape of the policy: encoder, memory, heads."""
 
     memory: Literal["lstm", "gru", "none"] = "lstm"
-    """Recurrent core; `none` is the memoryless control. `dualhead train --memory` also takes MODULE:NAME of your own."""
+    """Recurrent core; `none` is the memoryless control. `dualhead train` also takes MODULE:NAME of one of yours."""
     hidden_size: PositiveInt = 128
     """Units of the memory, H."""
     num_layers: PositiveInt = 1
