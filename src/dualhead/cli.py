@@ -104,9 +104,13 @@ def _main(arguments: list[str]) -> int:
             # Worlds bring options: they must be registered before the other options are read.
             tyro.cli(_import, args=arguments, add_help=False, return_unknown_args=True)
             named = [world.settings for name, world in WORLDS.items() if name in arguments]
-            words = [word for word in arguments if word not in ("-h", "--help")]
-            if arguments[:1] == ["train"] and words != arguments:
-                _show_help_of_train(words[1:], named)
+            if arguments[:1] == ["train"]:
+                words = [word for word in arguments[1:] if word not in ("-h", "--help")]
+                found = _read_train(words, named)
+                if len(words) < len(arguments) - 1:
+                    _show_help_of_train(found, named)
+                if found is not None:
+                    return _train(*found)
             return tyro.extras.subcommand_cli_from_dict(
                 {
                     "train": _with_options(_train, named),
@@ -188,16 +192,24 @@ def _options(*classes: type[Config], hidden: Iterable[str] = (), worlds: Sequenc
     return TypedDict("Settings", kinds, total=False)  # type: ignore[operator]
 
 
-def _show_help_of_train(words: list[str], named: Sequence[type[Config]]) -> None:
-    """Shows the settings of the environment that is named, if one is; and exits."""
-    hidden, defaults = ["world"], default_settings("")
-    with suppress(SystemExit):  # no environment was given
-        env, given = tyro.cli(_with_options(lambda *found: found, named), args=words, console_outputs=False)
-        hidden = [] if env in WORLDS else _OF_AGENTS
-        independent = given.get("policies") == "independent"
-        preset = preset_settings(given.get("preset", usual_preset(env)), env, independent=independent)
-        defaults = merged(default_settings(env), preset)
-    shown = _with_options(_train, named, hidden=hidden, defaults=defaults)
+def _read_train(words: Sequence[str], named: Sequence[type[Config]]) -> tuple[str, dict[str, Any]] | None:
+    """The environment and the settings that were given; None for wrong usage."""
+    read = _with_options(lambda *found: found, named)
+    # Behind a list ENV is taken for an element of it, `--head-sizes 6 6 ENV --seed 1`: try each word as ENV.
+    places = [place for place, word in enumerate(words) if re.match(r"[^\W\d]", word)]
+    for order in [words, *([words[place], *words[:place], *words[place + 1 :]] for place in reversed(places))]:
+        with suppress(SystemExit):
+            return tyro.cli(read, args=order, console_outputs=False)
+    return None
+
+
+def _show_help_of_train(found: tuple[str, dict[str, Any]] | None, named: Sequence[type[Config]]) -> None:
+    """Shows the settings of the environment that was found, if one was; and exits."""
+    env, given = found or ("", {})
+    hidden = [] if env in WORLDS else _OF_AGENTS if env else ["world"]
+    independent = given.get("policies") == "independent"
+    preset = preset_settings(given.get("preset", usual_preset(env)), env, independent=independent)
+    shown = _with_options(_train, named, hidden=hidden, defaults=merged(default_settings(env), preset))
     tyro.cli(shown, args=["--help"], prog="dualhead train")
 
 

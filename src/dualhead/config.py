@@ -173,8 +173,8 @@ class PPOConfig(Config):
     burn_in: NonNegativeInt = 0
     """Preceding steps unrolled without gradient to warm a segment's state (R2D2)."""
     state_refresh: Literal["once", "every_epoch", "never"] = "once"
-    """Recompute stored states with today's weights before the second epoch, before every epoch but the first, or never.
-    Recompute stored states with today's weights before the second epoch, before every epoch but the first, or never."""
+    """When to recompute stored states with the current weights: before the second epoch, before every epoch but the
+    first, or never."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Encoder and memory of the update in bf16; acting, losses and optimiser stay as they are."""
     bootstrap_last: bool = True
