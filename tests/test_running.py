@@ -532,6 +532,7 @@ from dualhead import Commons, CommonsConfig, WorldConfig, register_world
 class MyConfig(WorldConfig):
     num_agents: int = Field(default=200, description="Agents.")
     payoff: float = Field(description="What A pays.")
+    pairs: tuple[tuple[int, int], ...] | None = Field(default=None, description="Of agents.")
 
 def open_mine(settings, *, num_worlds, device):
     rules = CommonsConfig(form="bandit", num_agents=settings.num_agents)
@@ -539,7 +540,19 @@ def open_mine(settings, *, num_worlds, device):
 
 register_world("mine", MyConfig, open_mine)
 """
-OWN_WORLD_OPTIONS = ["mine", "--import", "my_world", "--world.payoff", "3", "--total-steps", "2000", "--num-envs", "1"]
+OWN_WORLD_OPTIONS = [
+    "mine",
+    "--import",
+    "my_world",
+    "--world.payoff",
+    "3",
+    "--world.pairs",
+    "[[1, 2]]",
+    "--total-steps",
+    "2000",
+    "--num-envs",
+    "1",
+]
 OWN_WORLD_OPTIONS += ["--rollout-length", "5", "--batch-size", "500", "--eval-episodes", "0", "--run-dir", "run"]
 
 
@@ -559,7 +572,7 @@ def test_a_world_with_required_settings_and_many_agents(capsys):
     assert main(["train", *OWN_WORLD_OPTIONS]) == 0
     said = capsys.readouterr().out.splitlines()[0]
     assert said.startswith("settings: defaults for any environment")
-    assert "payoff=3.0" in said.partition("; given: ")[2].split()
+    assert "payoff=3.0 pairs=((1, 2),)" in said.partition("; given: ")[2]
     assert "num_agents" not in said
     assert main(["train", "mine", "--num-envs", "1"]) == 1
     assert "error: world.payoff: Field required" in capsys.readouterr().err

@@ -12,7 +12,8 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Annotated, Any, TypedDict, get_args, get_origin
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypedDict, Union, get_args, get_origin
 
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
@@ -113,7 +114,7 @@ def _main(arguments: list[str]) -> int:
                     return _train(*found)
             return tyro.extras.subcommand_cli_from_dict(
                 {
-                    "train": _with_options(_train, named),
+                    "train": _reader(named),  # says what is wrong
                     "resume": resume,
                     "eval": evaluate,
                     "study": study,
@@ -161,8 +162,14 @@ _INT = _spec("INT", lambda word: float(word) if "e" in word.lower() else int(wor
 _JSON = _spec("JSON", json.loads, json.dumps)
 
 
-def _is_settings(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, Config)
+def _is_plain(kind: Any, *, lists: tuple[type, ...] = (tuple, list)) -> bool:
+    """Whether tyro reads it from words: scalars, choices, lists of these. Anything else is given as JSON."""
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return _is_plain(parts[0], lists=lists)
+    if origin in (Union, UnionType) or origin in lists:
+        return all(_is_plain(part, lists=() if origin in lists else lists) for part in parts)
+    return origin is Literal or kind in (int, float, str, bool, NoneType, ...)
 
 
 def _options(*classes: type[Config], hidden: Iterable[str] = (), worlds: Sequence[type[Config]] = ()) -> Any:
@@ -178,13 +185,13 @@ def _options(*classes: type[Config], hidden: Iterable[str] = (), worlds: Sequenc
         kind: Any = field.annotation
         if name in hidden:
             continue
-        if _is_settings(kind):
+        if isinstance(kind, type) and issubclass(kind, Config):
             kind = _options(*(worlds if name == "world" else [kind]))
             if name in ("network", "ppo"):
                 kind = OmitArgPrefixes[kind]  # type: ignore[misc]  # `--hidden-size`, not `--network.hidden-size`
         elif field is NetworkConfig.model_fields["memory"]:
             kind = str  # one of ours, or MODULE:NAME
-        elif get_origin(kind) is dict or any(map(_is_settings, get_args(kind))):
+        elif not _is_plain(kind):
             kind = Annotated[object, _JSON]
         elif kind is int:
             kind = Annotated[kind, _INT]
@@ -194,12 +201,11 @@ def _options(*classes: type[Config], hidden: Iterable[str] = (), worlds: Sequenc
 
 def _read_train(words: Sequence[str], named: Sequence[type[Config]]) -> tuple[str, dict[str, Any]] | None:
     """The environment and the settings that were given; None for wrong usage."""
-    read = _with_options(lambda *found: found, named)
     # Behind a list ENV is taken for an element of it, `--head-sizes 6 6 ENV --seed 1`: try each word as ENV.
     places = [place for place, word in enumerate(words) if re.match(r"[^\W\d]", word)]
     for order in [words, *([words[place], *words[:place], *words[place + 1 :]] for place in reversed(places))]:
         with suppress(SystemExit):
-            return tyro.cli(read, args=order, console_outputs=False)
+            return tyro.cli(_reader(named), args=order, console_outputs=False)
     return None
 
 
@@ -207,19 +213,16 @@ def _show_help_of_train(found: tuple[str, dict[str, Any]] | None, named: Sequenc
     """Shows the settings of the environment that was found, if one was; and exits."""
     env, given = found or ("", {})
     hidden = [] if env in WORLDS else _OF_AGENTS if env else ["world"]
-    independent = given.get("policies") == "independent"
-    preset = preset_settings(given.get("preset", usual_preset(env)), env, independent=independent)
-    shown = _with_options(_train, named, hidden=hidden, defaults=merged(default_settings(env), preset))
+    preset, independent = given.get("preset", usual_preset(env)), given.get("policies") == "independent"
+    defaults = merged(default_settings(env), preset_settings(preset, env, independent=independent))
+    shown = _reader(named, hidden=hidden, defaults=defaults | {"preset": preset})
     tyro.cli(shown, args=["--help"], prog="dualhead train")
 
 
-def _with_options(
-    then: Callable[[str, dict[str, Any]], Any],
-    worlds: Sequence[type[Config]],
-    *,
-    hidden: Iterable[str] = (),
-    defaults: dict[str, Any] | None = None,
-) -> Callable[..., Any]:
+def _reader(
+    worlds: Sequence[type[Config]], *, hidden: Iterable[str] = (), defaults: dict[str, Any] | None = None
+) -> Callable[..., tuple[str, dict[str, Any]]]:
+    """`train` as a function for tyro, which returns what was given."""
     hidden = ("env", "env_from", "learning_rate_from", "memory", *hidden)
     settings_of_a_run = _options(RunConfig, hidden=hidden, worlds=worlds)
     about_env = RunConfig.model_fields["env"].description
@@ -229,9 +232,9 @@ def _with_options(
         env: Positional[Annotated[str, arg(metavar="ENV", help=about_env)]],
         settings: Annotated[settings_of_a_run, arg(name="")] = shown,  # type: ignore[valid-type]
         modules: Modules = (),
-    ) -> Any:
+    ) -> tuple[str, dict[str, Any]]:
         """Train an agent. `dualhead train ENV --help` shows the settings of an environment."""
-        return then(env, settings)
+        return env, settings
 
     return train
 
