@@ -165,9 +165,9 @@ WRONG_CALLS = [
 ENDED = {"truncated": TRUE_1, "final": masked(X)}
 WRONG_EVENTS = [
     ("acted", record(), ValueError, "no events came"),
-    ("acted", record(events=NormEvents(PUNISHED[:2], PUNISHED)), ValueError, r"punished must have shape \(3, 2\)"),
+    ("acted", record(events=NormEvents(PUNISHED[:2], PUNISHED)), ValueError, r"events.punished: expected shape \(3, 2\)"),
     ("acted", record(events=NormEvents(PUNISHED)), ValueError, "events.collected is missing"),
-    ("acted", record(events=NormEvents(PUNISHED, PUNISHED[0]), **ENDED), ValueError, "collected must have shape"),
+    ("acted", record(events=NormEvents(PUNISHED, PUNISHED[0]), **ENDED), ValueError, "events.collected"),
     ("acted", record([1, np.nan, 3], events=NormEvents(PUNISHED, PUNISHED)), DataError, "reward of stream 1"),
 ]
 LIVING = {"normalize_observations": True, "normalize_rewards": True, "burn_in": 2, "batch_size": 12, "num_epochs": 1}
