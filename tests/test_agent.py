@@ -165,7 +165,12 @@ WRONG_CALLS = [
 ENDED = {"truncated": TRUE_1, "final": masked(X)}
 WRONG_EVENTS = [
     ("acted", record(), ValueError, "no events came"),
-    ("acted", record(events=NormEvents(PUNISHED[:2], PUNISHED)), ValueError, r"events.punished: expected shape \(3, 2\)"),
+    (
+        "acted",
+        record(events=NormEvents(PUNISHED[:2], PUNISHED)),
+        ValueError,
+        r"events.punished: expected shape \(3, 2\)",
+    ),
     ("acted", record(events=NormEvents(PUNISHED)), ValueError, "events.collected is missing"),
     ("acted", record(events=NormEvents(PUNISHED, PUNISHED[0]), **ENDED), ValueError, "events.collected"),
     ("acted", record([1, np.nan, 3], events=NormEvents(PUNISHED, PUNISHED)), DataError, "reward of stream 1"),

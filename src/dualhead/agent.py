@@ -412,9 +412,9 @@ class DualHeadRecurrentPPO:
         `previous` [B, ...] is that last step, as the policy's input.
         """
         if final_observations is None:
-            raise ValueError(
-                f"streams {streams.tolist()[:8]} were truncated: record(..., final_observations=...) is needed to "
-                f"bootstrap from what they saw last (the observation before the reset)"
+            raise DataError(
+                f"streams {streams.tolist()[:8]} were truncated: expected final_observations, what they saw before "
+                f"their reset, got None; pass record(..., final_observations=...), or StreamStep(final_observations=...)"
             )
         assert self._current_hidden is not None
         if isinstance(final_observations, np.ndarray) and final_observations.dtype == object:

@@ -364,7 +364,7 @@ def study(
         return 0
     from dualhead.studies.study import run_study
 
-    print(f"results: {run_study(study, out=out, jobs=jobs)}")
+    print(f"results: {run_study(study, out=out, jobs=jobs, modules=modules)}")
     return 0
 
 

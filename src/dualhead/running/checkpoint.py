@@ -147,9 +147,7 @@ def read_config(run_dir: str | os.PathLike[str]) -> RunConfig:
             f"{run_dir} holds no run: cannot read {path.name} ({error.strerror}); expected the directory of one"
         ) from error
     except ValidationError as error:
-        raise RunError(
-            f"{path} is no configuration of this version of dualhead: {SettingsError(problems(error))}"
-        ) from error
+        raise RunError(f"{path} cannot be read as a run's settings: {SettingsError(problems(error))}") from error
 
 
 def save_checkpoint(run_dir: Path, tensors: dict[str, Tensor], metadata: dict[str, Any], *, keep: int) -> Path:

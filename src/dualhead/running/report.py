@@ -225,7 +225,8 @@ def _status(run: Run) -> tuple[str, str]:
 def _settings_table(groups: Mapping[str, Sequence[Run]]) -> dict[str, Any]:
     """Settings that are not the default in some group, or that differ between groups."""
     configs = [members[0].config for members in groups.values()]
-    default, settings = _settings(RunConfig(env=configs[0].env)), [_settings(config) for config in configs]
+    default = {name: _text(value) for name, value in flat(default_settings(configs[0].env)).items()}
+    settings = [_settings(config) for config in configs]
     differing = _differing(settings)
     names = _differing([default, *settings])
     return {

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from dualhead.errors import CheckpointError, RunError, UnavailableEnvironment
 from dualhead.running.config import RunConfig
+from dualhead.running.parts import import_module
 from dualhead.running.results import last_steps
 
 OUTPUT = "output.txt"
@@ -41,7 +42,9 @@ class _Worker(NamedTuple):
     bar: TaskID
 
 
-def run_all(tasks: Mapping[str, RunConfig], *, jobs: int) -> Generator[tuple[str, str | None, float], None, None]:
+def run_all(
+    tasks: Mapping[str, RunConfig], *, jobs: int, modules: Sequence[str] = ()
+) -> Generator[tuple[str, str | None, float], None, None]:
     """Trains runs, or resumes them, at most `jobs` at a time; a terminal shows a bar for each and one for all.
 
     When this process ends, by Ctrl-C or otherwise, the runs under way save a checkpoint and end. A second Ctrl-C kills
@@ -50,6 +53,7 @@ def run_all(tasks: Mapping[str, RunConfig], *, jobs: int) -> Generator[tuple[str
     Args:
         tasks: settings of each run, with its `run_dir`, by its name on the terminal.
         jobs: number of processes.
+        modules: imported in each process first, such as those that register environments.
 
     Yields:
         When a run ends: its name, what went wrong (None: nothing), and the seconds that it took.
@@ -63,7 +67,7 @@ def run_all(tasks: Mapping[str, RunConfig], *, jobs: int) -> Generator[tuple[str
             while waiting or running:
                 for name in list(waiting)[: jobs - len(running)]:
                     bar = progress.add_task(name, total=tasks[name].total_steps)
-                    running[name] = _Worker(*_start(waiting.pop(name)), time.perf_counter(), bar)
+                    running[name] = _Worker(*_start(waiting.pop(name), modules), time.perf_counter(), bar)
                 multiprocessing.connection.wait([worker.process.sentinel for worker in running.values()], timeout=1.0)
                 for name, worker in list(running.items()):
                     if not progress.disable:
@@ -83,13 +87,13 @@ def folder_of(config: RunConfig) -> Path:
     return Path(config.run_dir)
 
 
-def _start(config: RunConfig) -> tuple[Any, Connection]:
+def _start(config: RunConfig, modules: Sequence[str]) -> tuple[Any, Connection]:
     # The fork server has imported what runs need and done nothing else, so a run starts immediately.
     context: Any = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
     if sys.platform == "linux":
         context.set_forkserver_preload(_PRELOADED)
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(config, sender))
+    process = context.Process(target=_work, args=(config, modules, sender))
     process.start()
     sender.close()
     return process, receiver
@@ -122,13 +126,15 @@ def _stop(processes: list[Any]) -> None:
         raise
 
 
-def _work(config: RunConfig, answer: Connection) -> None:
+def _work(config: RunConfig, modules: Sequence[str], answer: Connection) -> None:
     """Runs in the child process: trains, and sends back what went wrong, or None."""
     if hasattr(os, "setsid"):
         os.setsid()  # Ctrl-C at the terminal reaches the parent alone, which tells its children to stop
     os.environ["OMP_NUM_THREADS"] = "1"  # for libraries that are loaded later, and processes of environments
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
+        for module in modules:
+            import_module(module, what="--import")
         problem = _train(config)
     except Exception as error:
         traceback.print_exc()

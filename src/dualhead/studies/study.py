@@ -12,6 +12,7 @@ import re
 import shlex
 import sys
 import warnings
+from collections.abc import Iterable, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 
@@ -48,13 +49,14 @@ def read_study(name: str) -> StudyConfig:
         raise RunError(f"{name}: {error}") from error
 
 
-def run_study(name: str, *, out: str | None = None, jobs: int | None = None) -> Path:
+def run_study(name: str, *, out: str | None = None, jobs: int | None = None, modules: Sequence[str] = ()) -> Path:
     """Runs what is not finished yet, writes tables and figures, and prints the summary.
 
     Args:
         name: path or name of the study.
         out: its directory; None: runs/study-NAME.
         jobs: number of runs at a time; None: as many as the cores allow.
+        modules: imported in the process of each run first.
 
     Returns:
         The directory.
@@ -79,7 +81,8 @@ def run_study(name: str, *, out: str | None = None, jobs: int | None = None) -> 
     if missing:
         _write_versions(folder / "versions.json", shlex.join(["dualhead", "study", name]))
     threads = max(config.num_threads or 1 for config in planned.values())
-    _run_missing(study, planned, missing, jobs or max(1, num_cores() // threads))
+    with closing(run_all(missing, jobs=jobs or max(1, num_cores() // threads), modules=modules)) as outcomes:
+        _run_missing(study, planned, num_done=len(planned) - len(missing), outcomes=outcomes)
     for path in _write_outcome(study, planned, folder):
         print(f"figure: {path}")
     return folder
@@ -122,26 +125,30 @@ def _write_versions(path: Path, command: str) -> None:
         write_json(path, {"runs_were_made_with": [*before, found]})
 
 
-def _run_missing(study: StudyConfig, planned: dict[str, RunConfig], missing: dict[str, RunConfig], jobs: int) -> None:
+def _run_missing(
+    study: StudyConfig,
+    planned: dict[str, RunConfig],
+    *,
+    num_done: int,
+    outcomes: Iterable[tuple[str, str | None, float]],
+) -> None:
     """Runs what is missing, with a line as each run ends; RunError names those that failed."""
-    num_done = len(planned) - len(missing)
     if num_done:
         print(f"{num_done} of {len(planned)} runs are finished already", flush=True)
     failed: list[str] = []
     measures_are_checked = False
     try:
-        with closing(run_all(missing, jobs=jobs)) as outcomes:
-            for label, problem, seconds in outcomes:
-                num_done += 1
-                ended = f"done in {seconds:.0f} s" if problem is None else f"failed after {seconds:.0f} s: {problem}"
-                print(f"[{num_done}/{len(planned)}] {label} {ended}", flush=True)
-                if problem is not None:
-                    failed.append(f"{label}: {problem}")
-                elif not measures_are_checked:
-                    # A warning only: another run may have the measure that this one lacks. A misspelt name shows early.
-                    for line in unknown_measures(study.measures, [_read(planned[label])]):
-                        warnings.warn(f"measures: {line}", stacklevel=2)
-                    measures_are_checked = True
+        for label, problem, seconds in outcomes:
+            num_done += 1
+            ended = f"done in {seconds:.0f} s" if problem is None else f"failed after {seconds:.0f} s: {problem}"
+            print(f"[{num_done}/{len(planned)}] {label} {ended}", flush=True)
+            if problem is not None:
+                failed.append(f"{label}: {problem}")
+            elif not measures_are_checked:
+                # A warning only: another run may have the measure that this one lacks. A misspelt name shows early.
+                for line in unknown_measures(study.measures, [_read(planned[label])]):
+                    warnings.warn(f"measures: {line}", stacklevel=2)
+                measures_are_checked = True
     except KeyboardInterrupt:
         finished = sum(map(_is_finished, planned.values()))
         print(f"{finished} of {len(planned)} runs are finished; the same command continues the study", file=sys.stderr)
