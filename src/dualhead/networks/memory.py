@@ -115,11 +115,15 @@ class MemoryCell(nn.Module):
         )
 
     def sequence(self, features: Tensor, state: RecurrentState) -> tuple[Tensor, RecurrentState]:
-        """T time steps of S streams: features [T, S, F] -> (outputs [T, S, H], the state after the last step)."""
+        """T time steps of S streams: features [T, S, F] -> (outputs [T, S, H], the state after the last step).
+
+        Steps are taken in full precision, also where the update runs under autocast: the state is.
+        """
         outputs = []
-        for now in features:
-            output, state = self.step(now, state)
-            outputs.append(output)
+        with torch.autocast(features.device.type, enabled=False):
+            for now in features.to(torch.promote_types(features.dtype, torch.float32)):
+                output, state = self.step(now, state)
+                outputs.append(output)
         return torch.stack(outputs), state
 
     def plan(self, lengths: IntArray, *, device: torch.device, final_states: bool = False) -> Plan:

@@ -14,13 +14,10 @@ from dualhead.networks.encoders import ACTIVATIONS, EncoderFactory, JoinedEncode
 from dualhead.networks.heads import Distribution, Heads
 from dualhead.networks.memory import Memory, MemoryFactory, make_memory
 from dualhead.networks.normalizer import ObservationNormalizer
-from dualhead.networks.parts import check_encoder, check_memory, make_part, part_name
+from dualhead.networks.parts import CRITIC, check_encoder, check_memory, make_part, part_name
 from dualhead.networks.previous import PreviousStep
-from dualhead.spaces import ActionSpec, ObservationSpec
+from dualhead.spaces import ActionSpec, ObservationSpec, torch_dtype
 from dualhead.types import IntArray, Observations, Plan, RecurrentState, SegmentBatch, on_device
-
-CRITIC = "critic_"
-"""How the names of the state's parts begin that belong to the critic's own memory."""
 
 
 class PolicyOutput(NamedTuple):
@@ -85,9 +82,10 @@ class RecurrentPolicy(nn.Module):
         super().__init__()
         self.config = config
         image_encoder = config.image_encoder if encoder is None else "auto"
-        self.normalizer = ObservationNormalizer(
-            vectors(observation_spec, image_encoder) if normalize_observations else []
-        )
+        scaled = vectors(observation_spec, image_encoder) if normalize_observations else []
+        if encoder is not None:  # integers may be indices
+            scaled = [leaf for leaf in scaled if torch_dtype(leaf.space.dtype).is_floating_point]
+        self.normalizer = ObservationNormalizer(scaled)
         self.encoder: Any = (
             JoinedEncoder(
                 observation_spec,
