@@ -14,11 +14,9 @@ from torch.distributions import Categorical, Normal, kl_divergence
 
 import dualhead.networks.linear
 from dualhead import DataError, NetworkConfig
-from dualhead.networks.blocks import lay_out
-from dualhead.networks.encoders import JoinedEncoder, vectors
+from dualhead.networks.encoders import JoinedEncoder, ObservationNormalizer, RunningNormalizer, vectors
 from dualhead.networks.heads import DiagonalGaussian, FactoredCategorical, Heads
-from dualhead.networks.memory import NoMemory, RecurrentMemory
-from dualhead.networks.normalizer import ObservationNormalizer, RunningNormalizer
+from dualhead.networks.memory import NoMemory, RecurrentMemory, lay_out
 from dualhead.networks.policy import RecurrentPolicy
 from dualhead.spaces import ActionSpec, ObservationSpec, all_finite
 from dualhead.types import RecurrentState, SegmentBatch

@@ -12,11 +12,9 @@ from settings import act_in_heads, spec_segments
 from slow_policy import SlowPolicy, log_softmax
 
 import dualhead.agent
-import dualhead.networks.blocks
 import dualhead.networks.memory
 from dualhead import DataError, DualHeadRecurrentPPO, NetworkConfig, NormConfig, NormEvents, Player, PPOConfig
-from dualhead.learning.minibatch import gather
-from dualhead.learning.segments import cut
+from dualhead.learning.segments import cut, gather
 
 B, T = 3, 20
 HEADS = spaces.MultiDiscrete([3, 2], start=[5, 0])
@@ -454,7 +452,7 @@ def test_minibatches_are_laid_out_at_the_price_of_their_memories(memory, critic_
     play = Play(agent)
     play.rollout()
     asked = []
-    lay_out = dualhead.networks.blocks.lay_out
+    lay_out = dualhead.networks.memory.lay_out
     monkeypatch.setattr(
         dualhead.networks.memory, "lay_out", lambda *given, **prices: asked.append(prices) or lay_out(*given, **prices)
     )

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dualhead.learning.rollout import Rollout
-from dualhead.learning.segments import cut, minibatches, run_starts
-from dualhead.networks.blocks import lay_out
+from dualhead.learning.segments import cut, minibatches
+from dualhead.networks.memory import lay_out
 from dualhead.types import ActionSample, RecurrentState
 
 quick = settings(max_examples=60, deadline=None)
@@ -76,15 +76,6 @@ def test_every_step_is_in_exactly_one_segment_and_none_crosses_an_episode_start(
         assert begin == 0 or starts[begin, stream]
         assert not starts[begin + 1 : start + 1, stream].any()
     assert (times_seen == 1).all()
-
-
-@quick
-@given(rollouts())
-def test_run_starts_against_a_loop(starts):
-    expected = np.zeros(starts.shape, dtype=int)
-    for t, b in np.ndindex(*starts.shape):
-        expected[t, b] = t if starts[t, b] or t == 0 else expected[t - 1, b]
-    np.testing.assert_array_equal(run_starts(starts), expected)
 
 
 @quick

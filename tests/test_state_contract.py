@@ -16,9 +16,8 @@ import dualhead.agent
 import dualhead.learning.update
 from dualhead import DualHeadRecurrentPPO, NetworkConfig
 from dualhead.learning.segments import cut
-from dualhead.networks.blocks import lay_out
 from dualhead.networks.heads import FactoredCategorical
-from dualhead.networks.memory import MemoryCell
+from dualhead.networks.memory import MemoryCell, lay_out
 from dualhead.types import RecurrentState
 
 MASK_SPACE = spaces.Dict(x=spaces.Box(-9, 9, (3,)), action_mask=spaces.MultiBinary(5))

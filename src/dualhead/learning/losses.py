@@ -61,9 +61,8 @@ def value_loss(values: Tensor, returns: Tensor, old_values: Tensor, *, value_cli
 
 def normalize(advantages: Tensor) -> Tensor:
     """Mean 0, deviation 1 (unbiased, plus 1e-8); a single step becomes 0 and not NaN."""
-    if advantages.numel() < 2:
-        return advantages - advantages.mean()
-    return (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    centred = advantages - advantages.mean()
+    return centred / (advantages.std() + 1e-8) if advantages.numel() > 1 else centred
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
