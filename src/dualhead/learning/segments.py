@@ -24,19 +24,13 @@ from dualhead.types import IntArray, RecurrentState, SegmentBatch, on_device
 
 
 class Segments(NamedTuple):
-    """All segments of a rollout; arrays [S].
-
-    Fields:
-        stream, start, length: steps start .. start + length - 1 of that stream.
-        offset: steps between the start of its run (an episode start or the rollout's beginning) and `start`.
-        burn_in: preceding steps of the same episode that can warm its state; may reach into the kept tail.
-    """
+    """Segments of a rollout, [S]: steps start .. start + length - 1 of a stream."""
 
     stream: IntArray
     start: IntArray
     length: IntArray
-    offset: IntArray
-    burn_in: IntArray
+    offset: IntArray  # steps between the start of its run (an episode start or the rollout's beginning) and `start`
+    burn_in: IntArray  # preceding steps of the same episode that can warm its state; may reach into the kept tail
 
     def take(self, chosen: IntArray) -> Segments:
         return Segments(*(field[chosen] for field in self))
@@ -49,12 +43,11 @@ def cut(
     burn_in: int = 0,
     tail_lengths: IntArray | None = None,
 ) -> Segments:
-    """Segments of a rollout, stream by stream in order of time.
+    """All segments of a rollout, stream by stream in order of time.
 
     Args:
         episode_starts: [T, B], the step is the first of its episode.
-        sequence_length: the longest segment.
-        burn_in: the longest warm-up before a segment.
+        sequence_length, burn_in: the longest segment, and the longest warm-up before one.
         tail_lengths: [B] steps of the running episode that are kept from before the rollout; None: none are.
     """
     num_steps = episode_starts.shape[0]
@@ -91,19 +84,12 @@ def gather(
     """A minibatch of segments, packed, each with the state it begins from."""
     order, rows, layout = pack(policy, rollout, segments, segments.start, segments.length)
     steps = rows - rollout.max_tail * rollout.num_streams
-
-    def pick(buffer: Tensor) -> Tensor:
-        return buffer[: rollout.length].flatten(0, 1).index_select(0, steps)
-
+    buffers = (rollout.actions, rollout.log_probs, rollout.values, advantages, returns)
     return SegmentBatch(
-        observations=rollout.observations_at(rows),
-        state=_initial_states(policy, rollout, segments.take(order)),
-        layout=layout,
-        actions=pick(rollout.actions),
-        log_probs=pick(rollout.log_probs),
-        values=pick(rollout.values),
-        advantages=pick(advantages),
-        returns=pick(returns),
+        rollout.observations_at(rows),
+        _initial_states(policy, rollout, segments.take(order)),
+        layout,
+        *(buffer[: rollout.length].flatten(0, 1).index_select(0, steps) for buffer in buffers),
     )
 
 
@@ -118,9 +104,8 @@ def pack(
 ) -> tuple[IntArray, Tensor, Any]:
     """Steps start .. start + length - 1 of each segment's stream, in the order that the policy's memories want.
 
-    Returns:
-        the order of the segments in the state's stream axis (long ones first), flat rows [N] of the steps, and the
-        layout for `policy.unroll` (with `final_states` for `policy.advance`).
+    Returns the order of the segments in the state's stream axis (long ones first), flat rows [N] of the steps, and the
+    layout for `policy.unroll` (with `final_states` for `policy.advance`).
     """
     order = np.argsort(-length, kind="stable")
     plan = policy.plan(length[order], final_states=final_states)

@@ -39,17 +39,14 @@ def ppo_update(
     on the device. The host reads the results once, after the last minibatch, so no minibatch forces a host-device sync.
 
     Args:
-        policy, rollout: what learns, from what.
         advantages: [T, B], not normalised; T is the rollout's length.
         optimizer: over the policy's parameters, a fused one (see `FiniteSteps`).
-        config: epochs, minibatches, clipping and the rest.
         entropy_coefs, head_names: weight of each head's entropy, and its name for the metrics; K of them.
         generator: shuffles the segments (on the CPU).
         num_skipped: optimiser steps in a row that were skipped before this update.
 
     Returns:
-        Metrics by name; means over minibatches unless their name says otherwise. `skipped_in_a_row` is the next
-        update's `num_skipped`.
+        Metrics by name, most of them means over minibatches; `skipped_in_a_row` is the next update's `num_skipped`.
 
     Raises:
         DivergedError: too many steps in a row were skipped.
@@ -149,11 +146,7 @@ class FiniteSteps:
 def _count_skipped(measured: NDArray[np.float64], *, num_skipped: int, limit: int) -> tuple[NDArray[np.bool_], int]:
     """Warns of each skipped step of M, whose numbers [M, ...] are named by `_MEASURED`, after `num_skipped` in a row.
 
-    Returns:
-        [M] which were taken, and how many in a row were skipped at the end.
-
-    Raises:
-        DivergedError: `limit` in a row were skipped.
+    Returns which of the M were taken, and how many in a row were skipped at the end. DivergedError: it reached `limit`.
     """
     losses, norms = (measured[:, _MEASURED.index(name)] for name in ("loss/total", "policy/grad_norm"))
     taken = np.isfinite(losses) & np.isfinite(norms)

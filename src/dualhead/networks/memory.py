@@ -61,16 +61,11 @@ class Blocks(NamedTuple):
 
     Steps lie block after block, time-major inside a block. Where the segments of a block are not equally long, the rows
     past a segment's end are padding, which only the recurrent call sees.
-
-    Fields:
-        sizes: (segments, steps) of each block; segments follow one another in the state's stream axis.
-        padding: [rows] which of the N steps fills each block row; padding repeats the first step. None: no padding.
-        real: [N] the rows that are real steps, or None likewise.
     """
 
-    sizes: tuple[tuple[int, int], ...]
-    padding: Tensor | None = None
-    real: Tensor | None = None
+    sizes: tuple[tuple[int, int], ...]  # (segments, steps) of each; segments follow one another in the state
+    padding: Tensor | None = None  # [rows] which of the N steps fills each row, padding too; None: there is none
+    real: Tensor | None = None  # [N] the rows that are real steps
 
 
 def lay_out(
@@ -78,10 +73,8 @@ def lay_out(
 ) -> Plan:
     """The cheapest plan of dense blocks for segments of `lengths` [S], sorted from long to short.
 
-    Args:
-        block_cost: price of one more recurrent call, in steps: padding is bought up to that price. 0 buys none, which
-            gives one block per distinct length.
-        step_cost: price of one more time step of a block beside its segments' steps, in steps.
+    Padding is bought up to `block_cost`, the price of one more recurrent call in steps; 0 gives one block per distinct
+    length. `step_cost` is the price of one more time step of a block beside its segments' steps.
     """
     assert (lengths[1:] <= lengths[:-1]).all(), "segments must come from long to short"
     blocks = _cheapest_blocks(lengths, block_cost, step_cost)
@@ -155,11 +148,8 @@ class MemoryCell(nn.Module):
         self.state_shapes = dict(state_shapes)
 
     def initial_state(self, batch: int, *, device: torch.device, dtype: torch.dtype) -> RecurrentState:
-        parts = {
-            name: torch.zeros(layers, batch, *units, device=device, dtype=dtype)
-            for name, (layers, *units) in self.state_shapes.items()
-        }
-        return RecurrentState(**parts)
+        shapes = {name: (layers, batch, *units) for name, (layers, *units) in self.state_shapes.items()}
+        return RecurrentState(**{name: torch.zeros(each, device=device, dtype=dtype) for name, each in shapes.items()})
 
     def step(self, features: Tensor, state: RecurrentState) -> tuple[Tensor, RecurrentState]:
         raise NotImplementedError(
@@ -179,7 +169,7 @@ class MemoryCell(nn.Module):
         return torch.stack(outputs), state
 
     def plan(self, lengths: IntArray, *, device: torch.device, final_states: bool = False) -> Plan:
-        if final_states:  # without padding, which would come before a padded segment's final state
+        if final_states:  # no padding, which a segment's final state would come after
             return lay_out(lengths, block_cost=0.0, device=device)
         return lay_out(lengths, block_cost=self.block_cost, step_cost=self.step_cost, device=device)
 
@@ -233,9 +223,8 @@ class RecurrentMemory(MemoryCell):
                     nn.init.constant_(parameter[hidden_size : 2 * hidden_size], forget_bias)
 
     @property
-    def cell(self) -> nn.LSTM | nn.GRU:
-        cell: nn.LSTM | nn.GRU = getattr(self, self.kind)
-        return cell
+    def cell(self) -> Any:
+        return getattr(self, self.kind)
 
     def step(self, features: Tensor, state: RecurrentState) -> tuple[Tensor, RecurrentState]:
         if features.shape[0] >= SEQUENCE_CALL_STREAMS:

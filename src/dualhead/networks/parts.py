@@ -29,11 +29,7 @@ def part_name(part: nn.Module) -> str:
 
 
 def make_part(given: Any, what: str, *arguments: Any) -> Any:
-    """A module that was given as such, or what a factory makes of the arguments.
-
-    Raises:
-        TypeError: it is neither, the factory made something else, or the module has no `num_features`.
-    """
+    """A module that was given as such, or what a factory makes of the arguments; it must have `num_features`."""
     made = given if isinstance(given, nn.Module) else given(*arguments) if callable(given) else None
     if not isinstance(made, nn.Module):
         got = f"{given!r}" if made is None else f"{given!r}, which made {made!r}"
@@ -51,9 +47,8 @@ def make_part(given: Any, what: str, *arguments: Any) -> Any:
 def check_encoder(encoder: Any, spec: ObservationSpec) -> None:
     """Tries an encoder on random observations, together and one by one.
 
-    Raises:
-        ValueError: its features have another shape or dtype than expected, change from call to call, or depend on the
-            other observations of the batch; or it writes into its inputs.
+    Refuses features of another shape or dtype than expected, features that change from call to call or depend on the
+    other observations of the batch, and writing into its inputs.
     """
     name = f"encoder {part_name(encoder)}"
     device, dtype = _device_and_dtype(encoder)
@@ -92,10 +87,7 @@ def check_encoder(encoder: Any, spec: ObservationSpec) -> None:
 def check_memory(memory: Any, num_inputs: int) -> None:
     """Tries a memory on two short segments: stepping through each alone must give what unrolling both gives.
 
-    Raises:
-        TypeError: a method of `Memory` is missing, or returns no `RecurrentState`.
-        ValueError: states or outputs have other shapes, dtypes or names than expected, the two ways disagree, or it
-            writes into its inputs.
+    Refuses missing methods, unexpected shapes, dtypes or names of states and outputs, and writing into its inputs.
     """
     name = f"memory {part_name(memory)}"
     device, dtype = _device_and_dtype(memory)

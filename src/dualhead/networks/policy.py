@@ -26,26 +26,19 @@ from dualhead.types import IntArray, Observations, Plan, RecurrentState, Segment
 
 
 class PolicyOutput(NamedTuple):
-    """The distribution over actions of N (or B) states, and the critic's values [N] of them."""
-
-    distribution: Distribution
-    values: Tensor
+    distribution: Distribution  # over actions of N (or B) states
+    values: Tensor  # [N], the critic's
 
 
 class Latents(NamedTuple):
-    """What the action heads see, [N, H], and what the critic sees: the same tensor where the memory is shared."""
-
-    actor: Tensor
-    critic: Tensor
+    actor: Tensor  # [N, H], what the action heads see
+    critic: Tensor  # [N, H], what the critic sees: the same tensor where the memory is shared
 
 
 class _TwoLayouts(NamedTuple):
-    """Layouts of the two memories. `rows`, where they pack steps differently: for each of the critic's N packed steps
-    its row in the actor's packing, and the other way round."""
-
     actor: Any = None
     critic: Any = None
-    rows: tuple[Tensor, ...] | None = None
+    rows: tuple[Tensor, ...] | None = None  # where they differ: the actor's row of each row of the critic's, and back
 
 
 class RecurrentPolicy(nn.Module):
