@@ -264,8 +264,7 @@ def test_vectors_of_floats_and_integers_are_normalised():
         vector=BOX,
         number=spaces.Box(-1, 1, (), np.float32),
     )
-    spec = ObservationSpec(space)
-    normalizer = ObservationNormalizer(vectors(spec))
+    normalizer = ObservationNormalizer(vectors(ObservationSpec(space)))
     assert normalizer.names == ("ints", "stack", "vector", "number")
     space.seed(0)
     samples = [space.sample() for _ in range(50)]
@@ -457,42 +456,37 @@ def test_boxes_as_wide_as_numbers_go_have_finite_actions(dtype):
     np.testing.assert_array_equal(actions, np.array([[-largest, largest / 2], [largest, 0.0]], dtype))
 
 
-def as_lists(value):
-    return {k: as_lists(v) for k, v in value.items()} if isinstance(value, dict) else value.tolist()
-
-
-ACTIONS = {
-    "discrete": (spaces.Discrete(3), ("action",), (3,), [[0], [2]], [0, 2]),
-    "discrete from 5": (spaces.Discrete(3, start=5), ("action",), (3,), [[0], [2]], [5, 7]),
-    "multi": (spaces.MultiDiscrete([3, 2]), ("head_0", "head_1"), (3, 2), [[2, 0], [1, 1]], [[2, 0], [1, 1]]),
-    "multi from": (
-        spaces.MultiDiscrete([3, 2], start=[1, -1]),
-        ("head_0", "head_1"),
-        (3, 2),
-        [[2, 0], [0, 1]],
-        [[3, -1], [1, 0]],
-    ),
-    "dict": (
-        spaces.Dict(vote=spaces.Discrete(2, start=1), move=spaces.MultiDiscrete([4, 3])),
-        ("move_0", "move_1", "vote"),
-        (4, 3, 2),
-        [[3, 2, 1], [0, 1, 0]],
-        {"move": [[3, 2], [0, 1]], "vote": [2, 1]},
-    ),
-}
-
-
-@pytest.mark.parametrize("case", ACTIONS)
-def test_heads_and_their_actions_in_the_environment_s_form(case):
-    space, names, nvec, indices, expected = ACTIONS[case]
+@pytest.mark.parametrize(
+    ("space", "heads", "indices", "expected"),
+    [
+        (spaces.Discrete(3), {"action": 3}, [[0], [2]], [0, 2]),
+        (spaces.Discrete(3, start=5), {"action": 3}, [[0], [2]], [5, 7]),
+        (spaces.MultiDiscrete([3, 2]), {"head_0": 3, "head_1": 2}, [[2, 0], [1, 1]], [[2, 0], [1, 1]]),
+        (
+            spaces.MultiDiscrete([3, 2], start=[1, -1]),
+            {"head_0": 3, "head_1": 2},
+            [[2, 0], [0, 1]],
+            [[3, -1], [1, 0]],
+        ),
+        (
+            spaces.Dict(vote=spaces.Discrete(2, start=1), move=spaces.MultiDiscrete([4, 3])),
+            {"move_0": 4, "move_1": 3, "vote": 2},
+            [[3, 2, 1], [0, 1, 0]],
+            {"move": [[3, 2], [0, 1]], "vote": [2, 1]},
+        ),
+    ],
+)
+def test_heads_and_their_actions_in_the_environment_s_form(space, heads, indices, expected):
     spec = ActionSpec(space)
-    assert sorted(zip(spec.names, spec.nvec)) == sorted(zip(names, nvec))
-    columns = [names.index(name) for name in spec.names]
+    assert dict(zip(spec.names, spec.nvec)) == heads
+    columns = [list(heads).index(name) for name in spec.names]
     given = spec.to_env(torch.tensor(indices)[:, columns], numpy=True)
-    assert as_lists(given) == expected
-    for stream in range(2):
-        one = {k: v[stream] for k, v in given.items()} if isinstance(given, dict) else given[stream]
-        assert space.contains(one)
+    streams = [{k: v[b] for k, v in given.items()} if isinstance(given, dict) else given[b] for b in range(2)]
+    assert all(space.contains(each) for each in streams)
+    if isinstance(given, dict):
+        assert {name: part.tolist() for name, part in given.items()} == expected
+    else:
+        assert given.tolist() == expected
 
 
 def test_box_actions_are_scaled_where_bounded():
@@ -504,6 +498,8 @@ def test_box_actions_are_scaled_where_bounded():
     assert actions.tolist() == [[1, 7.5, 0.5], [-2, 10, 9], [0, 0, -7.5]]
     assert actions.dtype == np.float32
     assert all(space.contains(action) for action in actions)
+    half_bounded = spaces.Box(np.array([0.0, -np.inf], np.float32), np.array([np.inf, 2.0], np.float32))
+    assert half_bounded.contains(ActionSpec(half_bounded).to_env(torch.tensor([[-5.0, 5.0]]), numpy=True)[0])
 
 
 @quick
@@ -630,26 +626,26 @@ def test_gaussian_against_torch_distributions():
     assert ((draws.std(0) / log_std.exp() - 1).abs() < 5 / 200).all()
 
 
-def masked_space(**masks):
-    return spaces.Dict(x=BOX, **masks)
-
-
 DUAL = spaces.Dict(move=spaces.Discrete(4), vote=spaces.Discrete(3))
+MASKS = {
+    "whole": spaces.MultiBinary(7),
+    "per head": spaces.Dict(vote=spaces.MultiBinary(3), move=spaces.MultiBinary(4)),  # heads come as move, vote
+    "of one head": spaces.Dict(vote=spaces.MultiBinary(3)),
+}
+
+
+def with_mask(form, mask):
+    """A space with masks of this form, and an observation of `mask` [N, 7]."""
+    space = spaces.Dict(x=BOX, action_mask=MASKS[form])
+    given = mask if form == "whole" else {"vote": mask[:, 4:], "move": mask[:, :4]}
+    observations = {"x": np.ones((len(mask), 2)), "action_mask": given}
+    return space, tensors_of(space, observations, len(mask), torch.float32)
 
 
 @pytest.mark.parametrize("form", ["whole", "per head"])
 def test_masks_reach_their_heads(form):
-    # Heads come in the order move, vote, the parts of a mask in any order.
-    mask = MASK.numpy().astype(np.int8)
-    if form == "whole":
-        space, given = spaces.MultiBinary(7), mask
-    else:
-        space = spaces.Dict(vote=spaces.MultiBinary(3), move=spaces.MultiBinary(4))
-        given = {"vote": mask[:, 4:], "move": mask[:, :4]}
-    policy = make_policy(observation_space=masked_space(action_mask=space), action_space=DUAL)
-    tensors = ObservationSpec(masked_space(action_mask=space)).to_tensors(
-        {"x": np.ones((2, 2)), "action_mask": given}, 2, device=CPU, dtype=torch.float32
-    )
+    space, tensors = with_mask(form, MASK.numpy().astype(np.int8))
+    policy = make_policy(observation_space=space, action_space=DUAL)
     output, _ = policy.step(tensors, policy.initial_state(2))
     assert torch.cat([head.exp() > 0 for head in output.distribution.logits], dim=1).tolist() == MASK.tolist()
     free, _ = make_policy(action_space=DUAL).step({"observation": tensors["x"]}, policy.initial_state(2))
@@ -661,11 +657,8 @@ def test_masks_reach_their_heads(form):
 
 
 def test_a_mask_for_one_of_two_heads_leaves_the_other_free():
-    spec = ObservationSpec(masked_space(action_mask=spaces.Dict(vote=spaces.MultiBinary(3))))
-    heads = Heads(6, ActionSpec(DUAL), spec.masks)
-    tensors = spec.to_tensors(
-        {"x": np.ones((1, 2)), "action_mask": {"vote": np.array([[0, 1, 0]])}}, 1, device=CPU, dtype=torch.float32
-    )
+    space, tensors = with_mask("of one head", np.array([[0, 0, 0, 0, 0, 1, 0]]))
+    heads = Heads(6, ActionSpec(DUAL), ObservationSpec(space).masks)
     assert heads.mask(tensors).tolist() == [[True] * 4 + [False, True, False]]
 
 
@@ -681,18 +674,12 @@ def test_a_mask_for_one_of_two_heads_leaves_the_other_free():
 )
 def test_masks_that_fit_no_head_are_refused(mask, action_space, message):
     with pytest.raises(ValueError, match=message):
-        make_policy(observation_space=masked_space(action_mask=mask), action_space=action_space)
+        make_policy(observation_space=spaces.Dict(x=BOX, action_mask=mask), action_space=action_space)
 
 
 @pytest.mark.parametrize("form", ["whole", "per head"])
 def test_a_head_without_a_legal_choice_is_named(form):
-    mask = np.array([[1, 1, 1, 1, 0, 1, 0], [1, 0, 0, 0, 0, 0, 0]], np.int8)
-    space, given = spaces.MultiBinary(7), mask
-    if form == "per head":
-        space = spaces.Dict(move=spaces.MultiBinary(4), vote=spaces.MultiBinary(3))
-        given = {"move": mask[:, :4], "vote": mask[:, 4:]}
-    spec = ObservationSpec(masked_space(action_mask=space))
-    heads = Heads(6, ActionSpec(DUAL), spec.masks)
-    tensors = spec.to_tensors({"x": np.ones((2, 2)), "action_mask": given}, 2, device=CPU, dtype=torch.float32)
+    space, tensors = with_mask(form, np.array([[1, 1, 1, 1, 0, 1, 0], [1, 0, 0, 0, 0, 0, 0]], np.int8))
+    heads = Heads(6, ActionSpec(DUAL), ObservationSpec(space).masks)
     with pytest.raises(DataError, match="stream 1 allows no choice for head 'vote'"):
         heads.check_mask(tensors)

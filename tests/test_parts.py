@@ -2,6 +2,7 @@
 
 import json
 
+import agents
 import numpy as np
 import pytest
 import torch
@@ -9,7 +10,7 @@ from gymnasium import spaces
 from settings import act_in_heads
 from torch import nn
 
-from dualhead import CheckpointError, DualHeadRecurrentPPO, NetworkConfig, NormConfig, PPOConfig, load_policy
+from dualhead import CheckpointError, DualHeadRecurrentPPO, NetworkConfig, NormConfig, load_policy
 from dualhead.networks.memory import MemoryCell
 from dualhead.running.export import export
 from dualhead.spaces import space_from_json, space_to_json
@@ -17,8 +18,8 @@ from dualhead.types import Plan, RecurrentState
 
 B = 3
 SPACE = spaces.Dict(x=spaces.Box(-9, 9, (4,), np.float32), kind=spaces.Discrete(3))
-HEADS = spaces.MultiDiscrete([3, 2])
-SETTINGS = {"rollout_length": 8, "batch_size": 12, "sequence_length": 4, "num_epochs": 2, "learning_rate": 1e-2}
+HEADS = agents.HEADS
+SETTINGS = {"rollout_length": 8, "batch_size": 12, "sequence_length": 4, "learning_rate": 1e-2, "hidden_size": 6}
 
 
 class Elman(MemoryCell):
@@ -82,12 +83,8 @@ class Squares(nn.Module):
         return self.layer(observations["x"]).square()
 
 
-def make_agent(*, network=None, dtype=torch.float64, num_streams=B, norms=None, **given):
-    config = PPOConfig(**SETTINGS | {name: given.pop(name) for name in list(given) if name in PPOConfig.model_fields})
-    network = NetworkConfig(hidden_size=6, encoder_sizes=(5,), **network or {})
-    return DualHeadRecurrentPPO(
-        SPACE, HEADS, num_streams=num_streams, config=config, network=network, norms=norms, dtype=dtype, **given
-    )
+def make_agent(memory="lstm", **given):
+    return agents.make_agent(memory, preset="default", **{"observation_space": SPACE} | SETTINGS | given)
 
 
 def look(rng, num_streams=B):
@@ -136,14 +133,12 @@ def test_a_cell_of_one_s_own_learns_what_ours_does(memory, changes):
 
 @pytest.mark.parametrize(("memory", "critic"), [(OneByOne, "lstm"), (Elman, "gru"), (Elman, "none")])
 def test_two_memories_may_want_two_packings(memory, critic):
-    agent = make_agent(memory=memory, network={"critic_memory": critic}, burn_in=2)
+    agent = make_agent(memory, critic_memory=critic, burn_in=2)
     for metrics in play(agent, 24):
         if isinstance(metrics, dict):
             assert metrics["policy/first_ratio_error"] < 1e-12
     # Values of segments, whatever their packing, are those of acting.
-    agent = make_agent(memory=memory, network={"critic_memory": critic})
-    play(agent, 7)
-    rollout = agent.rollout_memory
+    agent = make_agent(memory, critic_memory=critic)
     lengths = np.array([5, 3, 2])
     plan = agent.policy.plan(lengths)
     rng, expected, given = np.random.default_rng(1), {}, {}
@@ -160,7 +155,6 @@ def test_two_memories_may_want_two_packings(memory, critic):
         torch.testing.assert_close(output.values[row], expected[place].values[0], rtol=0, atol=1e-12)
         for ours, theirs in zip(output.distribution.logits, expected[place].distribution.logits):
             torch.testing.assert_close(ours[row], theirs[0], rtol=0, atol=1e-12)
-    assert rollout.length == 7
 
 
 @pytest.mark.parametrize("frozen", [True, False])
@@ -199,7 +193,7 @@ def test_vectors_are_scaled_for_any_encoder():
 
 
 def test_a_file_and_the_parts_are_enough(tmp_path):
-    agent = make_agent(memory=SteppedLSTM, encoder=Squares, norms=None)
+    agent = make_agent(SteppedLSTM, encoder=Squares)
     play(agent, 13)
     agent.save(tmp_path / "agent")
     with pytest.raises(CheckpointError, match=r"encoder .*:Squares, which is not part of dualhead.*encoder=Squares"):
@@ -252,7 +246,7 @@ def test_a_warm_start_takes_what_was_learned_to_other_shapes(tmp_path):
     with pytest.raises(RuntimeError, match="1 steps recorded"):
         agent.warm_start(tmp_path / "taught")
     with pytest.raises(CheckpointError, match="network"):
-        make_agent(network={"memory": "gru"}).warm_start(tmp_path / "taught")
+        make_agent("gru").warm_start(tmp_path / "taught")
 
 
 def test_parts_of_one_s_own_are_exported(tmp_path):
@@ -273,15 +267,10 @@ class WithoutStep(MemoryCell):
 
 
 class Forgets(Elman):
-    """Its sequences begin from zeros."""
+    """Its sequences begin from ones."""
 
     def sequence(self, features, state):
         return super().sequence(features, state.map(lambda part: part * 0 + 1))
-
-
-class WithDropout(Elman):
-    def step(self, features, state):
-        return super().step(nn.functional.dropout(features, 0.5), state)
 
 
 class BeginsWithOnes(Elman):
@@ -289,56 +278,18 @@ class BeginsWithOnes(Elman):
         return super().initial_state(batch, **kwargs).map(lambda part: part + 1)
 
 
-class LosesItsAxis(Elman):
-    def step(self, features, state):
-        h, after = super().step(features, state)
-        return h, after.map(lambda part: part[0])
+def steps(before=lambda x, state: (x, state), after=lambda h, state: (h, state)):
+    """A cell with other inputs or outputs of its steps."""
 
+    class Steps(Elman):
+        def step(self, features, state):
+            return after(*super().step(*before(features, state)))
 
-class Wide(Elman):
-    num_features = 7
-
-    def step(self, features, state):
-        h, after = super().step(features, state)
-        return torch.cat([h, h], 1), after
-
-
-class GivesATuple(Elman):
-    def step(self, features, state):
-        h, after = super().step(features, state)
-        return h, tuple(after)
-
-
-class Normalised(Elman):
-    def __init__(self, input_size, hidden_size):
-        super().__init__(input_size, hidden_size)
-        self.norm = nn.BatchNorm1d(input_size)
-
-    def step(self, features, state):
-        return super().step(self.norm(features), state)
-
-
-class WritesIntoItsState(Elman):
-    def step(self, features, state):
-        h, _ = super().step(features, state)
-        return h, RecurrentState(h=state.h.mul_(0.5).add_(h))
-
-
-class WritesIntoFeatures(Elman):
-    def step(self, features, state):
-        return super().step(features.relu_(), state)
-
-
-class DoublePrecision(Elman):
-    def step(self, features, state):
-        h, after = super().step(features, state)
-        return h.double(), after
+    return Steps
 
 
 def names_its_state(*names):
-    """A memory whose state has parts of these names."""
-
-    class Named(MemoryCell):
+    class Names(MemoryCell):
         def __init__(self, input_size, hidden_size):
             super().__init__(hidden_size, state_shapes=dict.fromkeys(names, (1, hidden_size)))
             self.layer = nn.Linear(input_size, hidden_size)
@@ -346,74 +297,66 @@ def names_its_state(*names):
         def step(self, features, state):
             return self.layer(features), state
 
-    return Named
+    return Names
 
 
-def encodes(change, *, num_features=5, **layers):
-    """An encoder whose features of the vector x, with some layers, are `change(layers, x, its linear features)`."""
+def encodes(before=lambda seen: seen["x"], after=lambda features: features, num_features=5):
+    """An encoder with other inputs or outputs of its layer."""
 
     class Encodes(Squares):
         def __init__(self, space):
             super().__init__(space)
-            self.layers = nn.ModuleDict(layers)
             self.num_features = num_features
 
         def forward(self, observations):
-            return change(self.layers, observations, self.layer)
+            return after(self.layer(before(observations)))
 
     return Encodes
 
 
-def pop(layers, observations, linear):
-    return linear(observations.pop("x"))
+def batch_norm(x):
+    return nn.functional.batch_norm(x, None, None, training=True)
+
+
+WRONG_MEMORIES = [
+    (WithoutStep, NotImplementedError, "WithoutStep needs a method step"),
+    (Forgets, ValueError, "step and unroll disagree"),
+    (steps(lambda x, state: (nn.functional.dropout(x), state)), ValueError, "memory .*Steps.* disagree.*dropout"),
+    (steps(lambda x, state: (batch_norm(x), state)), ValueError, "memory .*Steps.*one stream.*BatchNorm"),
+    (steps(lambda x, state: (x, state.map(lambda h: h.mul_(0.5)))), ValueError, "memory .*Steps.*in place"),
+    (steps(lambda x, state: (x.relu_(), state)), ValueError, "memory .*Steps.*in place"),
+    (steps(after=lambda h, state: (h.double(), state)), ValueError, "float32.*got.*float64"),
+    (steps(after=lambda h, state: (torch.cat([h, h], 1), state)), ValueError, r"\(2, 6\).*got \(\(2, 12\)"),
+    (steps(after=lambda h, state: (h, state.map(lambda part: part[0]))), ValueError, "the state after a step"),
+    (steps(after=lambda h, state: (h, tuple(state))), TypeError, "RecurrentState.*got tuple"),
+    (BeginsWithOnes, ValueError, "zeros with the stream axis second"),
+    (names_its_state(), ValueError, "at least one"),
+    (names_its_state("h", "critic_h"), ValueError, "'critic_h'"),
+    (names_its_state("episode_starts"), ValueError, "'episode_starts'"),
+    (names_its_state("previous/action"), ValueError, "'previous/action'"),
+    (nn.LSTM(3, 3), TypeError, "num_features"),
+    ("lstm", TypeError, "expected an nn.Module, or a class or function"),
+    (lambda *sizes: 3, TypeError, "which made 3"),
+]
+WRONG_ENCODERS = [
+    (lambda space: nn.Linear(2, 2), TypeError, "num_features"),
+    (encodes(num_features=9), ValueError, r"\(4, 9\).*got \(\(4, 5\)"),
+    (encodes(after=lambda features: features.long()), ValueError, "float32.*got.*int64"),
+    (encodes(lambda seen: nn.functional.dropout(seen["x"])), ValueError, "different features .*dropout"),
+    (encodes(lambda seen: batch_norm(seen["x"])), ValueError, "one observation alone.*BatchNorm"),
+    (encodes(lambda seen: seen["x"] - seen["x"].mean(0)), ValueError, "depend on the other observations.*BatchNorm"),
+    (encodes(lambda seen: seen["x"].relu_()), ValueError, "in place"),
+    (encodes(lambda seen: seen.pop("x")), ValueError, "in place"),
+]
 
 
 @pytest.mark.parametrize(
-    ("part", "error", "message"),
-    [
-        ({"memory": WithoutStep}, NotImplementedError, "WithoutStep needs a method step"),
-        ({"memory": Forgets}, ValueError, "step and unroll disagree"),
-        ({"memory": WithDropout}, ValueError, "disagree.*dropout"),
-        ({"memory": Normalised}, ValueError, "memory .*Normalised.*one stream.*BatchNorm"),
-        ({"memory": WritesIntoItsState}, ValueError, "memory .*WritesIntoItsState.*in place"),
-        ({"memory": WritesIntoFeatures}, ValueError, "memory .*WritesIntoFeatures.*in place"),
-        ({"memory": DoublePrecision}, ValueError, "float32.*got.*float64"),
-        ({"memory": BeginsWithOnes}, ValueError, "zeros with the stream axis second"),
-        ({"memory": LosesItsAxis}, ValueError, "expected the state after a step"),
-        ({"memory": Wide}, ValueError, r"\(2, 6\).*got \(\(2, 12\)"),
-        ({"memory": GivesATuple}, TypeError, "RecurrentState.*got tuple"),
-        ({"memory": names_its_state()}, ValueError, "at least one"),
-        ({"memory": names_its_state("h", "critic_h")}, ValueError, "'critic_h'"),
-        ({"memory": names_its_state("episode_starts")}, ValueError, "'episode_starts'"),
-        ({"memory": names_its_state("previous/action")}, ValueError, "'previous/action'"),
-        ({"memory": nn.LSTM(3, 3)}, TypeError, "num_features"),
-        ({"memory": "lstm"}, TypeError, "expected an nn.Module, or a class or function"),
-        ({"memory": lambda *sizes: 3}, TypeError, "which made 3"),
-        ({"encoder": lambda space: nn.Linear(2, 2)}, TypeError, "num_features"),
-        ({"encoder": encodes(lambda _, seen, linear: linear(seen["x"]), num_features=9)}, ValueError, r"9\).*, 5\)"),
-        ({"encoder": encodes(lambda _, seen, linear: linear(seen["x"]).long())}, ValueError, "float32.*got.*int64"),
-        (
-            {"encoder": encodes(lambda own, seen, linear: linear(own["drop"](seen["x"])), drop=nn.Dropout())},
-            ValueError,
-            "different features for the same observation.*dropout",
-        ),
-        (
-            {"encoder": encodes(lambda own, seen, linear: linear(own["norm"](seen["x"])), norm=nn.BatchNorm1d(4))},
-            ValueError,
-            "one observation alone.*BatchNorm",
-        ),
-        (
-            {"encoder": encodes(lambda _, seen, linear: linear(seen["x"] - seen["x"].mean(0)))},
-            ValueError,
-            "depend on the other observations.*BatchNorm",
-        ),
-        ({"encoder": encodes(lambda _, seen, linear: linear(seen["x"].relu_()))}, ValueError, "in place"),
-        ({"encoder": encodes(pop)}, ValueError, "in place"),
-    ],
+    ("name", "part", "error", "message"),
+    [("memory", *row) for row in WRONG_MEMORIES] + [("encoder", *row) for row in WRONG_ENCODERS],
 )
-def test_parts_that_do_not_do_what_they_should_are_refused(part, error, message):
+def test_parts_that_do_not_do_what_they_should_are_refused(name, part, error, message):
     with pytest.raises(error, match=message):
-        make_agent(**part)
+        DualHeadRecurrentPPO(SPACE, HEADS, network=NetworkConfig(hidden_size=6), **{name: part})
 
 
 @pytest.mark.parametrize(
@@ -429,12 +372,12 @@ def test_encoders_of_any_space_are_tried(space):
     class Sums(nn.Module):
         num_features = 1
 
-        def forward(self, observations):
-            return torch.cat([x.flatten(1).to(self.weight.dtype) for x in observations.values()], 1).mean(1)[:, None]
-
         def __init__(self, space):
             super().__init__()
             self.weight = nn.Parameter(torch.ones(1))
+
+        def forward(self, observations):
+            return torch.cat([x.flatten(1) for x in observations.values()], 1).sum(1, keepdim=True) * self.weight
 
     DualHeadRecurrentPPO(space, HEADS, encoder=Sums)
     DualHeadRecurrentPPO(space, HEADS, encoder=Sums(space).double())
