@@ -11,6 +11,7 @@ from settings import act_in_heads
 from torch import nn
 
 from dualhead import CheckpointError, DualHeadRecurrentPPO, NetworkConfig, NormConfig, load_policy
+from dualhead.learning.segments import cut, gather
 from dualhead.networks.memory import MemoryCell
 from dualhead.running.export import export
 from dualhead.spaces import space_from_json, space_to_json
@@ -138,23 +139,13 @@ def test_two_memories_may_want_two_packings(memory, critic):
         if isinstance(metrics, dict):
             assert metrics["policy/first_ratio_error"] < 1e-12
     # Values of segments, whatever their packing, are those of acting.
-    agent = make_agent(memory, critic_memory=critic)
-    lengths = np.array([5, 3, 2])
-    plan = agent.policy.plan(lengths)
-    rng, expected, given = np.random.default_rng(1), {}, {}
-    for segment, length in enumerate(lengths):
-        state = agent.policy.initial_state(1)
-        for t in range(length):
-            given[segment, t] = {name: torch.from_numpy(part) for name, part in look(rng, 1).items()}
-            output, state = agent.policy.step(given[segment, t], state)
-            expected[segment, t] = output
-    where = list(zip(plan.segment.tolist(), plan.step.tolist()))
-    packed = {name: torch.cat([given[place][name] for place in where]) for name in given[0, 0]}
-    output = agent.policy.unroll(packed, agent.policy.initial_state(3), plan.layout)
-    for row, place in enumerate(where):
-        torch.testing.assert_close(output.values[row], expected[place].values[0], rtol=0, atol=1e-12)
-        for ours, theirs in zip(output.distribution.logits, expected[place].distribution.logits):
-            torch.testing.assert_close(ours[row], theirs[0], rtol=0, atol=1e-12)
+    play(agent, 7)
+    rollout, zeros = agent.rollout_memory, torch.zeros(7, B).double()
+    segments = cut(rollout.episode_starts[2:9].numpy(), 4)
+    batch = gather(agent.policy, rollout, segments, advantages=zeros, returns=zeros)
+    output = agent.policy.evaluate(batch)
+    torch.testing.assert_close(output.values, batch.values, rtol=0, atol=1e-12)
+    torch.testing.assert_close(output.distribution.log_probs(batch.actions), batch.log_probs, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("frozen", [True, False])
