@@ -28,7 +28,8 @@ quick = settings(max_examples=40, deadline=None)
 def make_encoder(space, *, image_encoder="auto", image_layout="auto"):
     """Without joining layers what comes out are the parts' features side by side."""
     spec = ObservationSpec(space)
-    return JoinedEncoder(spec, encoder_sizes=(), image_encoder=image_encoder, image_layout=image_layout).double()
+    config = NetworkConfig(encoder_sizes=(), image_encoder=image_encoder, image_layout=image_layout)
+    return JoinedEncoder(spec, config).double()
 
 
 @torch.no_grad()
@@ -58,11 +59,7 @@ BOX = spaces.Box(-9, 9, (2,), np.float32)
         (spaces.Discrete(2, start=-1), np.array([-1, 0]), [[1, 0], [0, 1]]),
         (spaces.MultiDiscrete([2, 3]), np.array([[1, 0], [0, 2]]), [[0, 1, 1, 0, 0], [1, 0, 0, 0, 1]]),
         (spaces.MultiDiscrete([2, 2], start=[4, -1]), np.array([[5, -1], [4, 0]]), [[0, 1, 1, 0], [1, 0, 0, 1]]),
-        (
-            spaces.MultiDiscrete([[2, 2], [2, 2]]),
-            np.array([[[0, 1], [1, 0]]] * 2),
-            [[1, 0, 0, 1, 0, 1, 1, 0]] * 2,
-        ),
+        (spaces.MultiDiscrete([[2, 2], [2, 2]]), np.array([[[0, 1], [1, 0]]] * 2), [[1, 0, 0, 1, 0, 1, 1, 0]] * 2),
         (spaces.MultiBinary(3), np.array([[1, 0, 1], [0, 0, 1]], np.int8), [[1, 0, 1], [0, 0, 1]]),
         (spaces.MultiBinary([2, 2]), np.array([[[1, 0], [0, 1]]] * 2, bool), [[1, 0, 0, 1]] * 2),
         (
@@ -462,12 +459,7 @@ def test_boxes_as_wide_as_numbers_go_have_finite_actions(dtype):
         (spaces.Discrete(3), {"action": 3}, [[0], [2]], [0, 2]),
         (spaces.Discrete(3, start=5), {"action": 3}, [[0], [2]], [5, 7]),
         (spaces.MultiDiscrete([3, 2]), {"head_0": 3, "head_1": 2}, [[2, 0], [1, 1]], [[2, 0], [1, 1]]),
-        (
-            spaces.MultiDiscrete([3, 2], start=[1, -1]),
-            {"head_0": 3, "head_1": 2},
-            [[2, 0], [0, 1]],
-            [[3, -1], [1, 0]],
-        ),
+        (spaces.MultiDiscrete([3, 2], start=[1, -1]), {"head_0": 3, "head_1": 2}, [[2, 0], [0, 1]], [[3, -1], [1, 0]]),
         (
             spaces.Dict(vote=spaces.Discrete(2, start=1), move=spaces.MultiDiscrete([4, 3])),
             {"move_0": 4, "move_1": 3, "vote": 2},

@@ -37,11 +37,7 @@ class Segments(NamedTuple):
 
 
 def cut(
-    episode_starts: NDArray[np.bool_],
-    sequence_length: int,
-    *,
-    burn_in: int = 0,
-    tail_lengths: IntArray | None = None,
+    episode_starts: NDArray[np.bool_], sequence_length: int, *, burn_in: int = 0, tail_lengths: IntArray | None = None
 ) -> Segments:
     """All segments of a rollout, stream by stream in order of time.
 

@@ -34,7 +34,8 @@ def refresh(
         Metrics `state_drift/*`; none for a memoryless policy or where no segment begins inside a run.
     """
     (inside,) = np.nonzero(segments.offset)
-    if not policy.has_memory or not len(inside):
+    has_memory = any(part.numel() for part in policy.initial_state(1))
+    if not has_memory or not len(inside):
         return {}
     if not write:
         inside = inside[segments.stream[inside] <= segments.stream[inside[:DRIFT_SEGMENTS][-1]]]

@@ -13,6 +13,7 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
+from dualhead.config import NetworkConfig
 from dualhead.networks.linear import Linear
 from dualhead.spaces import ActionSpec, Leaf, ObservationSpec
 from dualhead.types import Observations
@@ -25,8 +26,6 @@ _CONVOLUTIONS = {"small": [(32, 3, 1, 1), (64, 3, 1, 1)], "nature": [(32, 8, 4, 
 """Channels, kernel, stride and padding of each layer. `small` is for grids, `nature` (Mnih et al. 2015) for frames."""
 PREVIOUS_ACTION = "previous/action"
 PREVIOUS_REWARD = "previous/reward"
-NO_ACTION = -1
-"""Stands in `previous/action` of discrete heads where no action came before: every one-hot code is then zero."""
 
 
 @runtime_checkable
@@ -114,32 +113,24 @@ class _Image(nn.Module):
 
 
 class JoinedEncoder(nn.Module):
-    """Each leaf encoded, all joined, then layers of `encoder_sizes`; `NetworkConfig` describes the settings."""
+    """Each leaf encoded, all joined, then layers of `config.encoder_sizes`."""
 
     no_numbers: Tensor
 
-    def __init__(
-        self,
-        spec: ObservationSpec,
-        *,
-        encoder_sizes: Sequence[int],
-        activation: str = "relu",
-        image_encoder: str,
-        image_layout: str,
-    ) -> None:
+    def __init__(self, spec: ObservationSpec, config: NetworkConfig) -> None:
         super().__init__()
         self.names = tuple(leaf.name for leaf in spec.inputs)
         parts: list[_OneHot | _Image | _Flat] = []
         for leaf in spec.inputs:
             if isinstance(leaf.space, spaces.Discrete | spaces.MultiDiscrete):
                 parts.append(_OneHot(leaf.space))
-            elif is_image(leaf.space, image_encoder):
-                parts.append(_Image(leaf.space, image_encoder, image_layout))
+            elif is_image(leaf.space, config.image_encoder):
+                parts.append(_Image(leaf.space, config.image_encoder, config.image_layout))
             else:
                 parts.append(_Flat(leaf.space))
         self.parts = nn.ModuleList(parts)
-        sizes = [sum(part.num_features for part in parts), *encoder_sizes]
-        self.joined = joining_layers(sizes, activation, Linear)
+        sizes = [sum(part.num_features for part in parts), *config.encoder_sizes]
+        self.joined = joining_layers(sizes, config.activation, Linear)
         self.num_features = sizes[-1]
         # Has the dtype that the module was cast to, which need not have any weight.
         self.register_buffer("no_numbers", torch.zeros(0), persistent=False)
@@ -259,14 +250,13 @@ def _rows(leaf: Tensor) -> Tensor:
 class PreviousStep(nn.Module):
     """R2D2's further inputs: the action and reward of the step before, both zero at an episode's first step.
 
-    They are two more leaves of an observation, so rollouts, minibatches, burn-in and checkpoints treat them as any:
+    They are two more leaves of an observation, which rollouts, minibatches, burn-in and checkpoints treat as any:
 
         previous/action   [N, K] int64 head indices, or −1; of a Box [N, D] actions in the policy's units, clipped where
                           the environment clips them, or 0
         previous/reward   [N] the task's reward as it was recorded: neither scaled nor with guilt
 
-    Attributes:
-        num_features: width of what `forward` returns; 0 where the policy sees neither `action` nor `reward`.
+    `forward` returns `num_features` features, none where the policy sees neither `action` nor `reward`.
 
     Source: Kapturowski et al. 2019 (R2D2) §2.3: the LSTM sees encoder features, previous action and previous reward.
     """
@@ -280,6 +270,8 @@ class PreviousStep(nn.Module):
         self.sees_action, self.sees_reward = action, reward
         self.is_continuous = spec.is_continuous
         self.num_columns = spec.num_columns
+        # What stands where no step came before: the one-hot code of −1 is zeros.
+        self._blanks = {PREVIOUS_ACTION: 0 if spec.is_continuous else -1, PREVIOUS_REWARD: 0}
         self.num_features = action * (spec.num_columns if spec.is_continuous else sum(spec.nvec)) + reward
         buffers = {
             "head_of": np.arange(len(spec.nvec)).repeat(spec.nvec),
@@ -301,7 +293,7 @@ class PreviousStep(nn.Module):
     def nothing(self, batch: int, *, device: torch.device, dtype: torch.dtype) -> Observations:
         """Leaves of `batch` streams at an episode's first step."""
         return {
-            name: torch.full((batch, *shape), self._blank(name), dtype=leaf_dtype, device=device)
+            name: torch.full((batch, *shape), self._blanks[name], dtype=leaf_dtype, device=device)
             for name, (shape, leaf_dtype) in self.shapes(dtype).items()
         }
 
@@ -318,12 +310,9 @@ class PreviousStep(nn.Module):
     def reset_where(self, leaves: Observations, mask: Tensor) -> Observations:
         """Blank leaves in the streams where `mask` [B] is true."""
         return {
-            name: leaf.masked_fill(mask if leaf.dim() == 1 else mask[:, None], self._blank(name))
+            name: leaf.masked_fill(mask if leaf.dim() == 1 else mask[:, None], self._blanks[name])
             for name, leaf in leaves.items()
         }
-
-    def _blank(self, name: str) -> int:
-        return NO_ACTION if name == PREVIOUS_ACTION and not self.is_continuous else 0
 
     def forward(self, observations: Observations, dtype: torch.dtype) -> Tensor:
         """Features [N, num_features]: one-hot codes of the heads side by side (or the D numbers), then the reward."""

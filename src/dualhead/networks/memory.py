@@ -27,13 +27,9 @@ GRU_STEP_COST = 12.0
 
 @runtime_checkable
 class Memory(Protocol):
-    """What the policy asks of a recurrent core, an `nn.Module`. `MemoryCell` has all but `step`.
+    """What the policy asks of a recurrent core, an `nn.Module`. `MemoryCell` has all but `step`."""
 
-    Attributes:
-        num_features: H, width of what `step` and `unroll` return.
-    """
-
-    num_features: int
+    num_features: int  # H, width of what `step` and `unroll` return
 
     def initial_state(self, batch: int, *, device: torch.device, dtype: torch.dtype) -> RecurrentState:
         """Zeros [L, batch, ...] in every part: what every episode begins from."""
@@ -42,10 +38,8 @@ class Memory(Protocol):
         """One time step of B streams: features [B, F] -> (outputs [B, H], next state)."""
 
     def plan(self, lengths: IntArray, *, device: torch.device, final_states: bool = False) -> Plan:
-        """How to pack the steps of segments of `lengths` [S], from long to short, for `unroll`.
-
-        With `final_states` the state that `unroll` returns must be right.
-        """
+        """How to pack the steps of segments of `lengths` [S], from long to short, for `unroll`, whose returned state
+        must be right if `final_states`."""
 
     def unroll(self, features: Tensor, state: RecurrentState, layout: Any) -> tuple[Tensor, RecurrentState]:
         """Features [N, F], packed as planned, and the states [L, S, ...] that segments begin with -> outputs [N, H] and
@@ -134,12 +128,9 @@ class MemoryCell(nn.Module):
     Args:
         num_features: H, width of the outputs.
         state_shapes: of each part of the state, [L, ...] without the stream axis, which comes second.
-
-    Attributes:
-        block_cost, step_cost: prices of one more call of `sequence`, and of one more time step of it; see `lay_out`.
     """
 
-    block_cost: float = 0.0
+    block_cost: float = 0.0  # prices of one more call of `sequence`, and of one more time step of it; see `lay_out`
     step_cost: float = 100.0
 
     def __init__(self, num_features: int, *, state_shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -19,8 +19,8 @@ from dualhead.types import RecurrentState
 
 CRITIC = "critic_"
 """How the names of the state's parts begin that belong to the critic's own memory."""
-_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
-"""How far two outputs that should be equal may differ, relative to the largest; other types get float32's."""
+_BATCH_NORM = "(BatchNorm? put it into eval(), or use LayerNorm or GroupNorm)"
+_TWO_POLICIES = "the policy that acts would not be the one that learns"
 
 
 def part_name(part: nn.Module) -> str:
@@ -64,22 +64,18 @@ def check_encoder(encoder: Any, spec: ObservationSpec) -> None:
     _expect(features, (4, encoder.num_features), dtype, f"{name}: expected features of 4 observations")
     if not torch.equal(features, encoder(dict(seen))):
         raise ValueError(
-            f"{name} gives different features for the same observation: the policy that acts would not be the one "
-            f"that learns (dropout? put the module into eval())"
+            f"{name} gives different features for the same observation: {_TWO_POLICIES} (dropout? put it into eval())"
         )
     try:
         alone = torch.cat([encoder({leaf: x[n : n + 1] for leaf, x in seen.items()}) for n in range(4)])
     except Exception as error:
         raise ValueError(
-            f"{name} takes 4 observations, but not one observation alone: {error} (BatchNorm? put it into eval(), or "
-            f"use LayerNorm or GroupNorm)"
+            f"{name} takes 4 observations, but not one observation alone: {error} {_BATCH_NORM}"
         ) from error
-    worst = _difference(alone, features)
-    if worst:
+    if worst := _difference(alone, features):
         raise ValueError(
-            f"{name}: the features of an observation depend on the other observations of its batch (they change by up "
-            f"to {worst:.2g}): the policy that acts would not be the one that learns (BatchNorm? put it into eval(), "
-            f"or use LayerNorm or GroupNorm)"
+            f"{name}: an observation's features depend on the other observations of the batch (they change by up to "
+            f"{worst:.2g}): {_TWO_POLICIES} {_BATCH_NORM}"
         )
 
 
@@ -113,8 +109,7 @@ def check_memory(memory: Any, num_inputs: int) -> None:
                 output, state = _try_step(memory, inputs[step, segment][None], state, name)
             except Exception as error:
                 raise ValueError(
-                    f"{name} takes a step of two streams, but not of one stream alone: {error} (BatchNorm? put it "
-                    f"into eval(), or use LayerNorm)"
+                    f"{name} takes a step of two streams, but not of one stream alone: {error} {_BATCH_NORM}"
                 ) from error
             stepped[segment, step] = output[0]
     plan = memory.plan(lengths, device=device)
@@ -122,11 +117,11 @@ def check_memory(memory: Any, num_inputs: int) -> None:
     with _unchanged(name, [packed, *begin]):
         unrolled, _ = memory.unroll(packed, begin, plan.layout)
     _expect(unrolled, (4, memory.num_features), dtype, f"{name}: expected unroll to give outputs of 4 steps")
-    worst = _difference(unrolled, torch.stack([stepped[at] for at in zip(plan.segment.tolist(), plan.step.tolist())]))
-    if worst:
+    expected = torch.stack([stepped[at] for at in zip(plan.segment.tolist(), plan.step.tolist())])
+    if worst := _difference(unrolled, expected):
         raise ValueError(
-            f"{name}: step and unroll disagree by up to {worst:.2g}: the policy that acts would not be the one "
-            f"that learns (dropout, statistics over the batch, or steps in another order than the plan's?)"
+            f"{name}: step and unroll disagree by up to {worst:.2g}: {_TWO_POLICIES} (dropout, statistics over the "
+            f"batch, or steps in another order than the plan's?)"
         )
 
 
@@ -183,9 +178,9 @@ def _expect(given: Any, shape: tuple[int, ...], dtype: torch.dtype, what: str) -
 
 
 def _difference(given: Tensor, expected: Tensor) -> float:
-    """The greatest difference, or 0 where it is no more than rounding."""
+    """The greatest difference, or 0 where it is rounding: small beside the largest number."""
     worst = (given - expected).abs().max().item()
-    tolerance = _TOLERANCE.get(expected.dtype, _TOLERANCE[torch.float32])
+    tolerance = 1e-8 if expected.dtype == torch.float64 else 1e-3
     return 0.0 if worst <= tolerance * max(1.0, expected.abs().max().item()) else worst
 
 

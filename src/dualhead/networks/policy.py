@@ -47,12 +47,8 @@ class RecurrentPolicy(nn.Module):
         encoder(observations), previous step -> memory -> actor layers -> heads
                                              `-> the critic's memory, or the same -> critic layers -> critic
 
-    Args:
-        observation_spec, action_spec: what it sees and decides.
-        config: its shape.
-        normalize_observations: scale vectors by running statistics.
-        encoder, memory: parts of the user's own, or factories of them, in place of those that `config` describes. They
-            initialise their own weights.
+    `encoder` and `memory` are parts of the user's own, or factories of them, in place of those that `config` describes;
+    they initialise their own weights.
 
     Raises:
         TypeError: an encoder or memory without the methods that are needed.
@@ -85,8 +81,7 @@ class RecurrentPolicy(nn.Module):
             )
         self.encoder: Any
         if encoder is None:
-            shape = config.model_dump(include={"encoder_sizes", "activation", "image_encoder", "image_layout"})
-            self.encoder = JoinedEncoder(observation_spec, **shape)
+            self.encoder = JoinedEncoder(observation_spec, config)
         else:
             self.encoder = make_part(encoder, "encoder", observation_spec.space)
             check_encoder(self.encoder, observation_spec)
@@ -125,11 +120,6 @@ class RecurrentPolicy(nn.Module):
     def trainable(self) -> dict[str, nn.Parameter]:
         """The weights that learn, by name: all but those that a user's own part has frozen."""
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
-
-    @property
-    def has_memory(self) -> bool:
-        """Whether any part of the recurrent state has units."""
-        return any(part.numel() for part in self.initial_state(1))
 
     def plan(self, lengths: IntArray, *, final_states: bool = False) -> Plan:
         """How `unroll` (with `final_states`: `advance`) wants segments of `lengths` [S], from long to short, packed."""
