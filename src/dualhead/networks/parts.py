@@ -69,9 +69,7 @@ def check_encoder(encoder: Any, spec: ObservationSpec) -> None:
     try:
         alone = torch.cat([encoder({leaf: x[n : n + 1] for leaf, x in seen.items()}) for n in range(4)])
     except Exception as error:
-        raise ValueError(
-            f"{name} takes 4 observations, but not one observation alone: {error} {_BATCH_NORM}"
-        ) from error
+        raise ValueError(f"{name} takes 4 observations, not one observation alone: {error} {_BATCH_NORM}") from error
     if worst := _difference(alone, features):
         raise ValueError(
             f"{name}: an observation's features depend on the other observations of the batch (they change by up to "
