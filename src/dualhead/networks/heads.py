@@ -117,7 +117,7 @@ class Heads(nn.Module):
         some = next((mask for mask in masks if mask is not None), None)
         if some is None or len(masks) == 1:
             return some
-        parts = [some.new_ones(len(some), n) if mask is None else mask for mask, n in zip(masks, self.nvec)]
+        parts = [some.new_ones(some.shape[0], n) if mask is None else mask for mask, n in zip(masks, self.nvec)]
         return torch.cat(parts, dim=1)
 
     def check_mask(self, observations: Observations) -> None:

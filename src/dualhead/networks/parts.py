@@ -96,9 +96,8 @@ def check_memory(memory: Any, num_inputs: int) -> None:
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(4, len(lengths), num_inputs, generator=generator).to(device, dtype)
     _, begin = _try_step(memory, inputs[3], zero, name)
-    _try_step(
-        memory, inputs[0], begin, name
-    )  # from other numbers than zeros, which `state.h.mul_(x)` leaves as they are
+    # Once more, as zeros do not show that a step multiplies its state in place.
+    _try_step(memory, inputs[0], begin, name)
     stepped = {}
     for segment, length in enumerate(lengths):
         state = begin.select(slice(segment, segment + 1))
