@@ -32,8 +32,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 from workloads import device_name, synchronize
 
-from dualhead.networks.blocks import lay_out
-from dualhead.networks.memory import RecurrentMemory
+from dualhead.networks.memory import RecurrentMemory, lay_out
 from dualhead.running.machine import keep_freed_memory
 from dualhead.types import RecurrentState
 

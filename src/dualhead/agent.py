@@ -414,7 +414,7 @@ class DualHeadRecurrentPPO:
         if final_observations is None:
             raise DataError(
                 f"streams {streams.tolist()[:8]} were truncated: expected final_observations, what they saw before "
-                f"their reset, got None; pass record(..., final_observations=...), or StreamStep(final_observations=...)"
+                f"their reset, got None; pass record(..., final_observations=...), or StreamStep(final_observations=)"
             )
         assert self._current_hidden is not None
         if isinstance(final_observations, np.ndarray) and final_observations.dtype == object:

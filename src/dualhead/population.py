@@ -15,9 +15,9 @@ from torch import Tensor
 
 from dualhead.agent import DualHeadRecurrentPPO
 from dualhead.config import TurnoverConfig
+from dualhead.networks.encoders import PreviousStep
 from dualhead.networks.heads import DiagonalGaussian, Distribution, FactoredCategorical, Heads
 from dualhead.networks.policy import PolicyOutput, RecurrentPolicy
-from dualhead.networks.previous import PreviousStep
 from dualhead.norms import NormEvents
 from dualhead.spaces import as_tensor, holds_tensors
 from dualhead.storage import CheckpointError, with_prefix, without_prefix

@@ -108,7 +108,6 @@ def check_savable(policy: RecurrentPolicy) -> None:
 
     Raises:
         TypeError: complex weights, numbers that no file can hold, or a module with `get_extra_state`.
-        ValueError: a state without parts, or with a part whose name is taken.
     """
     for name, value in (*policy.state_dict(keep_vars=True).items(), *policy.named_buffers()):
         if name.endswith("_extra_state"):
@@ -117,14 +116,9 @@ def check_savable(policy: RecurrentPolicy) -> None:
             raise TypeError(
                 f"{name}: expected real numbers, got {value.dtype}: keep it as two real parameters or buffers"
             )
-    parts = policy.initial_state(1).parts
-    if not parts:
-        raise ValueError("memory: its state has no parts: expected at least one, which may have no units: h=(1, 0)")
-    for name, value in parts.items():
+    for name, value in policy.initial_state(1).parts.items():
         if not can_write(value.dtype):
             raise TypeError(f"memory: the state's part {name!r} is {value.dtype}, which a checkpoint cannot hold")
-        if name == _EPISODE_STARTS or name in policy.previous.shapes(policy.dtype):
-            raise ValueError(f"memory: the state's part {name!r} has a name of the agent's own: rename it")
 
 
 def arguments(metadata: dict[str, Any], *, source: str) -> dict[str, Any]:

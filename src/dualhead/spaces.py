@@ -93,6 +93,8 @@ class ObservationSpec:
             # Checking a tensor on an accelerator would sync at every step; learn() checks those once per rollout.
             if tensor.device.type == "cpu":
                 check_leaf(leaf, tensor, streams)
+            own = torch_dtype(leaf.space.dtype)
+            tensor = tensor.to(dtype if own.is_floating_point else own)
             tensors[leaf.name] = tensor if device is None else on_device(tensor, device)
         return tensors
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from dualhead.config import Config, flat
 from dualhead.running.checkpoint import RunError
-from dualhead.running.config import EVALUATION_SEED, RunConfig, preset_settings
+from dualhead.running.config import EVALUATION_SEED, default_settings, preset_settings
 from dualhead.running.report_figures import DASHES, NUM_COLORS, NUM_STRETCHES, curves, draw, number
 from dualhead.running.results import Run, read_run
 from dualhead.storage import CheckpointError
@@ -78,11 +78,11 @@ def group_runs(runs: Sequence[Run]) -> dict[str, list[Run]]:
     """Groups of runs that differ only in seed and directory, named by the settings in which the groups differ."""
     by_settings: dict[frozenset[tuple[str, str]], list[Run]] = {}
     for run in runs:
-        by_settings.setdefault(frozenset(_settings(run.config).items()), []).append(run)
+        by_settings.setdefault(frozenset(_settings(run.config.model_dump()).items()), []).append(run)
     groups = list(by_settings.values())
     if len(groups) == 1:
         return {runs[0].config.memory_name: groups[0]}
-    settings = [_settings(members[0].config) for members in groups]
+    settings = [_settings(members[0].config.model_dump()) for members in groups]
     differing = _differing(settings)
     names = [members[0].path.absolute().parent.name for members in groups]  # as in a study: a folder per condition
     if len(differing) <= MAX_NAMED_SETTINGS:
@@ -96,9 +96,9 @@ def _named(name: str, value: str) -> str:
     return value if name == "env" else f"{name.removeprefix('ppo.').removeprefix('network.')}={value}"
 
 
-def _settings(config: RunConfig) -> dict[str, str]:
+def _settings(of_run: Mapping[str, Any]) -> dict[str, str]:
     """Settings by dotted name, as on the command line; without those that tell seeds of a group apart."""
-    settings = flat(config.model_dump())
+    settings = flat(of_run)
     return {name: _text(value) for name, value in settings.items() if name not in ("seed", "run_dir")}
 
 
@@ -225,8 +225,8 @@ def _status(run: Run) -> tuple[str, str]:
 def _settings_table(groups: Mapping[str, Sequence[Run]]) -> dict[str, Any]:
     """Settings that are not the default in some group, or that differ between groups."""
     configs = [members[0].config for members in groups.values()]
-    default = {name: _text(value) for name, value in flat(default_settings(configs[0].env)).items()}
-    settings = [_settings(config) for config in configs]
+    default = _settings(default_settings(configs[0].env))
+    settings = [_settings(config.model_dump()) for config in configs]
     differing = _differing(settings)
     names = _differing([default, *settings])
     return {
