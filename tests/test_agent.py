@@ -759,7 +759,7 @@ def cell_with(*parts):
         ({"memory": ComplexWeights}, TypeError, "memory.rotation.*complex64.*two real parameters"),
         ({"memory": ComplexDouble}, TypeError, "'z' is torch.complex128"),
         ({"memory": ExtraState}, TypeError, "memory._extra_state.*buffer"),
-        ({"memory": cell_with()}, ValueError, "state has no parts"),
+        ({"memory": cell_with()}, ValueError, "at least one part of the state"),
         ({"memory": cell_with("h", "episode_starts")}, ValueError, "'episode_starts'"),
         ({"memory": cell_with("h", "previous/action"), "previous_action": True}, ValueError, "'previous/action'"),
         (
