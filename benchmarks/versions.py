@@ -3,9 +3,10 @@
     git worktree add ../before HEAD~3
     python benchmarks/versions.py ../before . --workload vector --turns 25
 
-Each version trains in a process of its own. A turn is one rollout and one update of every version, in random order. A
-version's ratio is the median over turns of its time divided by the first version's. The last line says whether all
-versions have bit-identical weights: the runs have the same seed, so a change for speed alone must not change them.
+Each version trains in a process of its own, by its own copy of this script. A turn is one rollout and one update of
+every version, in random order. A version's ratio is the median over turns of its time divided by the first version's.
+The last line says whether all versions have bit-identical weights: the runs have the same seed, so a change for speed
+alone must not change them.
 """
 
 from __future__ import annotations
@@ -18,8 +19,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-
-HERE = Path(__file__).resolve()
 
 
 def work(root: Path, workload: str, threads: int) -> None:
@@ -71,7 +70,10 @@ def main() -> None:
     options = ["--work", "--workload", args.workload, "--threads", str(args.threads)]
     workers = [
         subprocess.Popen(
-            [sys.executable, str(HERE), str(root), *options], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, str(root / "benchmarks" / "versions.py"), str(root), *options],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         for root in roots
     ]
