@@ -1,8 +1,8 @@
-"""How fast the commons is by itself, and what share of a training step it takes with the specification's network.
+"""The speed of the commons alone, and its share of a training step with the specification's network.
 
     python benchmarks/commons.py [--json]
 
-The world alone is stepped with random actions, ten agents a world; medians over `--repeats` stretches of a second.
+The world alone is stepped with random actions, ten agents per world; medians over `--repeats` periods of a second.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""Whether training stays level: steps/s and resident memory over a long run.
+"""Steps/s and resident memory over a long run.
 
-python benchmarks/level.py
-python benchmarks/level.py --workload grid --total-steps 200000
+    python benchmarks/level.py
+    python benchmarks/level.py --workload grid --total-steps 200000
+
+Our trainer's own loop with its log files; what is measured here lies between its updates.
 """
 
 from __future__ import annotations
@@ -17,10 +19,7 @@ from dualhead.running.machine import keep_freed_memory
 
 
 def measure(workload: Workload, *, total_steps: int, parts: int) -> list[tuple[int, float, float]]:
-    """Steps up to the end of each part of a run, steps/s in it (median over its updates), and MiB resident at its end.
-
-    The run is our trainer's own loop with its log files; what is measured here lies between its updates.
-    """
+    """Of each part of a run: steps up to its end, steps/s (median over its updates), and MiB resident at its end."""
     resident: list[float] = []
     process = psutil.Process()
     timings = time_ours(

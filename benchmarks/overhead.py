@@ -1,13 +1,13 @@
-"""What logging and checkpoints cost, as a share of training.
+"""The cost of logging and checkpoints as a share of training.
 
     python benchmarks/overhead.py
     python benchmarks/overhead.py --workload vector grid --updates 9 --json
 
-Our trainer's whole loop, with its default log files and the progress line as a terminal would get it. After each update
-the clock of the loop stands still and a checkpoint (agent, environments, file) is saved; a run saves one only every
-`checkpoint_every` steps, and that share of it is counted. Every figure is a median over the updates: log and
-checkpoint are measured beside the update that they are compared with. What a thread of the progress line draws
-meanwhile (half a millisecond, twice a second) counts as training.
+Our trainer's whole loop, with its default log files and the progress line of a terminal. After each update the loop's
+clock is stopped and a checkpoint (agent, environments, file) is saved. A run saves one only every `checkpoint_every`
+steps, and that share of its time is counted. Every figure is a median over the updates: log and checkpoint are measured
+next to the update that they are compared with. The thread of the progress line (half a millisecond, twice a second)
+counts as training.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ KEYS = ("workload", "update_s", "logging_ms", "checkpoint_ms", "checkpoint_mb", 
 
 
 class Terminal(io.StringIO):
-    """Takes what a terminal would show, and forgets it."""
+    """A terminal that discards its output."""
 
     def isatty(self) -> bool:
         return True
@@ -48,10 +48,10 @@ class Terminal(io.StringIO):
 
 
 class Meter:
-    """Writes to the run's writers and saves checkpoints, each with its own clock; one after each update.
+    """A writer that times the run's writers, and a checkpoint after each update.
 
     Attributes:
-        update_s: seconds of each turn of the loop, without what is measured here.
+        update_s: seconds of each rollout and update, without what is measured here.
         logging_s, checkpoint_s: seconds of each.
     """
 
@@ -87,7 +87,7 @@ def measure(workload: Workload, *, num_updates: int, warm_up: int) -> dict[str, 
         writers = [*make_writers(config, run_dir, show_progress=False), ProgressDisplay(total_steps, stream=Terminal())]
         try:
             session.begin()
-            assert session.streams.resumable is None  # finding that out is part of the start
+            assert session.streams.resumable is None  # this check belongs to the start of a run
             meter = Meter(writers, session, run_dir)
             with Evaluator(session, run_dir, resume_at=None) as evaluator:
                 run_loop(session, [meter], evaluator, run_dir)

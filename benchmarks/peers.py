@@ -1,13 +1,13 @@
-"""Our training speed beside that of other recurrent PPOs, on this machine, in one run.
+"""Our training speed compared with other recurrent PPOs, on this machine, in one run.
 
     pip install -e '.[bench]'
     python benchmarks/peers.py
     python benchmarks/peers.py --workload vector --json
 
-The workloads of throughput.py through our trainer, through sb3-contrib's RecurrentPPO where it is installed, and
-through a recurrent PPO in the style of CleanRL's single files, written below. They take turns, update by update, in one
-process, so that a machine that drifts slows all of them; every figure is a median over the turns. Networks, rollout,
-epochs and minibatches are the same; the others train on whole sequences of the rollout, as they always do.
+The workloads of throughput.py on our trainer, on sb3-contrib's RecurrentPPO where it is installed, and on a recurrent
+PPO in the style of CleanRL's single files (below). They alternate, update by update, in one process, so that a machine
+that slows down slows all of them. Every figure is a median over the updates. Networks, rollout, epochs and minibatches
+are the same; the others train on whole sequences of the rollout, as they always do.
 """
 
 from __future__ import annotations
@@ -28,24 +28,11 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from torch import Tensor, nn
 from torch.distributions import Categorical
-from workloads import Workload, add_options, chosen_workloads, time_ours
+from workloads import Workload, add_options, chosen_workloads, encoder, time_ours
 
 from dualhead.running.machine import keep_freed_memory
 
-INSTALL = "sb3-contrib is not installed and left out; to have it: pip install -e '.[bench]'"
-
-
-def encoder(workload: Workload, shape: tuple[int, ...]) -> nn.Sequential:
-    """The workload's encoder for observations of this shape."""
-    layers: list[nn.Module] = []
-    if len(shape) == 3:
-        layers += [nn.Conv2d(shape[0], 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 64, 3, padding=1), nn.ReLU()]
-    layers += [nn.Flatten()]
-    width = int(np.prod(shape)) if len(shape) != 3 else 64 * shape[1] * shape[2]
-    for size in workload.encoder_sizes:
-        layers += [nn.Linear(width, size), nn.ReLU()]
-        width = size
-    return nn.Sequential(*layers)
+INSTALL = "sb3-contrib is not installed and left out; to install it: pip install -e '.[bench]'"
 
 
 def sb3_contrib(workload: Workload) -> Callable[[], None]:
@@ -86,14 +73,14 @@ def sb3_contrib(workload: Workload) -> Callable[[], None]:
     )
 
     def update() -> None:
-        # Goes on until this many more steps are taken and learned from: one rollout and one update.
+        # Runs until this many more steps are taken and learned from: one rollout and one update.
         model.learn(total_timesteps=workload.num_steps, reset_num_timesteps=False)
 
     return update
 
 
 class SingleFilePolicy(nn.Module):
-    """Encoder, LSTM that is unrolled step by step with its state masked where episodes begin, heads and critic."""
+    """Encoder, an LSTM that is unrolled step by step and reset where episodes begin, heads and critic."""
 
     def __init__(self, workload: Workload, shape: tuple[int, ...], nvec: list[int]) -> None:
         super().__init__()
@@ -134,7 +121,7 @@ class SingleFilePolicy(nn.Module):
 
 
 class SingleFile:
-    """Recurrent PPO as single-file implementations write it: minibatches of whole environments, truncation as death."""
+    """Recurrent PPO as in single-file implementations: minibatches of whole environments, truncation is termination."""
 
     def __init__(self, workload: Workload) -> None:
         self.workload = workload
@@ -243,11 +230,11 @@ def compare(workload: Workload, *, updates: int, warm_up: int, state_refresh: st
 
 
 def expect_equal_groups(workload: Workload) -> None:
-    """Raises ValueError where the environments are not equal groups, which the others' minibatches are made of."""
+    """Raises ValueError if the environments cannot be divided into the minibatches of the other libraries."""
     if workload.num_envs % workload.num_minibatches:
         raise ValueError(
-            f"{workload.name}: expected environments for {workload.num_minibatches} equal groups, which the others' "
-            f"minibatches are, got {workload.num_envs}"
+            f"{workload.name}: expected a number of environments that {workload.num_minibatches} minibatches divide, "
+            f"got {workload.num_envs}"
         )
 
 

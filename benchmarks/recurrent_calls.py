@@ -1,21 +1,21 @@
-"""Recurrent calls over segments of many lengths: our dense blocks beside `PackedSequence`, forward and backward.
+"""Recurrent calls over segments of many lengths: our dense blocks and `PackedSequence`, forward and backward.
 
     python benchmarks/recurrent_calls.py
     python benchmarks/recurrent_calls.py --device cuda --steps 8192 --precision bf16
     python benchmarks/recurrent_calls.py --fit --memory gru --hidden-size 128 --threads 1
 
 Lengths are those of a minibatch: episodes of random length cut into segments of at most `--sequence-length` steps. Both
-take the same packed features [N, F] and give [N, H], so what it costs to reorder steps is measured, too.
+take the same packed features [N, F] and return [N, H], so the cost of reordering steps is measured as well.
 
-blocks     as the update does it: `lay_out` into a few dense blocks, one call each. `block_cost` is tried as it was
-           measured on a CPU, and at other prices: on a GPU a call costs something else.
+blocks     as in the update: `lay_out` into a few dense blocks, one call each. `block_cost` is the value measured on a
+           CPU, and other values, because a call on a GPU has another cost.
 packed     `nn.utils.rnn.PackedSequence`, one call.
 one block  all segments padded to the longest.
 
-They take turns; figures are medians in ms, and the largest difference from the blocks as they are used.
+They alternate. Figures are medians in ms, and the largest difference from the blocks with the value in use.
 
-`--fit` measures single calls of many shapes instead and says what a call, a time step and a row (one step of one
-segment) cost, by least squares of relative errors: where `block_cost` and `step_cost` come from.
+`--fit` measures single calls of many shapes instead, and fits the cost of a call, a time step and a row (one step of
+one segment) by least squares of relative errors. `block_cost` and `step_cost` come from it.
 """
 
 from __future__ import annotations
@@ -32,8 +32,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 from workloads import device_name, synchronize
 
-from dualhead.networks.blocks import lay_out
-from dualhead.networks.memory import RecurrentMemory
+from dualhead.networks.memory import RecurrentMemory, lay_out
 from dualhead.running.machine import keep_freed_memory
 from dualhead.types import RecurrentState
 
@@ -52,7 +51,7 @@ def draw_lengths(num_steps: int, *, sequence_length: int, mean_episode: float, s
 def blocks(
     memory: RecurrentMemory, lengths: np.ndarray, features: Tensor, state: RecurrentState, *, block_cost: float
 ) -> Callable[[], Tensor]:
-    """A call that takes features in the order of segments (one after another) and gives h in the same order."""
+    """A call that takes features in the order of segments (one after another) and returns h in the same order."""
     segment, step, layout = lay_out(lengths, block_cost=block_cost, step_cost=memory.step_cost, device=features.device)
     begins = np.cumsum(lengths) - lengths
     order = torch.from_numpy(begins[segment] + step).to(features.device)
@@ -63,7 +62,7 @@ def blocks(
 def packed(
     memory: RecurrentMemory, lengths: np.ndarray, features: Tensor, state: RecurrentState
 ) -> Callable[[], Tensor]:
-    """The same by `PackedSequence`: time-major over all segments, its batch shrinking as they end."""
+    """The same by `PackedSequence`: time-major over all segments, with a batch that shrinks as they end."""
     step, segment = np.nonzero(np.arange(lengths[0])[:, None] < lengths)
     begins = np.cumsum(lengths) - lengths
     order = torch.from_numpy(begins[segment] + step).to(features.device)
@@ -79,7 +78,7 @@ def packed(
 
 
 def fit_costs(memory: RecurrentMemory, size: int, *, repeats: int) -> np.ndarray:
-    """Microseconds [3] of a call, a time step and a row, forward and backward: the fastest of some repeats counts."""
+    """Microseconds [3] of a call, a time step and a row, forward and backward, from the fastest of the repeats."""
     shapes, times = [], []
     for num_segments, num_steps in itertools.product((1, 2, 4, 8, 16, 32), (8, 16, 52, 128)):
         features = torch.randn(num_segments * num_steps, size, requires_grad=True)
@@ -111,7 +110,7 @@ def main() -> None:
     parser.add_argument("--fit", action="store_true", help="what a call, a time step and a row cost, on the CPU")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no GPU here")
+        parser.error("--device cuda: torch finds no GPU")
     keep_freed_memory()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)

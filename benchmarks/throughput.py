@@ -1,23 +1,23 @@
-"""How fast we train, beside what this machine's arithmetic allows.
+"""Our training speed compared with what this machine's arithmetic allows.
 
     python benchmarks/throughput.py
     python benchmarks/throughput.py --workload vector grid --updates 9 --json
     python benchmarks/throughput.py --device cuda --workload vector grid --num-envs-factor 16
 
-Our trainer's whole loop (environments stepped one by one, acting, storing, updating, log files) takes turns with two
-ceilings, update by update in one process, because machines drift; every figure is a median over the turns.
+Our trainer's whole loop (environments stepped one by one, acting, storing, updating, log files) alternates with two
+ceilings, update by update in one process, because a machine's speed drifts. Every figure is a median over the updates.
 
-plain torch   What the same arithmetic costs with no PPO around it: encoder, fused `nn.LSTM`, heads; one step at a time
+plain torch   What the same arithmetic costs without PPO: encoder, fused `nn.LSTM`, heads; one step at a time
               without gradient to act, then forward and backward on dense sequences for every minibatch of every epoch;
-              no optimiser, no losses, no resets. Plus the environment's own time. Of several sequence lengths the
-              fastest counts.
-ceiling       What matrix products alone would take: FLOPs of a step (see `flops_per_step`) over the rate of the fastest
-              `torch.mm`, plus the environment's own time. In fp32 `torch.mm` is MKL's, which on AMD leaves AVX-512
-              unused; `nn.LSTM` is oneDNN's, which does not, so plain torch can pass that ceiling there. The line gives
-              the ceiling by oneDNN's product as well, and `--product onednn` puts it in the figures.
+              no optimiser, no losses, no resets. Plus the environment's own time. The fastest of several sequence
+              lengths counts.
+ceiling       What matrix products alone would take: FLOPs of a step (see `flops_per_step`) divided by the rate of the
+              fastest `torch.mm`, plus the environment's own time. In fp32 `torch.mm` uses MKL, which leaves AVX-512
+              unused on AMD; `nn.LSTM` uses oneDNN, which does not, so plain torch can exceed that ceiling there. The
+              printed line has the ceiling by oneDNN's product as well; `--product onednn` uses it for the figures.
 
 The environment's own time is that of the same plain environments stepped with random actions, on the CPU. On a GPU
-ours and both ceilings run there, and every measurement ends when the device has finished; the matrices are larger.
+ours and both ceilings run there, every measurement includes a synchronisation, and the matrices are larger.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from torch import Tensor, nn
-from workloads import Timing, Workload, add_options, chosen_workloads, device_name, synchronize, time_ours
+from workloads import Timing, Workload, add_options, chosen_workloads, device_name, encoder, synchronize, time_ours
 
 from dualhead.running.machine import keep_freed_memory
 
@@ -46,7 +46,7 @@ PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mm": lambda left, ri
 if torch.backends.mkldnn.is_available():
     PRODUCTS["onednn"] = lambda left, right: torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")
 MATRICES = ((512, 512, 512), (1024, 1024, 1024), (1024, 256, 1024), (2048, 256, 1024))
-"""Rows, inner and columns of the products that the machine's rate is taken from: large ones that stay in its caches."""
+"""Rows, inner and columns of the products that give the machine's rate: large, but small enough for its caches."""
 GPU_MATRICES = ((4096, 4096, 4096), (8192, 1024, 4096))
 KEYS = (
     "workload",
@@ -66,7 +66,7 @@ KEYS = (
 
 
 def input_shape(space: gym.Space) -> tuple[int, ...]:
-    """Of an observation as the network gets it; indices are one-hot."""
+    """The shape of an observation as the network gets it; indices are one-hot."""
     return (int(space.n),) if isinstance(space, spaces.Discrete) else tuple(space.shape or ())
 
 
@@ -96,28 +96,19 @@ def forward_flops(workload: Workload, shape: tuple[int, ...], *, logits: int, me
 def flops_per_step(workload: Workload, forward: int) -> int:
     """FLOPs of one environment step: one forward pass to act, one to train in each epoch, and twice that backward.
 
-    The gradient with respect to the observation is counted though nobody needs it: 1% of *grid*, less elsewhere.
+    The gradient with respect to the observation is counted, although it is not needed: 1% of *grid*, less elsewhere.
     """
     return (1 + 3 * workload.num_epochs) * forward
 
 
 class PlainPolicy(nn.Module):
-    """Encoder, fused recurrent layer, heads and critic, as one would write them down first."""
+    """Encoder, fused recurrent layer, heads and critic in plain PyTorch."""
 
     def __init__(self, workload: Workload, shape: tuple[int, ...], *, logits: int, memory: str) -> None:
         super().__init__()
-        layers: list[nn.Module] = []
-        width = math.prod(shape)
-        if len(shape) == 3:
-            layers += [nn.Conv2d(shape[0], 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 64, 3, padding=1), nn.ReLU()]
-            layers += [nn.Flatten()]
-            width = 64 * shape[1] * shape[2]
-        for size in workload.encoder_sizes:
-            layers += [nn.Linear(width, size), nn.ReLU()]
-            width = size
-        self.encoder = nn.Sequential(*layers)
+        self.encoder = encoder(workload, shape)
         kind = nn.LSTM if memory == "lstm" else nn.GRU
-        self.memory = kind(width, workload.hidden_size, batch_first=True)
+        self.memory = kind(workload.encoder_sizes[-1], workload.hidden_size, batch_first=True)
         self.heads = nn.Linear(workload.hidden_size, logits)
         self.critic = nn.Linear(workload.hidden_size, 1)
 
@@ -130,11 +121,11 @@ class PlainPolicy(nn.Module):
 
 
 class Ceilings:
-    """Measures, turn by turn, what our trainer is held against.
+    """Measures the two ceilings, once per update of ours.
 
     Args:
         workload, memory, precision: what ours trains.
-        sequences: lengths of the dense sequences that plain torch is tried with.
+        sequences: lengths of the dense sequences for plain torch.
         device: of the network and the products; environments stay on the CPU.
     """
 
@@ -148,7 +139,7 @@ class Ceilings:
         for env in self.envs:
             env.reset()
         space = self.envs[0].action_space
-        # Drawn beforehand, because drawing costs more than small environments do.
+        # Drawn beforehand, because sampling costs more than a step of a small environment.
         self.actions = [[space.sample() for _ in self.envs] for _ in range(workload.rollout_length)]
         shape = input_shape(self.envs[0].observation_space)
         logits = num_logits(space)
@@ -166,7 +157,7 @@ class Ceilings:
         self.flops_per_s: dict[str, list[float]] = {name: [] for name in products_on(device)}
 
     def measure(self) -> None:
-        """One turn: what one update and its rollout take."""
+        """Measures what one rollout and its update take."""
         for name, product in products_on(self.device).items():
             self.flops_per_s[name].append(self._matrix_rate(product))
         self.env_s.append(_seconds(self._step_environments))
@@ -232,7 +223,7 @@ class Ceilings:
 
 
 def products_on(device: str) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
-    """Of `PRODUCTS` those that the device has."""
+    """Those of `PRODUCTS` that the device has."""
     return PRODUCTS if device == "cpu" else {"mm": PRODUCTS["mm"]}
 
 
@@ -245,7 +236,7 @@ def _seconds(measured: Callable[[], object]) -> float:
 
 
 def measure(workload: Workload, args: argparse.Namespace) -> tuple[dict, str]:
-    """One workload's figures under `KEYS`, and a line that says them."""
+    """One workload's figures under `KEYS`, and a line of text with them."""
     ceilings = Ceilings(
         workload,
         memory=args.memory,
@@ -320,20 +311,22 @@ def main() -> None:
         "--state-refresh",
         choices=["never", "once"],
         default="never",
-        help="`epoch`, the trainer's default, is a pass over the rollout that nobody else makes; default never",
+        help="`once`, the trainer's default, is an extra pass over the rollout; default never",
     )
     parser.add_argument(
         "--plain-sequence", type=int, help=f"plain torch's sequences; default the faster of {PLAIN_SEQUENCE} and all"
     )
     parser.add_argument("--product", choices=list(PRODUCTS), default="mm", help="the ceiling's; default mm")
     parser.add_argument(
-        "--system-allocator", action="store_true", help="give freed memory back at once, as glibc does unasked"
+        "--system-allocator",
+        action="store_true",
+        help="return freed memory to the system at once, as glibc does by default",
     )
     args = parser.parse_args()
     if args.sequence_length < 1:
         parser.error(f"--sequence-length: expected at least 1, got {args.sequence_length}")
     if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no GPU here")
+        parser.error("--device cuda: torch finds no GPU")
     if args.product not in products_on(args.device):
         parser.error(f"--product {args.product}: expected one of {', '.join(products_on(args.device))} on a GPU")
     workloads = chosen_workloads(parser, args, check=lambda workload: plain_sequences(workload, args.plain_sequence))

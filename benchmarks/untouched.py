@@ -1,13 +1,13 @@
-"""Two learners as a new user finds them: our defaults against sb3-contrib's, on the same tasks, steps and seconds.
+"""Our defaults compared with sb3-contrib's, on the same tasks, at equal steps and at equal seconds.
 
     python benchmarks/untouched_sb3.py ENV --seed N --out benchmarks/results/untouched_sb3.csv    # one run, an hour
     dualhead study untouched                                                                      # ours, all runs
     python benchmarks/untouched.py speed --python PYTHON_WITH_SB3                                  # on a quiet machine
     python benchmarks/untouched.py table
 
-`table` compares, for every task that both have runs of: the mean return of 100 greedy evaluation episodes at equal
-steps; and ours at the last evaluation that came before the time that sb3-contrib needed, both by the speeds that
-`speed` measured: steps per second with one thread, one after the other in rounds, medians.
+`table` compares the mean return of 100 greedy evaluation episodes for every task with runs of both: at equal steps, and
+ours at its last evaluation within the time that sb3-contrib needed. Times follow from the speeds that `speed` measured:
+steps per second with one thread, alternating in rounds, medians.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def collect(study: Path, results: Path) -> None:
 
 
 def measure_speed(envs: list[str], python: str, rounds: int, results: Path) -> None:
-    """Steps per second of both, taking turns, one thread each; appends medians to the CSV file."""
+    """Steps per second of both, alternating, one thread each; appends medians to the CSV file."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     for env in envs:
         ours, theirs = [], []

@@ -3,7 +3,7 @@
     pip install torch -e '.[bench]'
     python benchmarks/untouched_sb3.py popgym-CountRecallEasy-v0 --seed 0 --out benchmarks/results/untouched_sb3.csv
 
-Only what a user has to give is given: the policy's name, sixteen environments in one process, and the seed. One thread.
+Only what a user must choose is set: the policy's name, sixteen environments in one process, and the seed. One thread.
 Appends one row per 10,000 steps with the mean return of the last 100 training episodes, then one row with the mean
 return of 100 evaluation episodes: greedy actions, and sampled ones.
 """

@@ -1,11 +1,12 @@
-"""Two versions of this project at the same work, in turns, so that a machine that drifts slows both.
+"""Compares the speed of versions of this project. They alternate, so that a machine that slows down slows all of them.
 
     git worktree add ../before HEAD~3
     python benchmarks/versions.py ../before . --workload vector --turns 25
 
-Each version trains in a process of its own; a turn is one rollout and one update of every version, in random order. A
-version's ratio is the median over turns of its time to the first one's. At the end it is said whether all have the
-same weights to the bit: the runs have one seed, so a change for speed alone leaves them alike.
+Each version trains in a process of its own, by its own copy of this script. A turn is one rollout and one update of
+every version, in random order. A version's ratio is the median over turns of its time divided by the first version's.
+The last line says whether all versions have bit-identical weights: the runs have the same seed, so a change for speed
+alone must not change them.
 """
 
 from __future__ import annotations
@@ -19,11 +20,9 @@ import sys
 import time
 from pathlib import Path
 
-HERE = Path(__file__).resolve()
-
 
 def work(root: Path, workload: str, threads: int) -> None:
-    """Does a turn for every line that comes in and says its seconds; at the end, the digest of its weights."""
+    """Does a turn for every line on stdin and prints its seconds; at the end, prints the digest of its weights."""
     sys.path[:0] = [str(root / "src"), str(root / "benchmarks")]
     import torch
     from workloads import WORKLOADS, run_config
@@ -32,7 +31,7 @@ def work(root: Path, workload: str, threads: int) -> None:
     from dualhead.running.machine import keep_freed_memory
     from dualhead.running.session import Session
 
-    assert Path(dualhead.__file__).is_relative_to(root), f"{dualhead.__file__} is not of {root}"
+    assert Path(dualhead.__file__).is_relative_to(root), f"{dualhead.__file__} is not in {root}"
     keep_freed_memory()
     torch.set_num_threads(threads)
     chosen = WORKLOADS[workload]
@@ -41,11 +40,7 @@ def work(root: Path, workload: str, threads: int) -> None:
     for _ in sys.stdin:
         began = time.perf_counter()
         while not session.learner.rollout_is_ready:
-            if hasattr(session, "step"):  # in versions before the loop called these by name
-                step = session.streams.step(session.learner.act(session.observations))
-                session.record(step)
-            else:
-                session.record(session.streams.step(session.learner.act(session.observations)))
+            session.record(session.streams.step(session.learner.act(session.observations)))
         rollout_ended = time.perf_counter()
         session.learn()
         print(rollout_ended - began, time.perf_counter() - rollout_ended, flush=True)
@@ -59,7 +54,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("versions", nargs="+", type=Path, help="checkouts, the one to compare with first")
     parser.add_argument("--workload", default="vector", help="vector, grid or popgym; default vector")
-    parser.add_argument("--turns", type=int, default=15, help="default 15, after 3 that do not count")
+    parser.add_argument("--turns", type=int, default=15, help="measured turns, after 3 for warm-up; default 15")
     parser.add_argument("--threads", type=int, default=2, help="of torch; default 2")
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -75,7 +70,10 @@ def main() -> None:
     options = ["--work", "--workload", args.workload, "--threads", str(args.threads)]
     workers = [
         subprocess.Popen(
-            [sys.executable, str(HERE), str(root), *options], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, str(root / "benchmarks" / "versions.py"), str(root), *options],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         for root in roots
     ]
@@ -88,7 +86,7 @@ def main() -> None:
             print("turn", file=stdin, flush=True)
             answer = stdout.readline()
             if not answer:
-                sys.exit(f"{args.versions[number]} ended before its time: what went wrong stands above")
+                sys.exit(f"{args.versions[number]} ended early; its error is printed above")
             if turn >= 3:
                 seconds[number].append(tuple(map(float, answer.split())))
     digests = [worker.communicate()[0].strip() for worker in workers]
@@ -96,8 +94,8 @@ def main() -> None:
     for version, parts in zip(args.versions, seconds):
         rollout, update = (statistics.median(part) for part in zip(*parts))
         ratio = statistics.median(sum(mine) / theirs for mine, theirs in zip(parts, first))
-        print(f"{version}: rollout {rollout:.3f} s, update {update:.3f} s, {ratio:.3f} of the first one's time")
-    print("the same weights to the bit" if len(set(digests)) == 1 else "weights differ")
+        print(f"{version}: rollout {rollout:.3f} s, update {update:.3f} s, {ratio:.3f} of the first version's time")
+    print("bit-identical weights" if len(set(digests)) == 1 else "weights differ")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The three reference workloads, how long our trainer takes for them, and options of the scripts that measure it."""
+"""The three reference workloads, the time that our trainer takes for them, and options that the scripts share."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium import spaces
+from torch import nn
 
 from dualhead.config import NetworkConfig, PPOConfig
 from dualhead.running.checkpoint import new_run_dir
@@ -27,7 +28,7 @@ from dualhead.worlds.streams import UnavailableEnvironment, make_env
 
 @dataclass(frozen=True)
 class Workload:
-    """What is trained on, and how much at once.
+    """An environment, and the size of a rollout and of the network.
 
     Fields:
         env: a Gymnasium id.
@@ -77,7 +78,7 @@ class Workload:
 
 
 class GridNoise(gym.Env[np.ndarray, np.ndarray]):
-    """A grid world that costs next to nothing: it hands out observations and rewards made beforehand.
+    """A grid world of almost no cost: it returns observations and rewards made beforehand.
 
     Observation: float32 [5, 11, 11], uniform in [0, 1).
     Action: MultiDiscrete([4, 3]), ignored.
@@ -123,11 +124,24 @@ WORKLOADS = {
 }
 
 
+def encoder(workload: Workload, shape: tuple[int, ...]) -> nn.Sequential:
+    """The workload's encoder for observations of this shape."""
+    layers: list[nn.Module] = []
+    if len(shape) == 3:
+        layers += [nn.Conv2d(shape[0], 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 64, 3, padding=1), nn.ReLU()]
+    layers += [nn.Flatten()]
+    width = int(np.prod(shape)) if len(shape) != 3 else 64 * shape[1] * shape[2]
+    for size in workload.encoder_sizes:
+        layers += [nn.Linear(width, size), nn.ReLU()]
+        width = size
+    return nn.Sequential(*layers)
+
+
 def add_options(parser: argparse.ArgumentParser, *, updates: int = 5) -> None:
-    """Which workloads, how large, how many updates, on how many threads.
+    """Adds the options for workloads, sizes, updates and threads.
 
     Args:
-        updates: measured unless asked for otherwise.
+        updates: default of `--updates`.
     """
     parser.add_argument("--workload", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
     parser.add_argument("--updates", type=int, default=updates, help=f"measured updates; default {updates}")
@@ -141,10 +155,10 @@ def add_options(parser: argparse.ArgumentParser, *, updates: int = 5) -> None:
 def chosen_workloads(
     parser: argparse.ArgumentParser, args: argparse.Namespace, *, check: Callable[[Workload], object] = lambda _: None
 ) -> list[Workload]:
-    """What `add_options` was told; ends with the parser's error where it cannot be measured.
+    """The workloads that the options of `add_options` ask for; exits with the parser's error if one cannot be measured.
 
     Args:
-        check: raises ValueError where a script cannot do with a workload.
+        check: raises ValueError where a script cannot use a workload.
     """
     if min(args.updates, args.warm_up, args.threads) < 1:
         parser.error("--updates, --warm-up and --threads: expected at least 1")
@@ -160,13 +174,13 @@ def chosen_workloads(
 
 
 def synchronize() -> None:
-    """Waits until the GPU, where one is in use, has done what it was given."""
+    """Waits until the GPU, if one is in use, has finished its work."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
 
 def device_name(device: str) -> str:
-    """What a device is called in a table."""
+    """Name of a device in a table."""
     return torch.cuda.get_device_name() if device == "cuda" else device
 
 
@@ -179,7 +193,7 @@ class Timing(NamedTuple):
 
 
 class _Stopwatch:
-    """Comes last among the writers: takes the time of each turn of the loop, then lets something else be measured."""
+    """The last writer: times each rollout and update, then calls `between` while its clock is stopped."""
 
     def __init__(self, between: Callable[[], None]) -> None:
         self.timings: list[Timing] = []
@@ -209,8 +223,11 @@ def run_config(
     sequence_length: int = 16,
     device: str = "cpu",
 ) -> RunConfig:
-    """Settings of a run of a workload that saves no checkpoint before its end: the specification's, but for segments
-    and a bootstrapped end of rollouts. Figures over time compare only while these stay."""
+    """Settings of a run of a workload that saves no checkpoint before its end.
+
+    They are the specification's, but with segments and a bootstrapped end of rollouts. If these settings change,
+    figures cannot be compared with earlier ones.
+    """
     return RunConfig(
         env=workload.env,
         num_envs=workload.num_envs,
@@ -233,39 +250,21 @@ def run_config(
     )
 
 
-def time_ours(
-    workload: Workload,
-    *,
-    num_updates: int,
-    between: Callable[[], None],
-    memory: str = "lstm",
-    precision: str = "fp32",
-    state_refresh: str = "never",
-    sequence_length: int = 16,
-    device: str = "cpu",
-) -> list[Timing]:
+def time_ours(workload: Workload, *, num_updates: int, between: Callable[[], None], **settings: Any) -> list[Timing]:
     """Runs our trainer's own loop, with its log files, for `num_updates` updates.
 
     Args:
-        between: called after each update while our clock stands still; what is compared with us is measured there, so
-            that a machine that drifts slows both.
-        memory, precision, state_refresh, sequence_length, device: of the agent.
+        workload, num_updates: what is trained.
+        between: called after each update while our clock is stopped. What we compare with is measured there, so that
+            a machine that slows down slows both.
+        settings: of `run_config`.
 
     Returns:
         Timings, one per update.
     """
     total_steps = num_updates * workload.num_steps
     with tempfile.TemporaryDirectory(prefix="dualhead-benchmark-") as folder:
-        config = run_config(
-            workload,
-            f"{folder}/run",
-            total_steps=total_steps,
-            memory=memory,
-            precision=precision,
-            state_refresh=state_refresh,
-            sequence_length=sequence_length,
-            device=device,
-        )
+        config = run_config(workload, f"{folder}/run", total_steps=total_steps, **settings)
         session = Session(config)
         run_dir = new_run_dir(config)
         stopwatch = _Stopwatch(between)

@@ -1,4 +1,4 @@
-"""Balance a pole without seeing any velocity: an LSTM can, a memoryless control cannot.
+"""Balance a pole without observing velocities: an LSTM can, a memoryless control cannot.
 
 Usage: python examples/01_memory.py [--total-steps N] [--out DIR]
 """
@@ -39,7 +39,7 @@ axes.set(xlabel="environment steps", ylabel="mean return of the last 100 episode
 axes.legend(title="memory")
 figure.savefig(out / "curves.png", dpi=120)
 
-print("\nmemory   mean return of 20 episodes (500 is the most there is)")
+print("\nmemory   mean return of 20 episodes (the maximum is 500)")
 for memory, score in scores.items():
     print(f"{memory:>6}   {score['mean_return']:.1f} ± {score['std_return']:.1f}")
 print(f"\ncurves: {out / 'curves.png'}\nruns:   {out}\nplay again: .venv/bin/dualhead eval {out / 'lstm'}")

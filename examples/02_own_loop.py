@@ -1,4 +1,4 @@
-"""Drive the agent from loops of your own: one plain Gymnasium environment, then a vector of them."""
+"""Train an agent in your own loop: with one Gymnasium environment, then with a vector of them."""
 
 import gymnasium as gym
 
@@ -34,7 +34,7 @@ while agent.num_steps < 500:
     if agent.rollout_is_ready:
         report(agent, agent.learn(observation))
 
-# gym.make_vec's default, NEXT_STEP, fills in a step after each episode, which would be learned from.
+# gym.make_vec's default mode, NEXT_STEP, adds a filler step after each episode; the agent would learn from it.
 same_step = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}
 envs = gym.make_vec("dualhead/RecallCue-v0", 4, vectorization_mode="sync", vector_kwargs=same_step, delay=3)
 agent = make_agent(envs, 4)

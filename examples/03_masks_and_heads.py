@@ -1,4 +1,4 @@
-"""Two named heads, a grid beside scalars, and masks: a season in which only votes are allowed."""
+"""Two named heads, a grid and scalars as observations, and masks: on some turns only votes are allowed."""
 
 import numpy as np
 from gymnasium import spaces
@@ -23,7 +23,7 @@ rng = np.random.default_rng(0)
 
 
 def observe(turn: int) -> dict:
-    """Every tenth turn is for voting: moving is masked but for staying (4), else voting but for none (0)."""
+    """Every tenth turn is for voting: the only legal move is then to stay (4), else the only legal vote is none (0)."""
     voting = turn % 10 == 9
     move, vote = np.ones((NUM_STREAMS, 5)), np.ones((NUM_STREAMS, 3))
     (move if voting else vote)[:, : 4 if voting else None] = 0

@@ -1,4 +1,4 @@
-"""A norm forms under punishment, outlives it, and fades: NormEnforcer by itself."""
+"""A norm forms under punishment, lasts longer than it, and decays: NormEnforcer without an agent."""
 
 import torch
 

@@ -1,5 +1,6 @@
-"""The state-punishment commons: what happens to taking the harmful resource A when punishment stops, with and without
-internalised norms. Bandit form, one policy shared by all agents, a loop of your own.
+"""The state-punishment commons: how often agents take the harmful resource A after punishment stops.
+
+Compares agents with and without internalised norms: bandit form, one policy shared by all agents, your own loop.
 
 Usage: python examples/05_commons.py [--turns N]
 """
@@ -16,15 +17,15 @@ turns = parser.parse_args().turns
 rules = CommonsConfig(
     form="bandit",
     resources=("A", "B"),
-    # The default schedule punishes B, too, now and then: it would get a norm as well.
+    # The default schedule sometimes punishes B as well, so B would get a norm too.
     schedule={"A": (1.0,), "B": (0.0,)},
     phases=(Phase(mode="fixed", level=0, num_turns=turns), Phase(mode="off")),
 )
 ppo = PPOConfig(
     rollout_length=20, batch_size=200, num_epochs=4, learning_rate=2e-3, entropy_coef=0.05, normalize_rewards=True
 )
-# Guilt outweighs the gain of 10 that A promises while the strength is above 5 + 10 / 10 = 6. A strength only lives
-# where somebody still tries A and is punished: the entropy bonus keeps agents trying, the slow decay lets it last.
+# Guilt outweighs the gain of 10 from taking A while the strength is above 5 + 10 / 10 = 6. A strength stays high only
+# if some agents still take A and are punished. The entropy bonus keeps them exploring, and the decay is slow.
 norms = NormConfig(resources=("A", "B"), intrinsic_scale=-10.0, decay_rate=0.999)
 print("share of A among resources taken, per 100 turns (| marks where punishment stops)")
 for name, enforced in (("without norms", None), ("with norms", norms)):

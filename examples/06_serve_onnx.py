@@ -1,6 +1,6 @@
-"""Serve an exported policy with ONNX Runtime and NumPy; neither torch nor dualhead is imported here.
+"""Serve an exported policy with ONNX Runtime and NumPy, without importing torch or dualhead.
 
-Usage: python examples/06_serve_onnx.py [policy.onnx]    without a file, one is trained for some seconds and exported
+Usage: python examples/06_serve_onnx.py [policy.onnx]    without a file, trains a policy for some seconds and exports it
 """
 
 import json
@@ -31,7 +31,7 @@ shapes = {port["name"]: [1 if n == "batch" else n for n in port["shape"]] for po
 zeros = {part["input"]: np.zeros(shapes[part["input"]], np.float32) for part in about["state"]}
 names = [port["name"] for port in about["outputs"]]
 (head,) = about["actions"]["heads"]
-env = gym.make("CartPole-v1")  # the policy was trained on half of its observations: no velocities
+env = gym.make("CartPole-v1")  # the policy was trained on every second number: no velocities
 for episode in range(3):
     observation, _ = env.reset(seed=episode)
     state, score, running = zeros, 0.0, True

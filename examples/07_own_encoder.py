@@ -1,4 +1,4 @@
-"""An encoder of your own with weights that it already has: frozen features of an image."""
+"""Your own encoder with pretrained weights: frozen features of an image."""
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ NUM_STREAMS = 4
 class Pretrained(nn.Module):
     """Called with the observation's leaves by name; a plain space has one, `observation` [N, 3, 16, 16] here.
 
-    What it needs is `num_features`, the width of what it returns. It initialises its own weights.
+    An encoder needs `num_features`, the width of its output, and initialises its own weights.
     """
 
     num_features = 32
@@ -23,7 +23,7 @@ class Pretrained(nn.Module):
         channels = observation_space.shape[0]
         self.body = nn.Sequential(nn.Conv2d(channels, 8, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.LazyLinear(32))
         self.body(torch.zeros(1, *observation_space.shape))
-        # Here a real one would load its weights: self.load_state_dict(torch.load("body.pt", weights_only=True))
+        # A real encoder loads its weights here: self.load_state_dict(torch.load("body.pt", weights_only=True))
         self.requires_grad_(False)  # frozen: leave this out to train it with the policy
         self.eval()
 
@@ -47,8 +47,8 @@ for _ in range(32):
     agent.record(rng.normal(size=NUM_STREAMS), np.zeros(NUM_STREAMS, bool), np.zeros(NUM_STREAMS, bool))
 metrics = agent.learn(rng.integers(0, 256, (NUM_STREAMS, *space.shape), np.uint8))
 assert all(torch.equal(*pair) for pair in zip(before, agent.policy.encoder.parameters()))
-print(f"loss {metrics['loss/total']:.3f}; the encoder's {sum(p.numel() for p in before):,} weights are as they were")
+print(f"loss {metrics['loss/total']:.3f}; the encoder's {sum(p.numel() for p in before):,} weights are unchanged")
 
-agent.save("agent.safetensors")  # names the encoder; to load, pass it again: no file makes dualhead import anything
+agent.save("agent.safetensors")  # stores only the encoder's name: pass the encoder again to load the file
 again = DualHeadRecurrentPPO.from_file("agent.safetensors", encoder=Pretrained)
 print(again)

@@ -1,4 +1,4 @@
-"""A memory cell of your own: one method, `step`. It learns to remember a cue like the built-in ones."""
+"""Your own memory cell in one method, `step`. It learns to remember a cue, as the built-in cells do."""
 
 import torch
 from torch import nn
@@ -8,14 +8,14 @@ from dualhead.worlds.streams import make_streams
 
 
 class MinimalGRU(MemoryCell):
-    """h' = (1 - z) h + z (W x + b) with z = sigmoid(V x + c): a GRU whose gate does not look at h."""
+    """h' = (1 - z) h + z (W x + b) with z = sigmoid(V x + c): a GRU whose gate does not depend on h."""
 
     def __init__(self, input_size, hidden_size):
         # The state has one part, h, of one layer: [1, B, hidden_size], zeros where an episode begins.
         super().__init__(hidden_size, state_shapes={"h": (1, hidden_size)})
         self.gate = nn.Linear(input_size, hidden_size)
         self.candidate = nn.Linear(input_size, hidden_size)
-        nn.init.constant_(self.gate.bias, -2.0)  # begin by keeping what is there
+        nn.init.constant_(self.gate.bias, -2.0)  # at first the cell keeps most of its state
 
     def step(self, features, state):
         """One time step of B streams: features [B, F] -> (outputs [B, H], next state)."""
@@ -29,7 +29,7 @@ agent = DualHeadRecurrentPPO(
     streams.observation_space,
     streams.action_space,
     num_streams=streams.num_streams,
-    memory=MinimalGRU,  # tried when the agent is made: stepping and unrolling must agree
+    memory=MinimalGRU,  # the agent checks that stepping and unrolling agree
     config=PPOConfig(rollout_length=64, batch_size=256),
     network=NetworkConfig(hidden_size=64),
 )

@@ -1,6 +1,6 @@
-"""A world of your own as batched tensors: 64 points that must be moved to a goal which is shown at the start only.
+"""Your own world of batched tensors: 64 points must move to a goal that they see only in the first step.
 
-All streams step at once, on any device. Actions come as the action space says: a Box is clipped and scaled.
+All streams step at once, on any device. Actions are values of the action space: those of a Box are clipped and scaled.
 """
 
 import gymnasium as gym
@@ -17,7 +17,7 @@ class Points:
     num_streams = NUM_STREAMS
     observation_space = gym.spaces.Box(-torch.inf, torch.inf, (2,))
     action_space = gym.spaces.Box(-0.5, 0.5, (1,))
-    resumable = "this world saves no state"  # or None, with `state` and `restore` that take it and put it back
+    resumable = "this world saves no state"  # or None, with methods `state` and `restore`
 
     def reset(self, *, seed=None):
         self.random = torch.Generator().manual_seed(seed or 0)

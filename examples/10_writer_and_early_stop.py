@@ -1,4 +1,4 @@
-"""A log writer of your own, a learning rate that falls by a function, and a run that stops when it is good enough."""
+"""Your own log writer, a learning rate given by a function, and a run that stops at a return of 60."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ import dualhead
 
 
 class JSONLines:
-    """Two methods make a writer."""
+    """A writer has two methods, `write` and `close`."""
 
     def __init__(self, path):
         self.path = Path(path)
@@ -18,12 +18,12 @@ class JSONLines:
             file.write(json.dumps({"steps": num_steps} | metrics) + "\n")
 
     def close(self):
-        """Nothing is open between two updates."""
+        """The file is closed after every write."""
 
 
 def good_enough(session, metrics):
     """Called after each update: True ends the run, with a checkpoint and an evaluation."""
-    metrics["mine/progress"] = session.learner.num_steps / session.config.total_steps  # logged with the rest
+    metrics["mine/progress"] = session.learner.num_steps / session.config.total_steps  # logged with the other metrics
     return metrics.get("episode/mean_return", 0.0) > 60.0
 
 

@@ -7,9 +7,7 @@ from typing import Any
 
 import torch
 
-from dualhead.worlds.commons.actions import (
-    NO_VOTE,
-)
+from dualhead.worlds.commons.actions import NO_VOTE
 from dualhead.worlds.commons.config import CommonsConfig
 from dualhead.worlds.commons.world import Commons
 
@@ -58,25 +56,19 @@ def random_actions(worlds: Commons, generator: torch.Generator) -> torch.Tensor:
     return torch.stack([moves, torch.randint(3, (worlds.num_streams,), generator=generator)], dim=1)
 
 
-def flat(observations: Any) -> dict[str, torch.Tensor]:
-    """Observations with nested parts side by side."""
-    parts = {}
-    for name, part in observations.items():
-        if isinstance(part, dict):
-            parts |= {f"{name}/{head}": mask for head, mask in part.items()}
-        else:
-            parts[name] = part
-    return parts
-
-
 def assert_same(one: Any, other: Any) -> None:
-    one, other = flat(one), flat(other)
-    assert one.keys() == other.keys()
-    for name in one:
-        assert torch.equal(one[name], other[name]), name
+    """Nested tensors are equal to the bit."""
+    torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
-def assert_binomial(count: float, trials: int, probability: float, what: Any = "") -> None:
-    """Within 4.5 standard deviations: one false alarm in 150,000."""
+def row(batched: Any, index: int) -> Any:
+    """One stream's part of nested tensors, as NumPy has it."""
+    if isinstance(batched, dict):
+        return {name: row(part, index) for name, part in batched.items()}
+    return batched[index].numpy()[()]
+
+
+def assert_binomial(counts: Any, trials: int, probability: float) -> None:
+    """Every count is within 4.5 standard deviations: one false alarm in 150,000."""
     deviation = math.sqrt(trials * probability * (1 - probability))
-    assert abs(count - trials * probability) <= 4.5 * deviation, (what, count, trials * probability, deviation)
+    assert (abs(torch.as_tensor(counts) - trials * probability) <= 4.5 * deviation).all(), (counts, trials, probability)

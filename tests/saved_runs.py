@@ -1,5 +1,6 @@
-"""Run directories without training: an untrained agent's checkpoint, as `train` would leave it."""
+"""Run directories: what is in them, and some that nobody trained, with an untrained agent's checkpoint."""
 
+import csv
 from pathlib import Path
 
 import torch
@@ -30,6 +31,12 @@ def save_run(path, env="dualhead/RecallCue-v0", *, memory="lstm", num_layers=1, 
     save_checkpoint(run_dir, *agent.state(), keep=config.keep_checkpoints)
     streams.close()
     return run_dir
+
+
+def rows_of(run_dir, name="metrics.csv"):
+    """The rows of a file of metrics, as text by column."""
+    with (Path(run_dir) / name).open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def randomize(policy, seed=0):

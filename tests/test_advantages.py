@@ -1,14 +1,13 @@
 """Advantages, their normalisation and the scale of rewards: hand numbers, slow oracles, closed forms."""
 
+import agents
 import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from settings import spec_segments
 
-from dualhead import DualHeadRecurrentPPO, NetworkConfig
 from dualhead.learning.advantages import RewardScale, generalized_advantages
 from dualhead.learning.losses import normalize
 
@@ -170,26 +169,11 @@ def test_reward_scale_against_numpy_over_two_rollouts():
 def learned_value(*, record_as_terminated):
     """V after training where every step pays 1 and every fifth is the last of its episode; γ = 0.9."""
     num_streams, num_updates = 8, 50
-    agent = DualHeadRecurrentPPO(
-        spaces.Box(-1, 1, (1,)),
-        spaces.Discrete(2),
-        num_streams=num_streams,
-        config=spec_segments(
-            gamma=0.9,
-            gae_lambda=0.9,
-            rollout_length=10,
-            sequence_length=5,
-            batch_size=80,
-            num_epochs=5,
-            learning_rate=0.03,
-            learning_rate_schedule="linear",
-            learning_rate_decay_steps=num_updates * 10 * num_streams,
-            max_grad_norm=None,
-        ),
-        network=NetworkConfig.spec(memory="gru", hidden_size=8, encoder_sizes=(8,)),
-    )
-    sight = np.ones((num_streams, 1), dtype=np.float32)
-    nobody = np.zeros(num_streams, dtype=bool)
+    settings = {"rollout_length": 10, "sequence_length": 5, "batch_size": 80, "num_epochs": 5, "max_grad_norm": None}
+    schedule = {"learning_rate_schedule": "linear", "learning_rate_decay_steps": num_updates * 10 * num_streams}
+    settings |= {"gamma": 0.9, "gae_lambda": 0.9, "learning_rate": 0.03} | schedule
+    agent = agents.make_agent("gru", action_space=spaces.Discrete(2), num_streams=num_streams, **settings)
+    sight, nobody = np.ones((num_streams, 3)), np.zeros(num_streams, dtype=bool)
     for _ in range(num_updates):
         while not agent.rollout_is_ready:
             agent.act(sight)

@@ -163,7 +163,7 @@ def test_versions_are_compared_to_the_bit(tmp_path):
     for folder in ("src", "benchmarks"):
         shutil.copytree(here / folder, other / folder)
     options = ["--turns", "1", "--threads", "1", "--workload", "vector"]
-    for change, verdict in ((0, "the same weights to the bit"), (1e-5, "weights differ")):
+    for change, verdict in ((0, "bit-identical weights"), (1e-5, "weights differ")):
         source = (here / "src" / "dualhead" / "learning" / "losses.py").read_text()
         assert source.count("return error.mean()") == 1
         changed = source.replace("return error.mean()", f"return error.mean() * {1 + change}")
@@ -173,7 +173,7 @@ def test_versions_are_compared_to_the_bit(tmp_path):
         *lines, last = done.stdout.splitlines()
         assert last == verdict
         assert [line.split(":")[0] for line in lines] == [str(here), str(other)]
-        assert "1.000 of the first one's time" in lines[0]
+        assert "1.000 of the first version's time" in lines[0]
     refused = run("versions.py", str(here), str(tmp_path), *options, tiny=[])
     assert refused.returncode == 2
     assert str(tmp_path) in refused.stderr

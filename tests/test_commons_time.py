@@ -8,28 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from commons_worlds import (
-    RIGHT,
-    STAY,
-    VARIED,
-    act,
-    assert_same,
-    bandit,
-    drawn,
-    random_actions,
-    slots,
-)
+from commons_worlds import RIGHT, STAY, VARIED, act, assert_same, bandit, drawn, random_actions, row, slots
 
 from dualhead.storage import CheckpointError, read_tensors, write_tensors
-from dualhead.worlds.commons.actions import (
-    NO_VOTE,
-    VOTE_DOWN,
-    VOTE_UP,
-    composite_to_pair,
-    pair_to_composite,
-    pair_to_simple,
-    simple_to_pair,
-)
+from dualhead.worlds.commons.actions import NO_VOTE, VOTE_DOWN, VOTE_UP, number_of, pairs_of
 from dualhead.worlds.commons.config import CommonsConfig, Phase
 from dualhead.worlds.commons.world import Commons
 
@@ -129,9 +111,7 @@ def test_voting_seasons_are_masked_and_enforced(coding, stay, moving, voting):
     for _ in range(6):
         observations = worlds.observations()
         mask = observations["action_mask"]
-        masks.append(
-            {head: part[0].tolist() for head, part in mask.items()} if isinstance(mask, dict) else mask[0].tolist()
-        )
+        masks.append({head: part[0].tolist() for head, part in mask.items()} if coding == "pair" else mask[0].tolist())
         is_voting = observations["scalars"][0, 3].item()
         assert masks[-1] == (voting if is_voting else moving)
         rewards.append(worlds.step(torch.tensor([action])).rewards.item())
@@ -141,9 +121,7 @@ def test_voting_seasons_are_masked_and_enforced(coding, stay, moving, voting):
     if coding != "simple":
         assert rewards[:3] == [12.5, 10, 0]  # A, B, and no bump in the turn for votes
         assert rewards[3:5] == [-1, -1]
-    assert worlds.observation_space["action_mask"].contains(
-        {head: part[0].numpy() for head, part in mask.items()} if isinstance(mask, dict) else mask[0].numpy()
-    )
+    assert worlds.observation_space["action_mask"].contains(row(mask, 0))
 
 
 # Codings.
@@ -151,29 +129,21 @@ def test_voting_seasons_are_masked_and_enforced(coding, stay, moving, voting):
 
 @pytest.mark.parametrize("num_moves", [1, 4, 5])
 def test_codings_round_trip(num_moves):
-    composite, simple = torch.arange(3 * num_moves + 1), torch.arange(num_moves + 3)
-    moves, votes = composite_to_pair(composite, num_moves=num_moves)
-    assert torch.equal(pair_to_composite(moves, votes, num_moves=num_moves), composite)
-    assert list(zip(moves.tolist(), votes.tolist())) == [
-        *((move, vote) for move in range(num_moves) for vote in range(3)), (num_moves, NO_VOTE)
-    ]  # fmt: skip
-    moves, votes = simple_to_pair(simple, num_moves=num_moves)
-    assert torch.equal(pair_to_simple(moves, votes, num_moves=num_moves), simple)
-    assert moves.tolist() == [*range(num_moves), *[num_moves] * 3]
-    assert votes.tolist() == [*[NO_VOTE] * num_moves, VOTE_UP, VOTE_DOWN, NO_VOTE]
+    moves = range(num_moves)
+    composite, simple = pairs_of("composite", num_moves), pairs_of("simple", num_moves)
+    assert composite == [*((move, vote) for move in moves for vote in range(3)), (num_moves, NO_VOTE)]
+    stays = [(num_moves, VOTE_UP), (num_moves, VOTE_DOWN), (num_moves, NO_VOTE)]
+    assert simple == [*((move, NO_VOTE) for move in moves), *stays]
+    for coding, pairs in (("composite", composite), ("simple", simple)):
+        assert [number_of(coding, *pair, num_moves) for pair in pairs] == [*range(len(pairs))]
 
 
 def test_historical_numbers():
-    composite = [
-        pair_to_composite(torch.tensor(m), torch.tensor(v)).item() for m, v in ((0, 0), (2, 1), (3, 2), (4, 0))
-    ]
-    assert composite == [0, 7, 11, 12]
-    simple = [
-        pair_to_simple(torch.tensor(m), torch.tensor(v)).item() for m, v in ((3, 0), (3, 1), (0, 2), (4, 1), (4, 0))
-    ]
-    assert simple == [3, 4, 5, 4, 6]  # a vote overrides the move
-    with pytest.raises(ValueError, match="without a move"):
-        pair_to_composite(torch.tensor(4), torch.tensor(1))
+    assert [number_of("composite", *pair) for pair in ((0, 0), (2, 1), (3, 2), (4, 0))] == [0, 7, 11, 12]
+    # A vote overrides the move.
+    assert [number_of("simple", *pair) for pair in ((3, 0), (3, 1), (0, 2), (4, 1), (4, 0))] == [3, 4, 5, 4, 6]
+    with pytest.raises(ValueError, match="composite"):
+        number_of("composite", 4, VOTE_UP)
     assert Commons(CommonsConfig(coding="composite")).action_space.n == 13
     assert Commons(CommonsConfig(coding="simple")).action_space.n == 7
     assert Commons(CommonsConfig(coding="composite", form="bandit", menu_size=3)).action_space.n == 10
@@ -187,40 +157,38 @@ def test_every_coding_plays_the_same_game(coding):
     generator = torch.Generator().manual_seed(0)
     assert_same(pairs.reset(seed=4), single.reset(seed=4))
     for _ in range(20):
-        indices = torch.randint(13 if coding == "composite" else 7, (6,), generator=generator)
-        moves, votes = (composite_to_pair if coding == "composite" else simple_to_pair)(indices)
-        one, other = pairs.step(torch.stack([moves, votes], dim=1)), single.step(indices[:, None].numpy())
-        assert torch.equal(one.rewards, other.rewards)
-        assert_same(one.observations, other.observations)
+        indices = torch.randint(single.action_space.n, (6,), generator=generator)
+        one, other = pairs.step(torch.tensor(pairs_of(coding))[indices]), single.step(indices[:, None].numpy())
+        assert_same_rollouts([one], [other])
 
 
 def test_actions_in_all_their_forms():
-    steps = []
-    for wrap in (
-        lambda pairs: pairs,
-        lambda pairs: pairs.numpy(),
-        lambda pairs: {"move": pairs[:, 0].numpy(), "vote": pairs[:, 1].numpy()},
-        lambda pairs: {"vote": pairs[:, 1].to(torch.int32), "move": pairs[:, 0]},
+    pairs, steps = torch.tensor([[0, 1], [1, 2], [2, 0], [3, 1], [0, 0], [1, 1]]), []
+    moves, votes = pairs.unbind(1)
+    for actions in (
+        pairs,
+        pairs.numpy(),
+        {"move": moves.numpy(), "vote": votes.numpy()},
+        {"vote": votes.to(torch.int32), "move": moves},
     ):
         worlds = Commons(CommonsConfig(num_agents=2), num_worlds=3)
         worlds.reset(seed=0)
-        steps.append(worlds.step(wrap(torch.tensor([[0, 1], [1, 2], [2, 0], [3, 1], [0, 0], [1, 1]]))))
-    for step in steps[1:]:
-        assert torch.equal(step.rewards, steps[0].rewards)
-        assert_same(step.observations, steps[0].observations)
+        steps.append(worlds.step(actions))
+        assert_same_rollouts(steps[-1:], steps[:1])
 
 
 @pytest.mark.parametrize(
     ("actions", "message"),
     [
-        (torch.zeros(4, dtype=torch.int64), r"expected shape \(4, 2\), got \(4,\)"),
-        (torch.zeros(3, 2, dtype=torch.int64), r"expected shape \(4, 2\), got \(3, 2\)"),
+        (torch.zeros(4, dtype=torch.int64), r"actions.*got .*\(4,\)"),
+        (torch.zeros(3, 2, dtype=torch.int64), r"actions.*got .*\(3,\)"),
         (torch.zeros(4, 2), "integers"),
         (torch.tensor([[0, 0], [4, 0], [0, 0], [0, 0]]), "0 to 3, got 0 to 4"),
         (torch.tensor([[0, 0], [0, 3], [0, 0], [0, 0]]), "0 to 2, got 0 to 3"),
         (torch.tensor([[0, 0], [-1, 0], [0, 0], [0, 0]]), "got -1 to 0"),
         ({"move": np.zeros(4, int)}, r"\['move'\]"),
-        ({"move": np.zeros(4, int), "vote": np.zeros(3, int)}, "as many moves as votes"),
+        ([None] * 4, "actions"),
+        ({"move": np.zeros(4, int), "vote": np.zeros(3, int)}, r"actions.*got .*\(3,\)"),
     ],
 )
 def test_impossible_actions_are_refused(actions, message):
@@ -239,6 +207,21 @@ def play(worlds: Commons, num_turns: int, seed: int) -> list[Any]:
     return [worlds.step(random_actions(worlds, generator)) for _ in range(num_turns)]
 
 
+def assert_same_rollouts(one: list[Any], other: list[Any]) -> None:
+    for a, b in zip(one, other, strict=True):
+        assert_same([a.rewards, a.observations, a.truncated], [b.rewards, b.observations, b.truncated])
+        assert (a.final_observations is None) == (b.final_observations is None)
+        assert_same(a.final_observations or {}, b.final_observations or {})
+
+
+def varied(**changes: Any) -> Commons:
+    """Two worlds after six turns."""
+    worlds = Commons(CommonsConfig(**VARIED | changes), num_worlds=2)
+    worlds.reset(seed=0)
+    play(worlds, 6, seed=0)
+    return worlds
+
+
 @pytest.mark.parametrize("form", ["grid", "bandit"])
 def test_same_seed_same_rollout(form):
     config = CommonsConfig(form=form, **VARIED)
@@ -247,9 +230,7 @@ def test_same_seed_same_rollout(form):
     assert_same(one.reset(seed=3), other.reset(seed=3))
     third.reset(seed=4)
     rollouts = [play(worlds, 12, seed=0) for worlds in (one, other, third)]
-    for a, b in zip(*rollouts[:2]):
-        assert torch.equal(a.rewards, b.rewards)
-        assert_same(a.observations, b.observations)
+    assert_same_rollouts(*rollouts[:2])
     assert any(not torch.equal(a.rewards, b.rewards) for a, b in zip(rollouts[0], rollouts[2]))
     assert torch.equal(torch.get_rng_state(), state)  # the global generator is left alone
     assert_same(one.reset(seed=3), other.reset(seed=3))
@@ -288,22 +269,15 @@ def test_a_restored_world_goes_on_to_the_bit(form, tmp_path):
     play(worlds, 8, seed=0)
     write_tensors(tmp_path / "state", *worlds.state())
     restored = Commons(config, num_worlds=2)
-    restored.restore(*read_tensors(tmp_path / "state"))
-    assert_same(restored.observations(), worlds.observations())
+    assert_same(restored.restore(*read_tensors(tmp_path / "state")), worlds.observations())
     assert restored.frame(1).tolist() == worlds.frame(1).tolist()
-    for a, b in zip(play(worlds, 14, seed=1), play(restored, 14, seed=1)):
-        assert torch.equal(a.rewards, b.rewards)
-        assert torch.equal(a.truncated, b.truncated)
-        assert_same(a.observations, b.observations)
-        if a.final_observations is not None:
-            assert_same(a.final_observations, b.final_observations)
+    assert_same_rollouts(play(worlds, 14, seed=1), play(restored, 14, seed=1))
     assert worlds.statistics() == restored.statistics()
     assert worlds.turn == restored.turn == 22
 
 
 def test_a_state_is_a_copy_and_must_fit():
-    worlds = Commons(CommonsConfig(**VARIED), num_worlds=2)
-    worlds.reset(seed=0)
+    worlds = varied()
     tensors, metadata = worlds.state()
     json.dumps(metadata)
     copies = {name: tensor.clone() for name, tensor in tensors.items()}
@@ -311,27 +285,45 @@ def test_a_state_is_a_copy_and_must_fit():
     assert_same(tensors, copies)
     for config, num_worlds in ((CommonsConfig(**{**VARIED, "punishment": 24.0}), 2), (worlds.config, 3)):
         other = Commons(config, num_worlds=num_worlds)
-        before = other.state()
+        before = other.state()[0]
         with pytest.raises(CheckpointError, match="another commons"):
             other.restore(tensors, metadata)
-        assert_same(other.state()[0], before[0])
+        assert_same(other.state()[0], before)
     with pytest.raises(CheckpointError, match="forage/cells"):
         worlds.restore({name: tensor for name, tensor in tensors.items() if name != "forage/cells"}, metadata)
 
 
-@pytest.mark.parametrize("damage", ["turn", "num_counted", "device", "rng", "short rng"])
-def test_a_state_that_lacks_something_changes_nothing(damage):
-    worlds = Commons(CommonsConfig(**VARIED), num_worlds=2)
-    worlds.reset(seed=0)
-    play(worlds, 6, seed=0)
+@pytest.mark.parametrize(
+    ("form", "name", "value"),
+    [
+        *(("grid", name, None) for name in ("turn", "num_counted", "device", "rng")),
+        ("grid", "rng", 16),
+        ("grid", "turn", -1),
+        ("grid", "turn", 6.5),
+        ("grid", "epoch_turn", 5),
+        ("grid", "num_counted", -1),
+        ("grid", "level", 1_000_001),
+        ("grid", "last_votes", 3),
+        ("grid", "forage/positions", 0),  # in a wall
+        ("grid", "forage/positions", 10**9),
+        ("grid", "forage/cells", 6),  # walls everywhere
+        ("grid", "forage/cells", -1),
+        ("bandit", "forage/drawn", 20),
+    ],
+)
+def test_a_state_that_no_world_can_be_in_changes_nothing(form, name, value):
+    """Missing (None), cut off, or with an impossible number."""
+    worlds, other = varied(form=form), Commons(CommonsConfig(form=form, **VARIED), num_worlds=2)
     tensors, metadata = worlds.state()
-    if damage == "short rng":
-        tensors["rng"] = tensors["rng"][:16]
+    part = tensors if name in tensors else metadata
+    if value is None:
+        del part[name]
+    elif name == "rng":
+        tensors[name] = tensors[name][:value]
     else:
-        (tensors if damage == "rng" else metadata).pop(damage)
-    other = Commons(worlds.config, num_worlds=2)
+        part[name] = torch.full_like(tensors[name], value) if part is tensors else value
     before = other.state()
-    with pytest.raises(CheckpointError, match="lacks a part"):
+    with pytest.raises(CheckpointError, match="commons" if name == "rng" else name.rpartition("/")[2]):
         other.restore(tensors, metadata)
     assert_same(other.state()[0], before[0])
     assert other.state()[1] == before[1]
@@ -339,9 +331,7 @@ def test_a_state_that_lacks_something_changes_nothing(damage):
 
 def test_a_state_from_a_gpu_goes_on_here_with_other_chance():
     """A CUDA generator's state is 16 bytes, and says nothing to one of the CPU."""
-    worlds = Commons(CommonsConfig(**VARIED), num_worlds=2)
-    worlds.reset(seed=0)
-    play(worlds, 6, seed=0)
+    worlds = varied()
     tensors, metadata = worlds.state()
     rewards = []
     for last_byte in (1, 1, 2):

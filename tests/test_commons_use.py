@@ -10,29 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from commons_worlds import (
-    DESIGN_SCHEDULE,
-    RIGHT,
-    STAY,
-    VARIED,
-    act,
-    assert_same,
-    bandit,
-    drawn,
-    flat,
-    random_actions,
-)
+from commons_worlds import DESIGN_SCHEDULE, RIGHT, STAY, VARIED, act, assert_same, bandit, drawn, random_actions, row
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from settings import spec_segments
 
 from dualhead.agent import DualHeadRecurrentPPO
 from dualhead.config import NetworkConfig, NormConfig
-from dualhead.worlds.commons.actions import (
-    NO_VOTE,
-    VOTE_DOWN,
-    VOTE_UP,
-)
+from dualhead.worlds.commons.actions import NO_VOTE, VOTE_DOWN, VOTE_UP
 from dualhead.worlds.commons.config import CommonsConfig, Phase
 from dualhead.worlds.commons.parallel import parallel_env
 from dualhead.worlds.commons.world import Commons
@@ -40,42 +25,33 @@ from dualhead.worlds.streams import UnavailableEnvironment
 
 # Configuration.
 
+OUT_OF_RANGE = [("num_agents", 0), ("resources", ()), ("resources", ("A", "A")), ("values", {"A": 1.0})]
+OUT_OF_RANGE += [("harms", dict.fromkeys("ABCDE", -1.0)), ("schedule", {**DESIGN_SCHEDULE, "B": (1.1,) * 10})]
+OUT_OF_RANGE += [("punishment", -1.0), ("punishments_are", "random"), ("vote_shift", 0.0), ("vote_shift", 1.5)]
+OUT_OF_RANGE += [("voting_season", 1), ("epoch_turns", 0), ("patch_size", 2), ("window_radius", 0), ("bump", 1.0)]
+OUT_OF_RANGE += [("respawn_probability", 1.1), ("form", "maze"), ("radius", 4)]
+
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_agents": 0}, "num_agents"),
-        ({"resources": ()}, "resources"),
-        ({"resources": ("A", "A")}, "resources"),
+        *(({name: value}, name) for name, value in OUT_OF_RANGE),
         ({"resources": tuple("ABCDEFGHI")}, "1 to 8"),
         ({"resources": ("A", "F")}, r"values.*\['F'\] missing"),
-        ({"values": {"A": 1.0}}, "values"),
         ({"values": dict.fromkeys("ABCDE", math.inf)}, "values.*finite"),
-        ({"harms": dict.fromkeys("ABCDE", -1.0)}, "harms"),
         ({"schedule": {**DESIGN_SCHEDULE, "B": (0.1,)}}, "same number of levels"),
-        ({"schedule": {**DESIGN_SCHEDULE, "B": (1.1,) * 10}}, "schedule"),
         ({"schedule": dict.fromkeys("ABCDE", ())}, "same number of levels"),
-        ({"punishment": -1.0}, "punishment"),
-        ({"punishments_are": "random"}, "punishments_are"),
-        ({"vote_shift": 0.0}, "vote_shift"),
-        ({"vote_shift": 1.5}, "vote_shift"),
         ({"initial_level": 10}, "initial_level.*below 10, got 10"),
-        ({"phases": ()}, "phases"),
+        ({"phases": ()}, "^phases: Tuple should have at least 1 item"),
+        ({"phases": [{"mode": "on"}]}, r"^phases\.0\.mode: Input should be 'voted', 'fixed' or 'off', got 'on'$"),
+        ({"phases": [{"num_turns": 0}]}, "num_turns"),
         ({"phases": (Phase(level=10),)}, "phases.*below 10, got 10"),
         ({"phases": (Phase(), Phase())}, "phase 0 has no num_turns"),
         ({"phases": (Phase(),), "repeat_phases": True}, "phase 0 has no num_turns"),
-        ({"voting_season": 1}, "voting_season"),
         ({"coding": "simple", "stay": True}, "stay"),
-        ({"epoch_turns": 0}, "epoch_turns"),
-        ({"patch_size": 2}, "patch_size"),
-        ({"window_radius": 0}, "window_radius"),
-        ({"bump": 1.0}, "bump"),
         ({"patch_size": 3, "initial_resources": 1}, "at most 0"),
         ({"max_resources": 3, "initial_resources": 4}, "at most 3"),
-        ({"respawn_probability": 1.1}, "respawn_probability"),
         ({"form": "bandit", "menu_size": 6}, "menu_size"),
-        ({"form": "maze"}, "form"),
-        ({"radius": 4}, "radius"),
     ],
 )
 def test_impossible_rules_are_refused(changes, message):
@@ -83,15 +59,19 @@ def test_impossible_rules_are_refused(changes, message):
         CommonsConfig(**changes)
 
 
-def test_phases_and_worlds_are_checked():
-    with pytest.raises(ValueError, match="num_turns"):
-        Phase(num_turns=0)
+def test_numbers_of_worlds_are_checked():
     with pytest.raises(ValueError, match="num_worlds"):
         Commons(num_worlds=0)
     with pytest.raises(ValueError, match="below 2, got 2"):
         Commons(num_worlds=2).ascii(2)
 
 
+PHASES = st.builds(
+    Phase,
+    mode=st.sampled_from(["voted", "fixed", "off"]),
+    level=st.none() | st.integers(0, 9),
+    num_turns=st.none() | st.integers(1, 4),
+)
 RULES = st.fixed_dictionaries(
     {"num_agents": st.integers(1, 3)},
     optional={
@@ -102,16 +82,7 @@ RULES = st.fixed_dictionaries(
         "vote_shift": st.floats(0, 1),
         "initial_level": st.integers(0, 10),
         "level_visible": st.booleans(),
-        "phases": st.lists(
-            st.builds(
-                Phase,
-                mode=st.sampled_from(["voted", "fixed", "off"]),
-                level=st.none() | st.integers(0, 9),
-                num_turns=st.none() | st.integers(1, 4),
-            ),
-            min_size=1,
-            max_size=3,
-        ).map(tuple),
+        "phases": st.lists(PHASES, min_size=1, max_size=3).map(tuple),
         "repeat_phases": st.booleans(),
         "voting_season": st.none() | st.integers(1, 3),
         "coding": st.sampled_from(["pair", "composite", "simple"]),
@@ -140,19 +111,16 @@ def test_rules_are_refused_or_can_be_played(rules, seed):
     worlds.action_space.seed(seed)
     for turn in range(1, 7):
         for stream in range(worlds.num_streams):
-            row = {name: part[stream].numpy()[()] for name, part in flat(observations).items()}
-            heads = {name.partition("/")[2]: row.pop(name) for name in [*row] if name.startswith("action_mask/")}
-            assert worlds.observation_space.contains(row | ({"action_mask": heads} if heads else {})), row
+            assert worlds.observation_space.contains(row(observations, stream)), stream
         samples = [worlds.action_space.sample() for _ in range(worlds.num_streams)]
-        if config.coding == "pair":
-            samples = [[sample["move"], sample["vote"]] for sample in samples]
-        step = worlds.step(np.array(samples))
+        pairs = config.coding == "pair"
+        step = worlds.step(np.array([[*sample.values()] for sample in samples] if pairs else samples))
         assert torch.isfinite(step.rewards).all()
         assert step.truncated.all() == step.truncated.any() == (turn % config.epoch_turns == 0)
         assert (step.final_observations is None) == (not step.truncated.any())
         assert ((worlds.level >= 0) & (worlds.level <= 1)).all()
         if config.max_resources is not None and config.form == "grid":
-            inside = worlds.forage.codes(slice(None))[:, 1:-1, 1:-1]
+            inside = worlds.forage.codes()[:, 1:-1, 1:-1]
             assert (inside > 0).sum((1, 2)).max() <= config.max_resources
         observations = step.observations
     assert_same(observations, worlds.observations())
@@ -164,38 +132,22 @@ def test_rules_are_refused_or_can_be_played(rules, seed):
 @pytest.mark.parametrize("form", ["grid", "bandit"])
 @pytest.mark.parametrize("coding", ["pair", "composite"])
 def test_an_agent_learns_from_it_with_norms(form, coding):
-    config = CommonsConfig(
-        form=form,
-        coding=coding,
-        num_agents=3,
-        epoch_turns=5,
-        respawn_probability=0.3,
-        voting_season=3,
-        agent_index=True,
-    )
-    worlds = Commons(config, num_worlds=2)
+    rules = {"num_agents": 3, "epoch_turns": 5, "respawn_probability": 0.3, "voting_season": 3, "agent_index": True}
+    worlds = Commons(CommonsConfig(form=form, coding=coding, **rules), num_worlds=2)
     agent = DualHeadRecurrentPPO(
         worlds.observation_space,
         worlds.action_space,
         num_streams=worlds.num_streams,
         config=spec_segments(rollout_length=8, sequence_length=4, batch_size=24),
         network=NetworkConfig.spec(hidden_size=16, encoder_sizes=(16,)),
-        norms=NormConfig(resources=config.resources, internalization_threshold=0.0),
+        norms=NormConfig(resources=worlds.resources, internalization_threshold=0.0),
     )
     observations = worlds.reset(seed=0)
-    collected = 0
     while not agent.rollout_is_ready:
         step = worlds.step(agent.act(observations))
-        collected += int(worlds.events.collected.sum())
-        agent.record(
-            step.rewards,
-            step.terminated,
-            step.truncated,
-            final_observations=step.final_observations,
-            events=worlds.events,
-        )
+        seen = {"final_observations": step.final_observations, "events": worlds.events}
+        agent.record(step.rewards, step.terminated, step.truncated, **seen)
         observations = step.observations
-    assert collected
     assert agent.norms.strengths.sum() > 0
     metrics = agent.learn(observations)
     assert all(math.isfinite(value) for value in metrics.values())
@@ -257,6 +209,9 @@ def test_a_parallel_env_is_the_batched_world():
     assert collections
     with pytest.raises(ValueError, match="agent_2"):
         env.step({"agent_0": {"move": 0, "vote": 0}, "agent_1": {"move": 0, "vote": 0}})
+    for wrong in ({"move": 0}, 0, None):
+        with pytest.raises(ValueError, match="action"):
+            env.step({"agent_0": {"move": 0, "vote": 0}, "agent_1": wrong, "agent_2": {"move": 0, "vote": 0}})
     turn = env.commons.turn
     env.reset()  # in the middle of an epoch: a fresh one, the same run
     assert env.commons.turn == turn
@@ -327,21 +282,17 @@ def test_statistics_are_means_per_agent_and_turn():
     assert set(worlds.statistics().values()) == {0.0}
     act(worlds, RIGHT, torch.tensor([VOTE_UP, VOTE_UP]))
     act(worlds, RIGHT, torch.tensor([VOTE_DOWN, NO_VOTE]))
-    statistics = worlds.statistics()
     expected = {
-        "taken/A": 1 / 4,
-        "taken/B": 1 / 4,
-        "punished/A": 1 / 4,
-        "punished/B": 1 / 4,  # met at level 1 or 2, where B costs something
-        "votes/up": 2 / 4,
-        "votes/down": 1 / 4,
-        "level": (0.2 + 0.1) / 2,
-        "harm/dealt": 5 / 4,
-        "harm/received": 5 / 4,
+        "taken": {"A": 1 / 4, "B": 1 / 4, "C": 0},
+        "punished": {"A": 1 / 4, "B": 1 / 4, "C": 0},  # B was met at level 1 or 2, where it costs something
+        "votes": {"up": 2 / 4, "down": 1 / 4},
+        "harm": {"dealt": 5 / 4, "received": 5 / 4},
     }
-    for name, value in expected.items():
-        assert statistics[f"commons/{name}"] == pytest.approx(value), name
-    assert statistics["commons/taken/C"] == 0
+    statistics = worlds.statistics()
+    assert statistics["commons/level"] == pytest.approx((0.2 + 0.1) / 2)
+    for what, numbers in expected.items():
+        for name, value in numbers.items():
+            assert statistics[f"commons/{what}/{name}"] == pytest.approx(value), (what, name)
     assert worlds.statistics()["commons/taken/A"] == 0  # reading begins anew
 
 

@@ -1,5 +1,6 @@
 """What runs on a GPU, without one: device by device the same numbers, no mixing, and no waiting while acting."""
 
+import agents
 import numpy as np
 import pytest
 import torch
@@ -7,8 +8,8 @@ from gymnasium import spaces
 from pretended_device import DEVICE, DeviceTensor, pretended_device
 from settings import spec_segments, take_step
 
-from dualhead.agent import DualHeadRecurrentPPO
 from dualhead.config import NetworkConfig, NormConfig, TurnoverConfig
+from dualhead.errors import DataError
 from dualhead.networks.heads import FactoredCategorical
 from dualhead.norms import NormEvents
 from dualhead.running.config import RunConfig
@@ -17,7 +18,7 @@ from dualhead.running.playing import Player
 from dualhead.running.session import Session
 from dualhead.snapshot import live_tensors
 from dualhead.spaces import ObservationSpec
-from dualhead.types import DataError, on_device
+from dualhead.types import on_device
 from dualhead.worlds.commons.config import CommonsConfig
 from dualhead.worlds.commons.world import Commons
 from dualhead.worlds.streams import StreamStep
@@ -40,6 +41,7 @@ SETTINGS = {
     "normalize_observations": True,
     "normalize_rewards": True,
 }
+NORMS = NormConfig(resources=("A", "B"), internalization_threshold=0.5)
 
 
 @pytest.fixture
@@ -73,16 +75,19 @@ class Experience:
         return (rewards, terminated, truncated), {"final_observations": self.observations(), "events": events}
 
 
-def make_agent(device="cpu", *, memory="lstm", num_streams=B, action_space=HEADS, norms=True, **settings):
-    return DualHeadRecurrentPPO(
-        SPACE,
-        action_space,
-        num_streams=num_streams,
-        device=device,
-        config=spec_segments(**SETTINGS | settings),
-        network=NetworkConfig.spec(memory=memory, hidden_size=8, num_layers=2, encoder_sizes=(8,)),
-        norms=NormConfig(resources=("A", "B"), internalization_threshold=0.5) if norms else None,
-    )
+def make_agent(device="cpu", memory="lstm", **given):
+    given = {"observation_space": SPACE, "action_space": HEADS, "num_layers": 2, "norms": NORMS} | SETTINGS | given
+    return agents.make_agent(memory, device=device, dtype=torch.float32, **given)
+
+
+def take_steps(agent, num_steps):
+    """Steps without an update; the experience goes on with the observations after them."""
+    experience = Experience()
+    for _ in range(num_steps):
+        agent.act(experience.observations())
+        answer, known = experience.answer()
+        agent.record(*answer, **known)
+    return experience
 
 
 def train(agent, *, num_steps, before=lambda: None, after=lambda call: None):
@@ -122,8 +127,8 @@ def assert_same_run(ours, theirs):
     ],
 )
 def test_an_agent_trains_on_a_device_as_on_the_cpu(device, memory, settings):
-    expected = train(make_agent(memory=memory, **settings), num_steps=13)
-    agent = make_agent(DEVICE, memory=memory, **settings)
+    expected = train(make_agent("cpu", memory, **settings), num_steps=13)
+    agent = make_agent(DEVICE, memory, **settings)
     assert_same_run(train(agent, num_steps=13), expected)
     for name, tensor in live_tensors(agent).items():
         assert isinstance(tensor, DeviceTensor) != name.startswith("rng/"), name
@@ -131,18 +136,11 @@ def test_an_agent_trains_on_a_device_as_on_the_cpu(device, memory, settings):
 
 def test_many_streams_and_gaussian_actions(device):
     # From 32 streams on, acting calls the sequence kernel.
-    box = spaces.Box(-2.0, 2.0, (2,), np.float32)
-    space = spaces.Box(-1.0, 1.0, (4,), np.float32)
+    spaces_of = {"observation_space": spaces.Box(-1, 1, (4,)), "action_space": spaces.Box(-2, 2, (2,)), "norms": None}
+    settings = {"num_streams": 40, "rollout_length": 4, "batch_size": 80, "normalize_observations": False}
     results = []
     for where in ("cpu", DEVICE):
-        agent = DualHeadRecurrentPPO(
-            space,
-            box,
-            num_streams=40,
-            device=where,
-            config=spec_segments(rollout_length=4, batch_size=80, num_epochs=2),
-            network=NetworkConfig.spec(hidden_size=8, num_layers=2, encoder_sizes=(8,)),
-        )
+        agent = make_agent(where, **spaces_of, **settings)
         rng = np.random.default_rng(0)
         actions = []
         for _ in range(4):
@@ -164,11 +162,7 @@ def test_an_update_does_not_wait_for_its_minibatches(device):
     waited = []
     for num_epochs in (4, 8):
         agent = make_agent(DEVICE, num_epochs=num_epochs, batch_size=3)
-        experience = Experience()
-        for _ in range(6):
-            agent.act(experience.observations())
-            answer, known = experience.answer()
-            agent.record(*answer, **known)
+        experience = take_steps(agent, 6)
         device.counts.clear()
         metrics = agent.learn(experience.observations())
         assert metrics["update/optimizer_steps"] >= 5 * num_epochs
@@ -178,12 +172,10 @@ def test_an_update_does_not_wait_for_its_minibatches(device):
 
 def test_tensors_of_the_device_stay_there(device):
     agent = make_agent(DEVICE)
-    observations = {
-        name: {"move": on_device(torch.as_tensor(part["move"]), DEVICE)}
-        if isinstance(part, dict)
-        else on_device(torch.as_tensor(part), DEVICE)
-        for name, part in Experience().observations().items()
-    }
+    observations = Experience().observations()
+    moves = on_device(torch.as_tensor(observations.pop("action_mask")["move"]), DEVICE)
+    observations = {name: on_device(torch.as_tensor(part), DEVICE) for name, part in observations.items()}
+    observations["action_mask"] = {"move": moves}
     device.counts.clear()
     actions = agent.act(observations)
     assert all(isinstance(part, DeviceTensor) for part in actions.values())
@@ -193,32 +185,27 @@ def test_tensors_of_the_device_stay_there(device):
 @pytest.mark.parametrize(
     ("part", "number", "message"),
     [
-        ("vector", np.nan, r"'vector' of stream 1 is nan: expected finite"),
-        ("index", 6, r"'index' of stream 1 is 6: expected Discrete"),
-        ("indices", 3, r"'indices' of stream 1 is 3: expected MultiDiscrete"),
+        ("vector", np.nan, "'vector' of stream 1 is nan: expected finite"),
+        ("index", 6, "'index' of stream 1 is 6: expected Discrete"),
+        ("indices", 3, "'indices' of stream 1 is 3: expected MultiDiscrete"),
+        ("action_mask/move", 0, "'action_mask' of stream 1 allows no choice"),
     ],
 )
 def test_wrong_observations_are_found_at_once_from_the_host_and_in_learn_from_the_device(device, part, number, message):
     bad = Experience().observations()
-    bad[part][1] = number
+    leaf, _, head = part.partition("/")
+    (bad[leaf][head] if head else bad[leaf])[1] = number
     with pytest.raises(DataError, match=message):
         make_agent(DEVICE).act(bad)
     agent = make_agent(DEVICE)
-    for _ in range(2):
-        agent.act(Experience().observations())
-        agent.record(*Experience().answer()[0], events=Experience().answer()[1]["events"],
-                     final_observations=Experience().observations())  # fmt: skip
-    agent.rollout_memory.observations[part][2 + 1, 1] = number
-    with pytest.raises(DataError, match=message):
+    take_steps(agent, 2)
+    agent.rollout_memory.observations[part][agent.rollout_memory.max_tail + 1, 1] = number
+    with pytest.raises(DataError, match="step 2 of this rollout of 2: .*" + message):
         agent.learn(Experience().observations(), partial=True)
 
 
-def test_a_mask_without_a_choice_and_a_bad_reward_are_refused(device):
+def test_wrong_rewards_are_found_at_once_from_the_host_and_in_learn_from_the_device(device):
     agent = make_agent(DEVICE)
-    bad = Experience().observations()
-    bad["action_mask"]["move"][2] = 0
-    with pytest.raises(DataError, match="'action_mask' of stream 2 allows no choice"):
-        agent.act(bad)
     agent.act(Experience().observations())
     answer, known = Experience().answer()
     with pytest.raises(DataError, match="reward of stream 1 is inf"):
@@ -226,17 +213,6 @@ def test_a_mask_without_a_choice_and_a_bad_reward_are_refused(device):
     agent.record(*answer, **known)
     agent.rollout_memory.rewards[0, 2] = torch.inf
     with pytest.raises(DataError, match="reward of stream 2 is inf"):
-        agent.learn(Experience().observations(), partial=True)
-
-
-def test_a_mask_without_a_choice_that_came_from_the_device_is_refused_in_learn(device):
-    agent = make_agent(DEVICE)
-    for _ in range(2):
-        agent.act(Experience().observations())
-        answer, known = Experience().answer()
-        agent.record(*answer, **known)
-    agent.rollout_memory.observations["action_mask/move"][agent.rollout_memory.max_tail + 1, 2] = 0
-    with pytest.raises(DataError, match="step 2 of this rollout of 2: 'action_mask' of stream 2 allows no choice"):
         agent.learn(Experience().observations(), partial=True)
 
 
@@ -344,7 +320,7 @@ def test_returns_are_the_same_however_late_rewards_arrive(device):
 
 
 def test_a_policy_on_a_device_is_played_with_arrays(device):
-    agent = make_agent(DEVICE, norms=False)
+    agent = make_agent(DEVICE, norms=None)
     player = Player(agent.policy, SPACE, HEADS)
     experience = Experience()
     for starts in ([True] * B, [False, True, False]):

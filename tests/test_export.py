@@ -1,6 +1,5 @@
 """An exported policy answers as ours does, over whole episodes, and its JSON file is all that one needs to use it."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -12,10 +11,11 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from agents import make_agent
 from gymnasium import spaces
 from saved_runs import randomize, save_run
 
-from dualhead import Player, load_policy
+from dualhead import MemoryCell, Player, RecurrentState, load_policy
 from dualhead.cli import main
 from dualhead.config import NetworkConfig
 from dualhead.networks.policy import RecurrentPolicy
@@ -24,7 +24,6 @@ from dualhead.running.export import StepGraph, export, to_onnx, verify
 from dualhead.spaces import ActionSpec, ObservationSpec
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "06_serve_onnx.py"
-STEPS = 200
 BOX = spaces.Box(-np.inf, np.inf, (5,), np.float32)
 HEADS = spaces.Dict(move=spaces.Discrete(4, start=1), vote=spaces.MultiDiscrete([3, 2]))
 OBSERVATIONS = {
@@ -59,10 +58,68 @@ def make_policy(observation_space, action_space, memory, num_layers=2, **shape):
     return policy, spec, actions
 
 
-def session_of(contents):
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    return onnxruntime.InferenceSession(contents, options)
+def exported(policy, spec, actions):
+    graph = StepGraph(policy, spec, actions)
+    return to_onnx(graph), json.loads(json.dumps(graph.describe(), allow_nan=False))
+
+
+class Served:
+    """An exported policy that plays by its JSON file alone."""
+
+    def __init__(self, contents, description, batch=1):
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        self.session = onnxruntime.InferenceSession(contents, options)
+        self.description, self.batch, self.state = description, batch, {}
+
+    def step(self, observation, starts, action=None, reward=None):
+        """Outputs by name; `action` in the policy's terms and `reward` are of the step before."""
+        starts, inputs = np.broadcast_to(starts, self.batch), {}
+        for port in self.description["inputs"]:
+            name, shape = port["name"], [self.batch if n == "batch" else n for n in port["shape"]]
+            if port["role"] == "state":
+                inputs[name] = self.state.get(name, np.zeros(shape, port["dtype"]))
+                inputs[name][:, starts] = 0
+            elif port["role"] == "previous_action":
+                blank = 0 if self.description["actions"]["kind"] == "gaussian" else -1
+                inputs[name] = np.where(starts[:, None], blank, np.zeros(shape) if action is None else action)
+            elif port["role"] == "previous_reward":
+                inputs[name] = np.where(starts, 0, 0 if reward is None else reward)
+            else:
+                part = observation
+                for key in port["part"].split("/") if port["part"] else []:
+                    part = part[int(key) if key.isdigit() else key]
+                inputs[name] = np.asarray(part).reshape(shape)
+            inputs[name] = inputs[name].astype(port["dtype"])
+        names = [port["name"] for port in self.description["outputs"]]
+        outputs = dict(zip(names, self.session.run(names, inputs)))
+        self.state = {pair["input"]: outputs[pair["output"]] for pair in self.description["state"]}
+        return outputs
+
+    def heads(self, outputs):
+        """[batch, K] likeliest index of each head."""
+        return np.stack([outputs[head["output"]].argmax(-1) for head in self.description["actions"]["heads"]], axis=1)
+
+    def act(self, outputs):
+        """Deterministic action of the first stream in the environment's form."""
+        how = self.description["actions"]
+        if how["kind"] == "gaussian":
+            x = np.where(how["bounded"], outputs["mean"][0].clip(-1, 1), outputs["mean"][0])
+            low = [-np.inf if n is None else n for n in how["low"]]
+            high = [np.inf if n is None else n for n in how["high"]]
+            return (x * how["scale"] + how["offset"]).clip(low, high)
+        action = {}
+        for head, index in zip(how["heads"], self.heads(outputs)[0].tolist()):
+            index, place = index + head["start"], head["place"]
+            if not place:
+                return index
+            if isinstance(place[0], int):
+                action.setdefault("whole", []).append(index)
+            elif len(place) == 1:
+                action[place[0]] = index
+            else:
+                action.setdefault(place[0], []).append(index)
+        return action.get("whole", action)
 
 
 def sample(space, batch, rng):
@@ -78,50 +135,23 @@ def sample(space, batch, rng):
     return seen
 
 
-def part_of(observation, name):
-    for key in [] if name is None else name.split("/"):
-        observation = observation[int(key)] if isinstance(observation, tuple) else observation[key]
-    return observation
-
-
-def zeros(description, batch):
-    shapes = {port["name"]: port["shape"] for port in description["inputs"]}
-    return {
-        name: np.zeros([batch if n == "batch" else n for n in shapes[name]], np.float32)
-        for name in (pair["input"] for pair in description["state"])
-    }
-
-
-def inputs_of(description, observation, batch):
-    """Observation and mask inputs as the JSON file asks for them."""
-    inputs = {}
-    for port in description["inputs"]:
-        if port["role"] != "state":
-            array = np.asarray(part_of(observation, port["part"])).astype(port["dtype"])
-            inputs[port["name"]] = array.reshape([batch if n == "batch" else n for n in port["shape"]])
-    return inputs
-
-
-def play_both(policy, spec, session, description, *, batch, steps=STEPS):
-    """Differences of ONNX Runtime and policy over random observations, each with its own state, resets at random."""
-    rng = np.random.default_rng(batch)
-    ours, theirs = policy.initial_state(batch), zeros(description, batch)
-    names = [port["name"] for port in description["outputs"]]
-    worst = 0.0
+def largest_difference(policy, spec, contents, description, *, batch, steps):
+    """Of ONNX Runtime and the policy over random observations, each with its own state, resets at random."""
+    rng, served, ours = np.random.default_rng(batch), Served(contents, description, batch), policy.initial_state(batch)
+    worst, starts = 0.0, np.ones(batch, bool)
     for _ in range(steps):
         seen = sample(spec.space, batch, rng)
-        tensors = spec.to_tensors(seen, batch, device=policy.device, dtype=policy.dtype)
+        given = served.step(seen, starts)
+        ours = ours.reset_where(torch.from_numpy(starts))
         with torch.no_grad():
-            output, ours = policy.step(tensors, ours)
-        given = dict(zip(names, session.run(names, inputs_of(description, seen, batch) | theirs)))
-        theirs = {pair["input"]: given[pair["output"]] for pair in description["state"]}
+            output, ours = policy.step(spec.to_tensors(seen, batch, dtype=policy.dtype), ours)
         expected = {"value": output.values}
         if description["actions"]["kind"] == "gaussian":
             std = output.distribution.log_std.detach().exp().expand(batch, -1)
             expected |= {"mean": output.distribution.mean, "std": std}
         else:
-            for head, logits in zip(description["actions"]["heads"], output.distribution.logits):
-                expected[head["output"]] = logits
+            heads = description["actions"]["heads"]
+            expected |= {head["output"]: logits for head, logits in zip(heads, output.distribution.logits)}
         if description["state"]:
             expected |= {f"next_state/{name}": part for name, part in ours.parts.items()}
         assert expected.keys() == given.keys()
@@ -131,24 +161,25 @@ def play_both(policy, spec, session, description, *, batch, steps=STEPS):
             assert (given[name][~legal] < -1e30).all()
             worst = max(worst, np.abs(given[name] - tensor.numpy())[legal].max())
         starts = rng.random(batch) < 0.05
-        ours = ours.reset_where(torch.from_numpy(starts))
-        for part in theirs.values():
-            part[:, starts] = 0.0
     return worst
 
 
 @pytest.mark.parametrize("memory", ["lstm", "gru", "none"])
-@pytest.mark.parametrize(
-    ("kind", "action_space"),
-    [("vector", HEADS), ("grid", HEADS), ("dict", HEADS), ("vector", spaces.Box(-2.0, 2.0, (3,), np.float32))],
-    ids=["vector", "grid", "dict", "box"],
-)
-def test_onnx_equals_ours_over_episodes(memory, kind, action_space):
-    policy, spec, actions = make_policy(OBSERVATIONS[kind], action_space, memory)
-    graph = StepGraph(policy, spec, actions)
-    session, description = session_of(to_onnx(graph)), graph.describe()
-    for batch in (1, 64):
-        assert play_both(policy, spec, session, description, batch=batch) < 1e-5
+@pytest.mark.parametrize("kind", [*OBSERVATIONS, "box action"])
+def test_onnx_equals_ours_over_episodes(kind, memory):
+    action_space = spaces.Box(-2.0, 2.0, (3,), np.float32) if kind == "box action" else HEADS
+    policy, spec, actions = make_policy(OBSERVATIONS.get(kind, BOX), action_space, memory)
+    contents, description = exported(policy, spec, actions)
+    for batch, steps in ((1, 50), (32, 50)):
+        assert largest_difference(policy, spec, contents, description, batch=batch, steps=steps) < 1e-5
+    types, session = {"float32": "float"}, Served(contents, description).session
+    for ports, asked in (
+        (description["inputs"], session.get_inputs()),
+        (description["outputs"], session.get_outputs()),
+    ):
+        assert [(p["name"], f"tensor({types.get(p['dtype'], p['dtype'])})", p["shape"]) for p in ports] == [
+            (port.name, port.type, port.shape) for port in asked
+        ]
 
 
 @pytest.mark.parametrize("action_space", [HEADS, spaces.Box(-2.0, 2.0, (3,), np.float32)], ids=["heads", "box"])
@@ -162,66 +193,65 @@ def test_onnx_equals_ours_over_episodes(memory, kind, action_space):
     ids=["everything", "critic without memory", "actor without memory"],
 )
 def test_onnx_sees_the_step_before_as_a_player_does(shape, action_space):
-    """By the inputs' names alone: previous/action is -1 (0 of a Box) and previous/reward 0 where an episode starts."""
-    policy, spec, actions = make_policy(BOX, action_space, shape.get("memory", "lstm"), **shape_without_memory(shape))
-    graph = StepGraph(policy, spec, actions)
-    contents = to_onnx(graph)
-    session, description = session_of(contents), graph.describe()
-    assert verify(contents, graph)["largest_difference"] < 1e-5
-    names = [port["name"] for port in description["outputs"]]
+    """previous/action is -1 (0 of a Box) and previous/reward 0 where an episode starts."""
+    policy, spec, actions = make_policy(BOX, action_space, **{"memory": "lstm", **shape})
+    contents, description = exported(policy, spec, actions)
+    assert verify(contents, StepGraph(policy, spec, actions))["largest_difference"] < 1e-5
+    assert {port["name"] for port in description["inputs"] if port["name"].startswith("previous/")} == {
+        f"previous/{what}" for what in ("action", "reward") if shape.get(f"previous_{what}")
+    }
     batch, rng = 5, np.random.default_rng(0)
-    player = Player(policy, BOX, action_space)
-    state = zeros(description, batch)
-    is_box = description["actions"]["kind"] == "gaussian"
-    blank = np.zeros((batch, 3), np.float32) if is_box else np.full((batch, 3), -1, np.int64)
-    action, reward, starts = blank, np.zeros(batch, np.float32), np.ones(batch, bool)
+    player, served = Player(policy, BOX, action_space), Served(contents, description, batch)
+    action, reward, starts = None, np.zeros(batch), np.ones(batch, bool)
     for _ in range(60):
         seen = rng.normal(size=(batch, 5)).astype(np.float32)
         wanted = player.act(seen, starts, rewards=reward)
-        given = {"previous/action": np.where(starts[:, None], blank, action)}
-        given["previous/reward"] = np.where(starts, 0, reward).astype(np.float32)
-        asked = {port["name"] for port in description["inputs"]}
-        assert set(given) & asked == {
-            f"previous/{what}" for what in ("action", "reward") if shape.get(f"previous_{what}")
-        }
-        for part in state.values():
-            part[:, starts] = 0.0
-        inputs = {"observation": seen} | {name: part for name, part in given.items() if name in asked} | state
-        outputs = dict(zip(names, session.run(names, inputs)))
-        state = {pair["input"]: outputs[pair["output"]] for pair in description["state"]}
-        if is_box:
-            action = outputs["mean"].clip(-1, 1)
-            np.testing.assert_allclose(action * 2, wanted, rtol=0, atol=1e-5)
-        else:
-            action = np.stack([outputs[head["output"]].argmax(-1) for head in description["actions"]["heads"]], axis=1)
+        outputs = served.step(seen, starts, action, reward)
+        if action_space is HEADS:
+            action = served.heads(outputs)
             together = np.concatenate([wanted["move"][:, None] - 1, wanted["vote"]], axis=1)
             np.testing.assert_array_equal(action, together)
+        else:
+            action = outputs["mean"].clip(-1, 1)
+            np.testing.assert_allclose(action * 2, wanted, rtol=0, atol=1e-5)
         reward, starts = rng.normal(size=batch).astype(np.float32), rng.random(batch) < 0.1
 
 
-def shape_without_memory(shape):
-    return {name: value for name, value in shape.items() if name != "memory"}
+class Ages(MemoryCell):
+    """Its output depends on whether, and on how many steps, an episode has been going on."""
+
+    def __init__(self, input_size, hidden_size):
+        super().__init__(hidden_size, state_shapes={"h": (1, hidden_size)})
+        self.layer = torch.nn.Linear(input_size, hidden_size)
+
+    def initial_state(self, batch, *, device, dtype):
+        h = super().initial_state(batch, device=device, dtype=dtype).h
+        return RecurrentState(
+            h=h, begun=torch.zeros(1, batch, dtype=torch.bool), age=torch.zeros_like(h[..., 0]).long()
+        )
+
+    def step(self, features, state):
+        begun, age = state.parts["begun"], state.parts["age"]
+        h = self.layer(features) + 0.5 * state.h[0] + age[0, :, None] % 3 - 2.0 * begun[0, :, None]
+        return h, RecurrentState(h=h[None], begun=torch.ones_like(begun), age=age + 1)
 
 
-@pytest.mark.parametrize("kind", OBSERVATIONS)
-def test_every_kind_of_observation(kind):
-    policy, spec, actions = make_policy(OBSERVATIONS[kind], HEADS, "lstm", num_layers=1)
-    graph = StepGraph(policy, spec, actions)
-    session, description = session_of(to_onnx(graph)), graph.describe()
-    assert play_both(policy, spec, session, description, batch=3, steps=20) < 1e-5
-    types = {"float32": "float"}
+def test_states_of_every_dtype(tmp_path):
+    description = export(make_agent(Ages, dtype=torch.float32), tmp_path / "policy.onnx")
+    assert description["verified"]["largest_difference"] < 1e-5
+    session = Served((tmp_path / "policy.onnx").read_bytes(), description).session
     for ports, asked in (
         (description["inputs"], session.get_inputs()),
         (description["outputs"], session.get_outputs()),
     ):
-        assert [(p["name"], f"tensor({types.get(p['dtype'], p['dtype'])})", p["shape"]) for p in ports] == [
-            (port.name, port.type, port.shape) for port in asked
-        ]
+        assert [port["dtype"] for port in ports if port["role"] == "state"] == ["float32", "bool", "int64"]
+        types = {port.name: port.type for port in asked if "state/" in port.name}
+        assert list(types.values()) == ["tensor(float)", "tensor(bool)", "tensor(int64)"]
 
 
 def test_pictures_stay_uint8():
     policy, spec, actions = make_policy(OBSERVATIONS["dict"], HEADS, "gru")
-    described = {port["part"]: port["dtype"] for port in StepGraph(policy, spec, actions).describe()["inputs"][:5]}
+    described = {port["part"]: port["dtype"] for port in StepGraph(policy, spec, actions).inputs[:5]}
     assert described == {
         "action_mask/move": "int8",
         "action_mask/vote_1": "int8",
@@ -229,27 +259,6 @@ def test_pictures_stay_uint8():
         "inner/h": "float32",
         "inner/kind": "int64",
     }
-
-
-def decode(how, outputs):
-    """Deterministic action of the only stream, by the words of the JSON file."""
-    if how["kind"] == "gaussian":
-        x = np.where(how["bounded"], outputs["mean"][0].clip(-1, 1), outputs["mean"][0])
-        low = [-np.inf if n is None else n for n in how["low"]]
-        high = [np.inf if n is None else n for n in how["high"]]
-        return (x * how["scale"] + how["offset"]).clip(low, high)
-    action = {}
-    for head in how["heads"]:
-        index, place = int(outputs[head["output"]][0].argmax()) + head["start"], head["place"]
-        if not place:
-            return index
-        if isinstance(place[0], int):
-            action.setdefault("whole", []).append(index)
-        elif len(place) == 1:
-            action[place[0]] = index
-        else:
-            action.setdefault(place[0], []).append(index)
-    return action.get("whole", action)
 
 
 @pytest.mark.parametrize(
@@ -264,16 +273,11 @@ def decode(how, outputs):
 )
 def test_actions_by_the_json_file(action_space):
     policy, spec, actions = make_policy(BOX, action_space, "none", num_layers=1)
-    graph = StepGraph(policy, spec, actions)
-    session, description = session_of(to_onnx(graph)), json.loads(json.dumps(graph.describe(), allow_nan=False))
-    names = [port["name"] for port in description["outputs"]]
+    served, player = Served(*exported(policy, spec, actions)), Player(policy, BOX, action_space)
     rng = np.random.default_rng(0)
     for _ in range(30):
         seen = 3 * rng.normal(size=(1, 5)).astype(np.float32)
-        action = decode(description["actions"], dict(zip(names, session.run(names, {"observation": seen}))))
-        output, _ = policy.step({"observation": torch.from_numpy(seen)}, policy.initial_state(1))
-        wanted = actions.to_env(output.distribution.mode().detach(), numpy=True)
-        wanted = {key: part[0] for key, part in wanted.items()} if isinstance(wanted, dict) else wanted[0]
+        action, wanted = served.act(served.step(seen, True)), player.act(seen[0], True)
         assert (action.keys() if isinstance(action, dict) else None) == getattr(wanted, "keys", lambda: None)()
         for got, want in zip(*(x.values() if isinstance(x, dict) else [x] for x in (action, wanted))):
             np.testing.assert_allclose(got, want, atol=1e-5)
@@ -291,17 +295,11 @@ def test_an_exported_run_plays_its_environment(tmp_path, capsys):
     description = json.loads(out.with_suffix(".json").read_text())
     assert description["run"]["checkpoint"] == "step-000000000000.safetensors"
     assert description["verified"]["largest_difference"] < 1e-5
-    session = session_of(out.read_bytes())
-    names = [port["name"] for port in description["outputs"]]
-    player, env = load_policy(run), gym.make("dualhead/PendulumNoVel-v1")
+    served, player, env = Served(out.read_bytes(), description), load_policy(run), gym.make("dualhead/PendulumNoVel-v1")
     seen, start, played = env.reset(seed=0)[0], True, []
-    for _ in range(2 * STEPS + 20):  # two whole episodes and the beginning of a third
-        if start:
-            state = zeros(description, 1)
-        outputs = dict(zip(names, session.run(names, inputs_of(description, seen, 1) | state)))
-        state = {pair["input"]: outputs[pair["output"]] for pair in description["state"]}
+    for _ in range(420):  # two whole episodes and the beginning of a third
         wanted = player.act(seen, start)
-        np.testing.assert_allclose(decode(description["actions"], outputs), wanted, atol=3e-5)
+        np.testing.assert_allclose(served.act(served.step(seen, start)), wanted, atol=3e-5)
         played.append(wanted)
         seen, _, _, start, _ = env.step(wanted)
         if start:
@@ -328,13 +326,12 @@ def test_a_graph_that_differs_is_not_let_through(tmp_path, monkeypatch):
 
 def test_missing_packages_are_said(tmp_path, monkeypatch, capsys):
     run, out = save_run(tmp_path / "run"), tmp_path / "policy.onnx"
-    real, missing = importlib.util.find_spec, "onnxruntime"
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == missing else real(name, *a))
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
     assert main(["export", str(run), "--out", str(out)]) == 0
     assert "not checked: ONNX Runtime is not installed (pip install -e '.[onnx]'" in capsys.readouterr().out
     assert json.loads(out.with_suffix(".json").read_text())["verified"] is None
     out.unlink()
-    missing = "onnx"
+    monkeypatch.setitem(sys.modules, "onnx", None)
     assert main(["export", str(run), "--out", str(out)]) == 1
     assert "error: exporting needs the package onnx: pip install -e '.[onnx]'" in capsys.readouterr().err
     assert not out.exists()

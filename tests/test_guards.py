@@ -1,6 +1,5 @@
 """What is not finite: minibatches are skipped, environments are named, and a run that diverged says where to go on."""
 
-import csv
 import itertools
 import math
 import re
@@ -9,34 +8,32 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from agents import make_agent
 from gymnasium import spaces
-from settings import spec_segments
+from saved_runs import rows_of
 
-from dualhead import DataError, DualHeadRecurrentPPO, NetworkConfig
+from dualhead import DataError
 from dualhead.cli import main
+from dualhead.errors import DivergedError
 from dualhead.learning import update
 from dualhead.running.checkpoint import checkpoints
-from dualhead.types import DivergedError
 
-NETWORK = NetworkConfig.spec(hidden_size=5, encoder_sizes=(4,))
 NOBODY = np.zeros(2, bool)
 
 
 def agent_with_rollout(agent=None, **settings):
     """An agent of two streams with a full rollout of 8 steps; a minibatch takes 8 of the 16."""
-    settings = {"rollout_length": 8, "sequence_length": 4, "batch_size": 8, "num_epochs": 2, **settings}
-    agent = agent or DualHeadRecurrentPPO(
-        spaces.Box(-1, 1, (3,)), spaces.Discrete(2), num_streams=2, config=spec_segments(**settings), network=NETWORK
-    )
+    settings = {"rollout_length": 8, "sequence_length": 4, "batch_size": 8, "dtype": torch.float32, **settings}
+    agent = agent or make_agent(num_streams=2, **settings)
     numbers = np.random.default_rng(agent.num_steps)
     while not agent.rollout_is_ready:
-        agent.act(numbers.uniform(-1, 1, (2, 3)).astype(np.float32))
+        agent.act(numbers.uniform(-1, 1, (2, 3)))
         agent.record(numbers.normal(size=2), NOBODY, NOBODY)
     return agent
 
 
 def learn(agent):
-    return agent.learn(np.zeros((2, 3), np.float32))
+    return agent.learn(np.zeros((2, 3)))
 
 
 def weights_and_moments(agent):
@@ -46,23 +43,18 @@ def weights_and_moments(agent):
 
 def spoil(monkeypatch, agent, what, *, calls):
     """Makes the loss or one gradient of some minibatches (counted from 1 over all updates from now on) not finite."""
-    count = [0]
-
+    numbers, real = itertools.count(1), update.value_loss
     if what == "loss":
-        real = update.value_loss
 
         def value_loss(*args, **kwargs):
-            count[0] += 1
-            return real(*args, **kwargs) * (math.nan if count[0] in calls else 1.0)
+            return real(*args, **kwargs) * (math.nan if next(numbers) in calls else 1.0)
 
         monkeypatch.setattr(update, "value_loss", value_loss)
         return
 
     def spoiled(gradient):
-        count[0] += 1
-        return torch.where(torch.arange(len(gradient)) == 2, math.inf, gradient) if count[0] in calls else gradient
+        return torch.where(torch.arange(len(gradient)) == 2, math.inf, gradient) if next(numbers) in calls else gradient
 
-    agent.policy.critic.bias.register_hook(lambda gradient: gradient)  # others of the same backward stay as they are
     agent.policy.memory.lstm.bias_hh_l0.register_hook(spoiled)
 
 
@@ -89,13 +81,10 @@ def test_the_others_are_learned_from_as_if_the_skipped_one_had_not_been_there(mo
     assert (metrics["update/skipped_steps"], metrics["update/optimizer_steps"]) == (1, 3)
     assert all(math.isfinite(value) for value in metrics.values())
 
-    real, count = update.minibatches, [0]
+    numbers, real = itertools.count(1), update.minibatches
 
     def minibatches(*args, **kwargs):
-        for chosen in real(*args, **kwargs):
-            count[0] += 1
-            if count[0] != 3:
-                yield chosen
+        yield from (chosen for chosen in real(*args, **kwargs) if next(numbers) != 3)
 
     monkeypatch.setattr(update, "minibatches", minibatches)
     expected = learn(leaving_out)
@@ -238,8 +227,7 @@ def test_a_run_that_cannot_go_on_names_environment_step_field_and_checkpoint(
         path = run / "checkpoints" / f"step-{newest:012d}.safetensors"
         assert error.endswith(f"; the newest checkpoint is {path}")
         assert checkpoints(run)[0] == path
-        with (run / "metrics.csv").open() as file:
-            assert {row["update/skipped_steps"] for row in csv.DictReader(file)} == {"0"}
+        assert {row["update/skipped_steps"] for row in rows_of(run)} == {"0"}
 
 
 def test_on_an_accelerator_the_step_of_the_rollout_is_named():

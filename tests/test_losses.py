@@ -3,14 +3,13 @@
 import copy
 import math
 
+import agents
 import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from settings import spec_segments
 
 import dualhead.learning.update
-from dualhead import DualHeadRecurrentPPO, NetworkConfig
 from dualhead.learning.losses import clipped_surrogate, explained_variance, value_loss
 
 # Three steps, two heads, ε = 0.2. Heads clipped on their own:
@@ -20,6 +19,7 @@ from dualhead.learning.losses import clipped_surrogate, explained_variance, valu
 # The product of both:  min(0.75, 0.8) = 0.75;  min(−1.5, −1.6) = −1.6;  3.3.
 RATIOS = torch.tensor([[1.5, 0.5], [1.5, 0.5], [1.1, 1.0]], dtype=torch.float64)
 ADVANTAGES = torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64)
+NOBODY = np.zeros((6, 3), bool)
 
 
 @pytest.mark.parametrize(
@@ -85,6 +85,7 @@ def test_explained_variance():
 
 def make_agent(memory="lstm", **changes):
     settings = {
+        "action_space": spaces.Dict(move=spaces.Discrete(3), vote=spaces.Discrete(2)),
         "rollout_length": 6,
         "sequence_length": 6,
         "batch_size": 18,
@@ -92,24 +93,16 @@ def make_agent(memory="lstm", **changes):
         "learning_rate": 0.02,
         "clip_coef": 0.05,
         "entropy_coef": (0.1, 0.02),
-        **changes,
     }
-    return DualHeadRecurrentPPO(
-        spaces.Box(-9, 9, (4,)),
-        spaces.Dict(move=spaces.Discrete(3), vote=spaces.Discrete(2)),
-        num_streams=3,
-        config=spec_segments(**settings),
-        network=NetworkConfig.spec(memory=memory, hidden_size=8, encoder_sizes=(8,)),
-        dtype=torch.float64,
-    )
+    return agents.make_agent(memory, **settings | changes)
 
 
-def play(agent, rng):
-    """A full rollout in which no episode ends, and the observation after it."""
-    while not agent.rollout_is_ready:
-        agent.act(rng.normal(size=(3, 4)))
-        agent.record(rng.normal(size=3), np.zeros(3, dtype=bool), np.zeros(3, dtype=bool))
-    return rng.normal(size=(3, 4))
+def play(agent, rng, ended=NOBODY):
+    """A full rollout in which episodes end as `ended` [T, B] says, and the observation after it."""
+    for t in range(6):
+        agent.act(rng.normal(size=(3, 3)))
+        agent.record(rng.normal(size=3), ended[t], NOBODY[t])
+    return rng.normal(size=(3, 3))
 
 
 def forward(policy, observations, kind):
@@ -222,18 +215,12 @@ def test_advantages_are_normalised_over_what_the_setting_says(over, advantages_u
 @pytest.mark.parametrize("over", ["rollout", "minibatch"])
 @pytest.mark.parametrize("memory", ["lstm", "gru", "none"])
 def test_a_rollout_of_one_step_trains_without_nan(memory, over):
-    agent = DualHeadRecurrentPPO(
-        spaces.Box(-1, 1, (2,)),
-        spaces.Discrete(2),
-        config=spec_segments(
-            rollout_length=1, batch_size=1, normalize_advantages=over, normalize_rewards=True, burn_in=2
-        ),
-        network=NetworkConfig.spec(memory=memory, hidden_size=8, encoder_sizes=(8,)),
-    )
+    settings = {"rollout_length": 1, "batch_size": 1, "normalize_rewards": True, "burn_in": 2, "num_streams": 1}
+    agent = agents.make_agent(memory, normalize_advantages=over, **settings)
     for reward in (1.0, -2.0, 0.0):
-        agent.act(np.ones(2))
+        agent.act(np.ones(3))
         agent.record(reward, False, False)
-        metrics = agent.learn(np.ones(2))
+        metrics = agent.learn(np.ones(3))
         for name, number in metrics.items():
             # One return has no variance to explain.
             assert math.isfinite(number) != (name == "policy/explained_variance"), name
@@ -247,11 +234,9 @@ def test_padding_never_reaches_the_loss(memory, advantages_used, monkeypatch):
     for block_cost in (0.0, 1e6):
         agent = make_agent(memory, num_epochs=2)
         monkeypatch.setattr(agent.policy.memory, "block_cost", block_cost)
-        rng = np.random.default_rng(0)
-        for t in range(6):
-            agent.act(rng.normal(size=(3, 4)))
-            agent.record(rng.normal(size=3), np.array([False, t == 0, t == 3]), np.zeros(3, dtype=bool))
-        agent.learn(rng.normal(size=(3, 4)))
+        ended = NOBODY.copy()
+        ended[0, 1] = ended[3, 2] = True
+        agent.learn(play(agent, np.random.default_rng(0), ended))
         weights.append(list(agent.policy.parameters()))
     for part in advantages_used:
         assert len(part) == 18

@@ -14,11 +14,9 @@ from torch.distributions import Categorical, Normal, kl_divergence
 
 import dualhead.networks.linear
 from dualhead import DataError, NetworkConfig
-from dualhead.networks.blocks import lay_out
-from dualhead.networks.encoders import JoinedEncoder, vectors
+from dualhead.networks.encoders import JoinedEncoder, ObservationNormalizer, RunningNormalizer, vectors
 from dualhead.networks.heads import DiagonalGaussian, FactoredCategorical, Heads
-from dualhead.networks.memory import NoMemory, RecurrentMemory
-from dualhead.networks.normalizer import ObservationNormalizer, RunningNormalizer
+from dualhead.networks.memory import RecurrentMemory, lay_out
 from dualhead.networks.policy import RecurrentPolicy
 from dualhead.spaces import ActionSpec, ObservationSpec, all_finite
 from dualhead.types import RecurrentState, SegmentBatch
@@ -27,20 +25,24 @@ CPU = torch.device("cpu")
 quick = settings(max_examples=40, deadline=None)
 
 
-def make_encoder(space, *, sizes=(), image_encoder="auto", image_layout="auto"):
+def make_encoder(space, *, image_encoder="auto", image_layout="auto"):
     """Without joining layers what comes out are the parts' features side by side."""
     spec = ObservationSpec(space)
-    encoder = JoinedEncoder(spec, encoder_sizes=sizes, image_encoder=image_encoder, image_layout=image_layout)
-    return spec, encoder.double()
+    config = NetworkConfig(encoder_sizes=(), image_encoder=image_encoder, image_layout=image_layout)
+    return JoinedEncoder(spec, config).double()
 
 
-def encode(space, observations, batch, **settings):
-    spec, encoder = make_encoder(space, **settings)
-    with torch.no_grad():
-        tensors = spec.to_tensors(observations, batch, device=CPU, dtype=torch.float64)
-        features = encoder(tensors)
+@torch.no_grad()
+def encode(encoder, space, observations):
+    """Features of observations, one batch of them."""
+    batch = len(next(iter(observations.values())) if isinstance(observations, dict) else observations)
+    features = encoder(tensors_of(space, observations, batch))
     assert features.shape == (batch, encoder.num_features)
-    return features.tolist()
+    return features
+
+
+def tensors_of(space, observations, batch=2, dtype=torch.float64):
+    return ObservationSpec(space).to_tensors(observations, batch, device=CPU, dtype=dtype)
 
 
 BOX = spaces.Box(-9, 9, (2,), np.float32)
@@ -57,11 +59,7 @@ BOX = spaces.Box(-9, 9, (2,), np.float32)
         (spaces.Discrete(2, start=-1), np.array([-1, 0]), [[1, 0], [0, 1]]),
         (spaces.MultiDiscrete([2, 3]), np.array([[1, 0], [0, 2]]), [[0, 1, 1, 0, 0], [1, 0, 0, 0, 1]]),
         (spaces.MultiDiscrete([2, 2], start=[4, -1]), np.array([[5, -1], [4, 0]]), [[0, 1, 1, 0], [1, 0, 0, 1]]),
-        (
-            spaces.MultiDiscrete([[2, 2], [2, 2]]),
-            np.array([[[0, 1], [1, 0]]] * 2),
-            [[1, 0, 0, 1, 0, 1, 1, 0]] * 2,
-        ),
+        (spaces.MultiDiscrete([[2, 2], [2, 2]]), np.array([[[0, 1], [1, 0]]] * 2), [[1, 0, 0, 1, 0, 1, 1, 0]] * 2),
         (spaces.MultiBinary(3), np.array([[1, 0, 1], [0, 0, 1]], np.int8), [[1, 0, 1], [0, 0, 1]]),
         (spaces.MultiBinary([2, 2]), np.array([[[1, 0], [0, 1]]] * 2, bool), [[1, 0, 0, 1]] * 2),
         (
@@ -82,7 +80,7 @@ BOX = spaces.Box(-9, 9, (2,), np.float32)
     ],
 )
 def test_features_of_every_kind_of_space(space, observations, features):
-    assert encode(space, observations, 2) == features
+    assert encode(make_encoder(space), space, observations).tolist() == features
 
 
 def test_a_sampled_nested_observation_fits_its_own_space():
@@ -92,17 +90,7 @@ def test_a_sampled_nested_observation_fits_its_own_space():
         number=spaces.Box(-1, 1, (), np.float64),
     )
     space.seed(0)
-    (features,) = encode(space, space.sample(), 1)
-    assert len(features) == 64 * 6 * 6 + 3 + 2 + 1
-
-
-def test_joining_layers_are_relu_of_linear():
-    spec, encoder = make_encoder(BOX, sizes=(5, 4))
-    x = np.array([[1.0, -2.0], [0.5, 3.0]])
-    ours = encoder(spec.to_tensors(x, 2, device=CPU, dtype=torch.float64))
-    for layer in (encoder.joined[0], encoder.joined[2]):
-        x = np.maximum(x @ layer.weight.detach().numpy().T + layer.bias.detach().numpy(), 0)
-    np.testing.assert_allclose(ours.detach(), x, rtol=1e-12)
+    assert make_encoder(space)(tensors_of(space, space.sample(), 1)).shape == (1, 64 * 6 * 6 + 3 + 2 + 1)
 
 
 @pytest.mark.parametrize("layout", ["auto", "chw", "hwc"])
@@ -114,14 +102,13 @@ def test_image_layouts_give_the_same_features(layout):
     for name, images in layouts.items():
         if layout not in ("auto", name):
             continue
-        spec, encoder = make_encoder(spaces.Box(0, 255, images.shape[1:], np.uint8), image_layout=layout)
+        space = spaces.Box(0, 255, images.shape[1:], np.uint8)
+        encoder = make_encoder(space, image_layout=layout)
         if kept is not None:
             encoder.load_state_dict(kept)
         kept = encoder.state_dict()
-        assert spec.leaves[0].space.dtype == np.uint8
-        with torch.no_grad():
-            features = encoder(spec.to_tensors(images, 2, device=CPU, dtype=torch.float64))
-            expected = encoder.parts[0].convolutions(torch.from_numpy(pixels / 255)).flatten(1)
+        features = encode(encoder, space, images)
+        expected = encoder.parts[0].convolutions(torch.from_numpy(pixels / 255)).flatten(1)
         torch.testing.assert_close(features, expected, rtol=0, atol=1e-12)
     assert expected.shape == (2, 64 * 8 * 7)
 
@@ -141,9 +128,14 @@ def test_image_layouts_give_the_same_features(layout):
     ],
 )
 def test_sizes_of_image_encoders(shape, dtype, channels, num_features):
-    _, encoder = make_encoder(spaces.Box(0, 255, shape, dtype))
+    encoder = make_encoder(spaces.Box(0, 255, shape, dtype))
     assert encoder.parts[0].convolutions[0].in_channels == channels
     assert encoder.num_features == num_features
+
+
+def test_nature_refuses_images_too_small_for_it():
+    with pytest.raises(ValueError, match="at least 36 pixels"):
+        make_encoder(spaces.Box(0, 255, (3, 20, 40), np.uint8), image_encoder="nature")
 
 
 @pytest.mark.parametrize(
@@ -153,10 +145,10 @@ def test_sizes_of_image_encoders(shape, dtype, channels, num_features):
 def test_float_images_of_pixels_are_scaled(low, high, divisor):
     """From 0 to a bound they are pixels; other bounds say nothing about brightness."""
     image = np.full((1, 1, 3, 3), 200.0, np.float32)
-    spec, encoder = make_encoder(spaces.Box(low, high, (1, 3, 3), np.float32))
-    with torch.no_grad():
-        features = encoder(spec.to_tensors(image, 1, device=CPU, dtype=torch.float64))
-        expected = encoder.parts[0].convolutions(torch.full((1, 1, 3, 3), 200.0 / divisor).double()).flatten(1)
+    space = spaces.Box(low, high, (1, 3, 3), np.float32)
+    encoder = make_encoder(space)
+    features = encode(encoder, space, image)
+    expected = encoder.parts[0].convolutions(torch.full((1, 1, 3, 3), 200.0 / divisor).double()).flatten(1)
     torch.testing.assert_close(features, expected, rtol=1e-6, atol=1e-6)
 
 
@@ -170,17 +162,10 @@ def test_float_images_of_pixels_are_scaled(low, high, divisor):
     ],
 )
 def test_two_axes_are_an_image_only_as_uint8(space, image_encoder):
-    spec, encoder = make_encoder(space, image_encoder=image_encoder)
-    assert encoder.num_features == np.prod(space.shape)
-    assert [leaf.name for leaf in vectors(spec, image_encoder)] == ["observation"]
+    encoder = make_encoder(space, image_encoder=image_encoder)
+    assert [leaf.name for leaf in vectors(ObservationSpec(space), image_encoder)] == ["observation"]
     x = space.sample()[None]
-    features = encoder(spec.to_tensors(x, 1, device=CPU, dtype=torch.float64))
-    np.testing.assert_array_equal(features, x.reshape(1, -1))
-
-
-def test_nature_refuses_images_too_small_for_it():
-    with pytest.raises(ValueError, match="at least 36 pixels"):
-        make_encoder(spaces.Box(0, 255, (3, 20, 40), np.uint8), image_encoder="nature")
+    np.testing.assert_array_equal(encode(encoder, space, x), x.reshape(1, -1))
 
 
 @pytest.mark.parametrize(
@@ -223,28 +208,20 @@ def test_unsupported_observation_spaces_are_named(space, named):
 )
 def test_observations_that_do_not_fit_are_refused(space, observations, message):
     with pytest.raises(DataError, match=message):
-        ObservationSpec(space).to_tensors(observations, 2, device=CPU, dtype=torch.float32)
+        tensors_of(space, observations, dtype=torch.float32)
 
 
-@pytest.mark.parametrize(
-    ("numbers", "finite"),
-    [([1.0, -2.0], True), ([3e38, 3e38], True), ([3e38, 3e38, math.inf], False), ([math.nan, 0.0], False)],
-)
-def test_finite_is_said_of_numbers_and_not_of_their_sum(numbers, finite):
-    assert all_finite(torch.tensor(numbers)) is finite
-
-
-def test_large_numbers_are_finite():
-    """Even where their sum is not."""
-    spec = ObservationSpec(spaces.Box(-np.inf, np.inf, (2,), np.float32))
+def test_finite_is_said_of_numbers_and_not_of_their_sum():
+    for numbers in ([3e38, 3e38, math.inf], [math.nan, 0.0]):
+        assert not all_finite(torch.tensor(numbers))
     x = np.full((2, 2), 3e38, np.float32)
-    assert spec.to_tensors(x, 2, device=CPU, dtype=torch.float32)["observation"].tolist() == x.tolist()
+    space = spaces.Box(-np.inf, np.inf, (2,), np.float32)
+    assert tensors_of(space, x, dtype=torch.float32)["observation"].tolist() == x.tolist()
 
 
 def test_one_stream_may_come_without_its_batch_axis():
-    spec = ObservationSpec(spaces.Dict(x=BOX, n=spaces.Discrete(3)))
     for observations in ({"x": np.ones(2), "n": 2}, {"x": np.ones((1, 2)), "n": np.array([2])}):
-        tensors = spec.to_tensors(observations, 1, device=CPU, dtype=torch.float32)
+        tensors = tensors_of(spaces.Dict(x=BOX, n=spaces.Discrete(3)), observations, 1, torch.float32)
         assert (tensors["x"].shape, tensors["n"].tolist()) == ((1, 2), [2])
         assert tensors["x"].dtype == torch.float32
 
@@ -270,10 +247,7 @@ def test_running_normaliser_against_numpy(dtype):
     np.testing.assert_allclose(normalizer(torch.from_numpy(batches[1])), expected, rtol=1e-7)
     far = normalizer(torch.tensor([[2000.0, 50.0, -5000.0]]).double())
     assert far.tolist() == [[10, 10, -10]]
-
-
-def test_a_normaliser_without_statistics_passes_on_what_it_sees():
-    x = torch.tensor([[1.0, -2.0]]).double()
+    x = torch.tensor([[1.0, -2.0]]).double()  # without statistics nothing is scaled
     torch.testing.assert_close(RunningNormalizer((2,)).double()(x), x, rtol=1e-7, atol=0)
 
 
@@ -287,10 +261,11 @@ def test_vectors_of_floats_and_integers_are_normalised():
         vector=BOX,
         number=spaces.Box(-1, 1, (), np.float32),
     )
-    spec = ObservationSpec(space)
-    normalizer = ObservationNormalizer(vectors(spec))
+    normalizer = ObservationNormalizer(vectors(ObservationSpec(space)))
     assert normalizer.names == ("ints", "stack", "vector", "number")
-    seen = spec.to_tensors(space_batch(space, 50), 50, device=CPU, dtype=torch.float64)
+    space.seed(0)
+    samples = [space.sample() for _ in range(50)]
+    seen = tensors_of(space, {name: np.stack([sample[name] for sample in samples]) for name in space.spaces}, 50)
     normalizer.update(seen)
     scaled = normalizer(seen, torch.float64)
     for name, leaf in seen.items():
@@ -300,23 +275,12 @@ def test_vectors_of_floats_and_integers_are_normalised():
         assert scaled[name].shape == leaf.shape
 
 
-def space_batch(space, number):
-    """Samples of a Dict space, one batch for each part."""
-    space.seed(0)
-    samples = [space.sample() for _ in range(number)]
-    return {name: np.stack([sample[name] for sample in samples]) for name in space.spaces}
-
-
 def slow_unroll(memory, x, state):
     """Steps x [T, B, F] from a state: top-layer h [T, B, H] and the final h and c, [L, B, H]."""
     cell = getattr(memory, memory.kind)
-    weights = [
-        [
-            getattr(cell, f"{name}_l{layer}").detach().numpy()
-            for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-        ]
-        for layer in range(memory.num_layers)
-    ]
+    names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+    layers = range(memory.num_layers)
+    weights = [[getattr(cell, f"{name}_l{layer}").detach().numpy() for name in names] for layer in layers]
     h = state.h.numpy().copy()
     c = np.zeros_like(h) if "c" not in state.parts else state.c.numpy().copy()
     outputs = []
@@ -390,26 +354,6 @@ def test_unrolled_segments_equal_numpy_one_by_one(kind, num_layers, block_cost):
     assert touched.tolist() == (segment == 2).tolist()
 
 
-def test_gradients_flow_through_all_steps_of_a_segment():
-    memory = make_memory("lstm", 1)
-    _, _, layout = lay_out(np.array([9]), block_cost=0.0)
-    features = torch.randn(9, 3, dtype=torch.float64, requires_grad=True)
-    outputs, _ = memory.unroll(features, memory.initial_state(1, device=CPU, dtype=torch.float64), layout)
-    (gradient,) = torch.autograd.grad(outputs[-1].sum(), features)
-    assert (gradient.abs().sum(1) > 0).all()
-
-
-def test_the_memoryless_control_is_a_relu_layer_without_state():
-    memory = NoMemory(3, hidden_size=4).double()
-    state = memory.initial_state(2, device=CPU, dtype=torch.float64)
-    assert {name: part.shape for name, part in state.parts.items()} == {"h": (1, 2, 0)}
-    x = np.random.default_rng(0).normal(size=(2, 3))
-    output, after = memory.step(torch.from_numpy(x), state)
-    expected = np.maximum(x @ memory.linear.weight.detach().numpy().T + memory.linear.bias.detach().numpy(), 0)
-    np.testing.assert_allclose(output.detach(), expected, rtol=1e-12)
-    assert after.h.shape == (1, 2, 0)
-
-
 def make_policy(kind="lstm", observation_space=BOX, action_space=None, **settings):
     torch.manual_seed(0)
     return RecurrentPolicy(
@@ -450,22 +394,6 @@ def test_options_of_the_initialisation(kind):
     assert critic.square().sum().item() == pytest.approx(2.0, rel=1e-5)
 
 
-@every_memory
-def test_permuting_streams_permutes_the_policy_s_outputs(kind, num_layers):
-    policy = make_policy(kind, num_layers=num_layers).double()
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(4, 2, generator=generator).double()
-    state = policy.initial_state(4).map(lambda part: torch.randn(part.shape, generator=generator).double())
-    order = torch.tensor([2, 0, 3, 1])
-    with torch.no_grad():
-        output, after = policy.step({"observation": x}, state)
-        permuted, permuted_after = policy.step({"observation": x[order]}, state.select(order))
-    torch.testing.assert_close(permuted.values, output.values[order], rtol=0, atol=1e-14)
-    for ours, theirs in zip(permuted.distribution.logits, output.distribution.logits):
-        torch.testing.assert_close(ours, theirs[order], rtol=0, atol=1e-14)
-    torch.testing.assert_close(permuted_after.h, after.h[:, order], rtol=0, atol=1e-14)
-
-
 @pytest.mark.parametrize("num_steps", [1, 40])
 @pytest.mark.parametrize("kind", ["lstm", "gru", "none"])
 def test_single_precision_is_double_precision_to_rounding(kind, num_steps, monkeypatch):
@@ -493,25 +421,6 @@ def test_single_precision_is_double_precision_to_rounding(kind, num_steps, monke
     for name, gradient in gradients[0].items():
         scale = gradients[1][name].abs().max().item()
         torch.testing.assert_close(gradient.double(), gradients[1][name], rtol=1e-3, atol=1e-4 * scale, msg=name)
-
-
-def test_a_policy_is_a_function_of_its_state():
-    """Same input, same output, whatever was asked in between; the state that came in is not written to."""
-    policy = make_policy("gru").double()
-    state = policy.initial_state(1).map(lambda part: part + 0.5)
-    x = {"observation": torch.ones(1, 2).double()}
-    with torch.no_grad():
-        first, after = policy.step(x, state)
-        policy.step(x, after)
-        segments = SegmentBatch(x, state, lay_out(np.array([1]), block_cost=0.0)[2], *[None] * 5)
-        evaluated = policy.evaluate(segments)
-        again, _ = policy.step(x, state)
-        values = policy.values(x, state)
-    assert (state.h == 0.5).all()
-    assert torch.equal(first.values, again.values)
-    torch.testing.assert_close(values, first.values, rtol=0, atol=1e-14)
-    torch.testing.assert_close(evaluated.values, first.values, rtol=0, atol=1e-14)
-    assert (first.values - policy.values(x, after)).abs().item() > 1e-3
 
 
 def test_recurrent_state():
@@ -544,42 +453,32 @@ def test_boxes_as_wide_as_numbers_go_have_finite_actions(dtype):
     np.testing.assert_array_equal(actions, np.array([[-largest, largest / 2], [largest, 0.0]], dtype))
 
 
-def as_lists(value):
-    return {k: as_lists(v) for k, v in value.items()} if isinstance(value, dict) else value.tolist()
-
-
-ACTIONS = {
-    "discrete": (spaces.Discrete(3), ("action",), (3,), [[0], [2]], [0, 2]),
-    "discrete from 5": (spaces.Discrete(3, start=5), ("action",), (3,), [[0], [2]], [5, 7]),
-    "multi": (spaces.MultiDiscrete([3, 2]), ("head_0", "head_1"), (3, 2), [[2, 0], [1, 1]], [[2, 0], [1, 1]]),
-    "multi from": (
-        spaces.MultiDiscrete([3, 2], start=[1, -1]),
-        ("head_0", "head_1"),
-        (3, 2),
-        [[2, 0], [0, 1]],
-        [[3, -1], [1, 0]],
-    ),
-    "dict": (
-        spaces.Dict(vote=spaces.Discrete(2, start=1), move=spaces.MultiDiscrete([4, 3])),
-        ("move_0", "move_1", "vote"),
-        (4, 3, 2),
-        [[3, 2, 1], [0, 1, 0]],
-        {"move": [[3, 2], [0, 1]], "vote": [2, 1]},
-    ),
-}
-
-
-@pytest.mark.parametrize("case", ACTIONS)
-def test_heads_and_their_actions_in_the_environment_s_form(case):
-    space, names, nvec, indices, expected = ACTIONS[case]
+@pytest.mark.parametrize(
+    ("space", "heads", "indices", "expected"),
+    [
+        (spaces.Discrete(3), {"action": 3}, [[0], [2]], [0, 2]),
+        (spaces.Discrete(3, start=5), {"action": 3}, [[0], [2]], [5, 7]),
+        (spaces.MultiDiscrete([3, 2]), {"head_0": 3, "head_1": 2}, [[2, 0], [1, 1]], [[2, 0], [1, 1]]),
+        (spaces.MultiDiscrete([3, 2], start=[1, -1]), {"head_0": 3, "head_1": 2}, [[2, 0], [0, 1]], [[3, -1], [1, 0]]),
+        (
+            spaces.Dict(vote=spaces.Discrete(2, start=1), move=spaces.MultiDiscrete([4, 3])),
+            {"move_0": 4, "move_1": 3, "vote": 2},
+            [[3, 2, 1], [0, 1, 0]],
+            {"move": [[3, 2], [0, 1]], "vote": [2, 1]},
+        ),
+    ],
+)
+def test_heads_and_their_actions_in_the_environment_s_form(space, heads, indices, expected):
     spec = ActionSpec(space)
-    assert sorted(zip(spec.names, spec.nvec)) == sorted(zip(names, nvec))
-    columns = [names.index(name) for name in spec.names]
+    assert dict(zip(spec.names, spec.nvec)) == heads
+    columns = [list(heads).index(name) for name in spec.names]
     given = spec.to_env(torch.tensor(indices)[:, columns], numpy=True)
-    assert as_lists(given) == expected
-    for stream in range(2):
-        one = {k: v[stream] for k, v in given.items()} if isinstance(given, dict) else given[stream]
-        assert space.contains(one)
+    streams = [{k: v[b] for k, v in given.items()} if isinstance(given, dict) else given[b] for b in range(2)]
+    assert all(space.contains(each) for each in streams)
+    if isinstance(given, dict):
+        assert {name: part.tolist() for name, part in given.items()} == expected
+    else:
+        assert given.tolist() == expected
 
 
 def test_box_actions_are_scaled_where_bounded():
@@ -591,6 +490,8 @@ def test_box_actions_are_scaled_where_bounded():
     assert actions.tolist() == [[1, 7.5, 0.5], [-2, 10, 9], [0, 0, -7.5]]
     assert actions.dtype == np.float32
     assert all(space.contains(action) for action in actions)
+    half_bounded = spaces.Box(np.array([0.0, -np.inf], np.float32), np.array([np.inf, 2.0], np.float32))
+    assert half_bounded.contains(ActionSpec(half_bounded).to_env(torch.tensor([[-5.0, 5.0]]), numpy=True)[0])
 
 
 @quick
@@ -603,11 +504,6 @@ def test_scaled_actions_never_leave_a_bounded_box(low, span, actions):
     space = spaces.Box(np.float32(low), np.float32(low) + np.float32(span), (1,), np.float32)
     for action in [*actions, 1.0, -1.0]:
         assert space.contains(ActionSpec(space).to_env(torch.tensor([[action]], dtype=torch.float32), numpy=True)[0])
-
-
-def test_a_half_bounded_box_is_not_left():
-    space = spaces.Box(np.array([0.0, -np.inf], np.float32), np.array([np.inf, 2.0], np.float32))
-    assert space.contains(ActionSpec(space).to_env(torch.tensor([[-5.0, 5.0]]), numpy=True)[0])
 
 
 @pytest.mark.parametrize(
@@ -722,26 +618,26 @@ def test_gaussian_against_torch_distributions():
     assert ((draws.std(0) / log_std.exp() - 1).abs() < 5 / 200).all()
 
 
-def masked_space(**masks):
-    return spaces.Dict(x=BOX, **masks)
-
-
 DUAL = spaces.Dict(move=spaces.Discrete(4), vote=spaces.Discrete(3))
+MASKS = {
+    "whole": spaces.MultiBinary(7),
+    "per head": spaces.Dict(vote=spaces.MultiBinary(3), move=spaces.MultiBinary(4)),  # heads come as move, vote
+    "of one head": spaces.Dict(vote=spaces.MultiBinary(3)),
+}
+
+
+def with_mask(form, mask):
+    """A space with masks of this form, and an observation of `mask` [N, 7]."""
+    space = spaces.Dict(x=BOX, action_mask=MASKS[form])
+    given = mask if form == "whole" else {"vote": mask[:, 4:], "move": mask[:, :4]}
+    observations = {"x": np.ones((len(mask), 2)), "action_mask": given}
+    return space, tensors_of(space, observations, len(mask), torch.float32)
 
 
 @pytest.mark.parametrize("form", ["whole", "per head"])
 def test_masks_reach_their_heads(form):
-    # Heads come in the order move, vote, the parts of a mask in any order.
-    mask = MASK.numpy().astype(np.int8)
-    if form == "whole":
-        space, given = spaces.MultiBinary(7), mask
-    else:
-        space = spaces.Dict(vote=spaces.MultiBinary(3), move=spaces.MultiBinary(4))
-        given = {"vote": mask[:, 4:], "move": mask[:, :4]}
-    policy = make_policy(observation_space=masked_space(action_mask=space), action_space=DUAL)
-    tensors = ObservationSpec(masked_space(action_mask=space)).to_tensors(
-        {"x": np.ones((2, 2)), "action_mask": given}, 2, device=CPU, dtype=torch.float32
-    )
+    space, tensors = with_mask(form, MASK.numpy().astype(np.int8))
+    policy = make_policy(observation_space=space, action_space=DUAL)
     output, _ = policy.step(tensors, policy.initial_state(2))
     assert torch.cat([head.exp() > 0 for head in output.distribution.logits], dim=1).tolist() == MASK.tolist()
     free, _ = make_policy(action_space=DUAL).step({"observation": tensors["x"]}, policy.initial_state(2))
@@ -753,11 +649,8 @@ def test_masks_reach_their_heads(form):
 
 
 def test_a_mask_for_one_of_two_heads_leaves_the_other_free():
-    spec = ObservationSpec(masked_space(action_mask=spaces.Dict(vote=spaces.MultiBinary(3))))
-    heads = Heads(6, ActionSpec(DUAL), spec.masks)
-    tensors = spec.to_tensors(
-        {"x": np.ones((1, 2)), "action_mask": {"vote": np.array([[0, 1, 0]])}}, 1, device=CPU, dtype=torch.float32
-    )
+    space, tensors = with_mask("of one head", np.array([[0, 0, 0, 0, 0, 1, 0]]))
+    heads = Heads(6, ActionSpec(DUAL), ObservationSpec(space).masks)
     assert heads.mask(tensors).tolist() == [[True] * 4 + [False, True, False]]
 
 
@@ -773,18 +666,12 @@ def test_a_mask_for_one_of_two_heads_leaves_the_other_free():
 )
 def test_masks_that_fit_no_head_are_refused(mask, action_space, message):
     with pytest.raises(ValueError, match=message):
-        make_policy(observation_space=masked_space(action_mask=mask), action_space=action_space)
+        make_policy(observation_space=spaces.Dict(x=BOX, action_mask=mask), action_space=action_space)
 
 
 @pytest.mark.parametrize("form", ["whole", "per head"])
 def test_a_head_without_a_legal_choice_is_named(form):
-    mask = np.array([[1, 1, 1, 1, 0, 1, 0], [1, 0, 0, 0, 0, 0, 0]], np.int8)
-    space, given = spaces.MultiBinary(7), mask
-    if form == "per head":
-        space = spaces.Dict(move=spaces.MultiBinary(4), vote=spaces.MultiBinary(3))
-        given = {"move": mask[:, :4], "vote": mask[:, 4:]}
-    spec = ObservationSpec(masked_space(action_mask=space))
-    heads = Heads(6, ActionSpec(DUAL), spec.masks)
-    tensors = spec.to_tensors({"x": np.ones((2, 2)), "action_mask": given}, 2, device=CPU, dtype=torch.float32)
+    space, tensors = with_mask(form, np.array([[1, 1, 1, 1, 0, 1, 0], [1, 0, 0, 0, 0, 0, 0]], np.int8))
+    heads = Heads(6, ActionSpec(DUAL), ObservationSpec(space).masks)
     with pytest.raises(DataError, match="stream 1 allows no choice for head 'vote'"):
         heads.check_mask(tensors)

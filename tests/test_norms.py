@@ -14,13 +14,8 @@ from hypothesis import strategies as st
 from dualhead.config import NormConfig
 from dualhead.norms import NormEnforcer, NormEvents, guilt_outweighs_until, holding_rate, steps_until
 
-NUMBERS = {
-    "decay_rate": 0.995,
-    "internalization_threshold": 5.0,
-    "max_norm_strength": 10.0,
-    "intrinsic_scale": -0.5,
-}
-HARMFUL = 2  # action index, in head 1 of 2
+NUMBERS = {"decay_rate": 0.995, "internalization_threshold": 5.0, "max_norm_strength": 10.0, "intrinsic_scale": -0.5}
+HARMFUL = 2  # action index, in head 1 of 3
 
 
 def make(num_streams: int, mode: str = "resource", resources: Any = ("A",), **changes: Any) -> NormEnforcer:
@@ -47,13 +42,8 @@ both_modes = pytest.mark.parametrize("mode", ["resource", "action"])
     ("mode", "strengths", "guilt_on_crossing"),
     [
         # 1 + 0.995 + 0.995² + ...: decay first, then the increment
-        (
-            "resource",
-            [1.0, 1.995, 2.985025, 3.970099875, 4.950249375625, 5.925498128746875],
-            -0.4627490643734375,
-        ),
-        # a punished step does not decay
-        ("action", [1.0, 2.0, 3.0, 4.0, 5.0, 6.0], -0.5),
+        ("resource", [1.0, 1.995, 2.985025, 3.970099875, 4.950249375625, 5.925498128746875], -0.4627490643734375),
+        ("action", [1.0, 2.0, 3.0, 4.0, 5.0, 6.0], -0.5),  # a punished step does not decay
     ],
 )
 def test_the_sixth_punishment_in_a_row_crosses_the_threshold(mode, strengths, guilt_on_crossing):
@@ -77,12 +67,8 @@ def test_without_punishment_a_strength_decays_and_hurts_only_transgressors(mode)
 def test_guilt_is_per_resource_and_the_total_is_their_sum():
     enforcer = make(2, resources=("A", "B", "C"), decay_rate=0.5)
     enforcer.strengths.copy_(torch.tensor([[16.0, 16.0, 8.0], [12.0, 20.0, 0.0]]))
-    guilt = enforcer.update(
-        NormEvents(
-            punished=torch.tensor([[False, False, True], [False, True, False]]),
-            collected=torch.tensor([[True, False, True], [True, True, True]]),
-        )
-    )
+    punished = torch.tensor([[False, False, True], [False, True, False]])
+    guilt = enforcer.update(NormEvents(punished, torch.tensor([[True, False, True], [True, True, True]])))
     assert enforcer.strengths.tolist() == [[8.0, 8.0, 5.0], [6.0, 10.0, 0.0]]
     assert guilt.per_resource.tolist() == [[-1.5, 0.0, 0.0], [-0.5, -2.5, 0.0]]
     assert guilt.total.tolist() == [-1.5, -3.0]
@@ -123,11 +109,6 @@ def test_guilt_outweighs_a_payoff_gap_for_the_closed_form_time(mode):
     assert sum(outweighs) == math.floor(steps_until(10.0, s_star, decay_rate=0.995)) == 21
 
 
-def test_default_guilt_never_outweighs_a_gap_of_2_5():
-    assert guilt_outweighs_until(2.5, internalization_threshold=5.0, intrinsic_scale=-0.5) == 10.0
-    assert guilt_outweighs_until(1.0, internalization_threshold=5.0, intrinsic_scale=0.0) == math.inf
-
-
 @pytest.mark.parametrize(("mode", "one_in"), [("resource", 40), ("action", 41)])
 def test_punishing_at_the_holding_rate_holds_the_threshold(mode, one_in):
     assert holding_rate(5.0, 0.995, mode=mode) == pytest.approx(1 / one_in)
@@ -151,43 +132,42 @@ def test_punishing_at_the_holding_rate_in_time_settles_on_the_threshold():
 
 
 @pytest.mark.parametrize(
-    ("strength_from", "strength_to", "decay_rate", "steps"),
+    ("strengths", "decay_rate", "steps"),
     [
-        (8.0, 1.0, 0.5, 3.0),
-        (5.0, 5.0, 0.5, 0.0),
-        (1.0, 8.0, 0.5, 0.0),
-        (8.0, 1.0, 0.0, 0.0),
-        (8.0, 1.0, 1.0, math.inf),
-        (8.0, 0.0, 0.5, math.inf),
-        (0.0, 0.0, 0.5, 0.0),
+        ((8.0, 1.0), 0.5, 3.0),
+        ((5.0, 5.0), 0.5, 0.0),
+        ((1.0, 8.0), 0.5, 0.0),
+        ((8.0, 1.0), 0.0, 0.0),
+        ((8.0, 1.0), 1.0, math.inf),
+        ((8.0, 0.0), 0.5, math.inf),
+        ((0.0, 0.0), 0.5, 0.0),
     ],
 )
-def test_steps_until_by_hand(strength_from, strength_to, decay_rate, steps):
-    assert steps_until(strength_from, strength_to, decay_rate=decay_rate) == pytest.approx(steps)
+def test_steps_until_by_hand(strengths, decay_rate, steps):
+    assert steps_until(*strengths, decay_rate=decay_rate) == pytest.approx(steps)
 
 
-def oracle(events: list, mode: str, decay: float, threshold: float, cap: float, scale: float) -> tuple:
+def test_default_guilt_never_outweighs_a_gap_of_2_5():
+    assert guilt_outweighs_until(2.5, internalization_threshold=5.0, intrinsic_scale=-0.5) == 10.0
+    assert guilt_outweighs_until(1.0, internalization_threshold=5.0, intrinsic_scale=0.0) == math.inf
+
+
+def oracle(events: list, mode: str, decay: float, threshold: float, cap: float, scale: float) -> np.ndarray:
     """Strengths and guilts of one stream and one resource, step by step; events: (punished, transgressed)."""
-    strength, strengths, guilts = 0.0, [], []
+    strength, history = 0.0, []
     for punished, transgressed in events:
         if mode == "resource" or not punished:
             strength = strength * decay
         if punished:
             strength = min(cap, strength + 1.0)
-        strengths.append(strength)
-        guilts.append(scale * max(0.0, strength - threshold) if transgressed else 0.0)
-    return strengths, guilts
+        history.append((strength, scale * max(0.0, strength - threshold) if transgressed else 0.0))
+    return np.transpose(history)
 
 
 @st.composite
 def histories(draw: st.DrawFn, num_resources: st.SearchStrategy[int]) -> np.ndarray:
     """[T, B, R, 2] bool: punished and transgressed."""
-    shape = (
-        draw(st.integers(1, 30)),
-        draw(st.integers(1, 3)),
-        draw(num_resources),
-        2,
-    )
+    shape = (draw(st.integers(1, 30)), draw(st.integers(1, 3)), draw(num_resources), 2)
     often = draw(st.sampled_from([0.1, 0.5, 0.95]))
     return np.random.default_rng(draw(st.integers(0, 2**32 - 1))).random(shape) < often
 
@@ -204,15 +184,13 @@ def histories(draw: st.DrawFn, num_resources: st.SearchStrategy[int]) -> np.ndar
 def test_any_history_matches_the_oracle(mode, data, decay, threshold, cap, scale):
     history = data.draw(histories(st.just(1) if mode == "action" else st.integers(1, 3)))
     num_steps, num_streams, num_resources, _ = history.shape
-    enforcer = make(
-        num_streams,
-        mode,
-        resources=tuple("ABC"[:num_resources]),
-        decay_rate=decay,
-        internalization_threshold=threshold,
-        max_norm_strength=cap,
-        intrinsic_scale=scale,
-    )
+    settings = {
+        "decay_rate": decay,
+        "internalization_threshold": threshold,
+        "max_norm_strength": cap,
+        "intrinsic_scale": scale,
+    }
+    enforcer = make(num_streams, mode, resources=tuple("ABC"[:num_resources]), **settings)
     strengths, guilts = np.zeros((2, num_steps, num_streams, num_resources))
     for t in range(num_steps):
         guilts[t] = advance(enforcer, history[t, ..., 0], history[t, ..., 1])
@@ -220,23 +198,7 @@ def test_any_history_matches_the_oracle(mode, data, decay, threshold, cap, scale
     for b in range(num_streams):
         for r in range(num_resources):
             expected = oracle(history[:, b, r].tolist(), mode, decay, threshold, cap, scale)
-            np.testing.assert_allclose(strengths[:, b, r], expected[0], atol=1e-12)
-            np.testing.assert_allclose(guilts[:, b, r], expected[1], atol=1e-12)
-
-
-@both_modes
-def test_permuting_streams_permutes_strengths_and_guilt(mode):
-    num_streams, order = 5, [3, 0, 4, 1, 2]
-    rng = np.random.default_rng(0)
-    one, other = make(num_streams, mode), make(num_streams, mode)
-    initial = torch.as_tensor(rng.uniform(0, 10, (num_streams, 1)))
-    one.strengths.copy_(initial)
-    other.strengths.copy_(initial[order])
-    for _ in range(10):
-        punished, transgressed = rng.random((2, num_streams, 1)) < 0.5
-        guilt = advance(one, punished, transgressed)
-        assert torch.equal(advance(other, punished[order], transgressed[order]), guilt[order])
-        assert torch.equal(other.strengths, one.strengths[order])
+            np.testing.assert_allclose([strengths[:, b, r], guilts[:, b, r]], expected, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -261,21 +223,21 @@ def test_reset_clears_the_given_streams_and_no_other(streams, left):
 
 
 @pytest.mark.parametrize(
-    ("streams", "message"),
+    "streams",
     [
-        ([4], r"indices in \[0, 4\), got \[4\]"),
-        ([-1], r"indices in \[0, 4\), got \[-1\]"),
-        ([True, False], r"shape \(4,\), got \(2,\)"),
-        ([0.0, 1.0], "got torch.float64"),
-        (torch.tensor([0, 1, 0, 1], dtype=torch.uint8), "got torch.uint8"),
-        ([[0, 1]], r"of shape \(1, 2\)"),
-        (["A"], "streams must be a tensor or array of numbers"),
+        [4],
+        [-1],
+        [True, False],
+        [0.0, 1.0],
+        torch.tensor([0, 1, 0, 1], dtype=torch.uint8),  # a mask, or indices?
+        [[0, 1]],
+        ["A"],
     ],
 )
-def test_reset_refuses_what_names_no_streams(streams, message):
+def test_reset_refuses_what_names_no_streams(streams):
     enforcer = make(4)
     enforcer.strengths.fill_(3.0)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="streams"):
         enforcer.reset(streams)
     assert enforcer.strengths.tolist() == [[3.0]] * 4
 
@@ -294,7 +256,7 @@ def test_metrics_are_means_over_streams_and_over_the_steps_since_they_were_read(
     assert enforcer.metrics() == {**strengths, "norms/guilt/A": -0.5, "norms/guilt/B": 0.0}
 
 
-def test_action_mode_logs_under_its_one_name():
+def test_a_single_name_may_be_a_string():
     enforcer = make(1, "action", resources="littering", decay_rate=1.0)
     enforcer.strengths.fill_(7.0)
     advance(enforcer, [[True]], [[True]])
@@ -318,28 +280,21 @@ def test_a_state_dict_carries_strengths_and_what_the_log_has_not_said_yet(mode):
 def test_everything_moves_with_the_module():
     enforcer = NormEnforcer(2, resources=("A",), **NUMBERS)
     enforcer.strengths.fill_(8.0)
-    everyone = NormEvents(torch.tensor([[True], [True]]), torch.tensor([[True], [True]]))
-    before = enforcer.update(everyone)
-    enforcer.to(torch.float64)
-    after = enforcer.update(everyone)
-    assert before.total.dtype == before.per_resource.dtype == torch.float32
-    assert after.total.dtype == after.per_resource.dtype == torch.float64
+    everyone = NormEvents(torch.ones(2, 1, dtype=torch.bool), torch.ones(2, 1, dtype=torch.bool))
+    for dtype in (torch.float32, torch.float64):
+        guilt = enforcer.to(dtype).update(everyone)
+        assert guilt.total.dtype == guilt.per_resource.dtype == dtype
     # 8.96 and 9.9152: the guilt gathered before the move is still counted
     assert enforcer.metrics()["norms/guilt/A"] == pytest.approx(-0.5 * (3.96 + 4.9152) / 2, rel=1e-6)
     assert list(enforcer.parameters()) == []
     assert [buffer.device.type for buffer in enforcer.to("meta").buffers()] == ["meta"] * 3
 
 
-def read_only(array: np.ndarray) -> np.ndarray:
-    array.flags.writeable = False
-    return array
-
-
 @pytest.mark.parametrize(
     "convert",
     [
         np.asarray,
-        lambda flags: read_only(np.array(flags)),
+        lambda flags: np.broadcast_to(np.array(flags), (2, 2)),  # read-only
         lambda flags: np.array(flags, np.uint8),
         lambda flags: torch.tensor(flags, dtype=torch.uint8),
         lambda flags: torch.tensor(flags, dtype=torch.float32, requires_grad=True),
@@ -349,13 +304,11 @@ def read_only(array: np.ndarray) -> np.ndarray:
 )
 def test_events_may_be_arrays_and_zeros_and_ones(convert):
     punished, collected = [[True, False], [False, True]], [[True, True], [False, True]]
-    expected, given = make(2, resources=("A", "B")), make(2, resources=("A", "B"))
-    for enforcer in (expected, given):
-        enforcer.strengths.fill_(7.0)
-    plain = expected.update(NormEvents(torch.tensor(punished), torch.tensor(collected)))
-    guilt = given.update(NormEvents(convert(punished), convert(collected)))
-    assert torch.equal(guilt.per_resource, plain.per_resource)
-    assert torch.equal(given.strengths, expected.strengths)
+    enforcer = make(2, resources=("A", "B"), decay_rate=1.0)
+    enforcer.strengths.fill_(7.0)
+    guilt = enforcer.update(NormEvents(convert(punished), convert(collected)))
+    assert enforcer.strengths.tolist() == [[8.0, 7.0], [7.0, 8.0]]
+    assert guilt.per_resource.tolist() == [[-1.5, -1.0], [0.0, -1.5]]
     assert not guilt.total.requires_grad
 
 
@@ -377,22 +330,22 @@ CHOICES = torch.zeros(2, 2, dtype=torch.long)
     [
         ("resource", (None, FLAGS), None, r"events.punished is missing.*\(2, 3\)"),
         ("resource", (FLAGS, None), None, r"events.collected is missing.*\(2, 3\)"),
-        ("resource", (FLAGS[0], FLAGS), None, r"events.punished must have shape \(2, 3\), got \(3,\)"),
-        ("resource", (FLAGS, FLAGS[:, :1]), None, r"events.collected must have shape \(2, 3\), got \(2, 1\)"),
-        ("resource", (FLAGS, FLAGS.T), None, r"events.collected must have shape \(2, 3\), got \(3, 2\)"),
-        ("resource", (FLAGS + 2, FLAGS), None, "events.punished must be bool or exactly 0 and 1"),
-        ("resource", (FLAGS, FLAGS + 0.5), None, "events.collected must be bool or exactly 0 and 1.*float32"),
-        ("resource", (FLAGS, FLAGS * math.nan), None, "events.collected must be bool or exactly 0 and 1"),
-        ("resource", (FLAGS, np.full((2, 3), "yes")), None, "events.collected must be a tensor or array"),
-        ("resource", ([[True], [True, False]], FLAGS), None, "events.punished must be a tensor or array"),
+        ("resource", (FLAGS[0], FLAGS), None, r"events.punished.*shape \(2, 3\), got \(3,\)"),
+        ("resource", (FLAGS, FLAGS[:, :1]), None, r"events.collected.*shape \(2, 3\), got \(2, 1\)"),
+        ("resource", (FLAGS, FLAGS.T), None, r"events.collected.*shape \(2, 3\), got \(3, 2\)"),
+        ("resource", (FLAGS + 2, FLAGS), None, "events.punished"),
+        ("resource", (FLAGS, FLAGS + 0.5), None, "events.collected.*float32"),
+        ("resource", (FLAGS, FLAGS * math.nan), None, "events.collected"),
+        ("resource", (FLAGS, np.full((2, 3), "yes")), None, "events.collected"),
+        ("resource", ([[True], [True, False]], FLAGS), None, "events.punished"),
         ("action", (None,), CHOICES, "events.punished is missing"),
-        ("action", (FLAGS,), CHOICES, r"shape \(2,\) or \(2, 1\), got \(2, 3\)"),
-        ("action", (FLAGS[:, 0],), None, r"actions are missing.*\(2, K\)"),
-        ("action", (FLAGS[:, 0],), CHOICES[:, 0], r"actions must have shape \(2, K\).*got \(2,\)"),
-        ("action", (FLAGS[:, 0],), CHOICES[:1], r"actions must have shape \(2, K\).*got \(1, 2\)"),
+        ("action", (FLAGS,), CHOICES, r"shape \(2, 1\), got \(2, 3\)"),
+        ("action", (FLAGS[:, 0],), None, "actions are missing"),
+        ("action", (FLAGS[:, 0],), CHOICES[:, 0], r"actions.*\(2, K\).*got \(2,\)"),
+        ("action", (FLAGS[:, 0],), CHOICES[:1], r"actions.*\(2, K\).*got \(1, 2\)"),
         ("action", (FLAGS[:, 0],), CHOICES[:, :1], r"K > harmful_head=1, got \(2, 1\)"),
-        ("action", (FLAGS[:, 0],), CHOICES.float(), "actions must be integers.*float32"),
-        ("action", (FLAGS[:, 0],), CHOICES.bool(), "actions must be integers.*bool"),
+        ("action", (FLAGS[:, 0],), CHOICES.float(), "actions.*float32"),
+        ("action", (FLAGS[:, 0],), CHOICES.bool(), "actions.*bool"),
     ],
 )
 def test_update_refuses_malformed_events_and_leaves_strengths_alone(mode, events, actions, message):
@@ -433,31 +386,26 @@ def test_settings_out_of_range_are_refused(changes, message):
             NormConfig(**changes)
 
 
-@pytest.mark.parametrize("missing", list(NUMBERS))
-def test_the_numbers_have_no_default_outside_the_configuration(missing):
-    with pytest.raises(TypeError, match=missing):
-        NormEnforcer(1, resources=("A",), **{name: NUMBERS[name] for name in NUMBERS if name != missing})
+def test_defaults_are_those_of_the_configuration():
+    assert NormEnforcer(1, resources=("A",)).config == NormConfig(resources=("A",), **NUMBERS)
+
+
+OUTWEIGHS = {"internalization_threshold": 5.0, "intrinsic_scale": -0.5}
 
 
 @pytest.mark.parametrize(
-    ("call", "message"),
+    ("function", "given", "settings", "message"),
     [
-        (lambda: steps_until(-1.0, 1.0, decay_rate=0.9), "strengths must be finite and at least 0, got -1.0"),
-        (lambda: steps_until(1.0, math.nan, decay_rate=0.9), "strengths must be finite and at least 0"),
-        (lambda: steps_until(2.0, 1.0, decay_rate=1.5), "decay_rate: .*got 1.5"),
-        (
-            lambda: guilt_outweighs_until(-1.0, internalization_threshold=5.0, intrinsic_scale=-0.5),
-            "payoff_gap must be finite and at least 0, got -1.0",
-        ),
-        (
-            lambda: guilt_outweighs_until(1.0, internalization_threshold=5.0, intrinsic_scale=0.5),
-            "intrinsic_scale: .*got 0.5",
-        ),
-        (lambda: holding_rate(-5.0, 0.995), "threshold: .*got -5.0"),
-        (lambda: holding_rate(5.0, -0.1), "decay_rate: .*got -0.1"),
-        (lambda: holding_rate(5.0, 0.995, mode="both"), "mode must be 'resource' or 'action', got 'both'"),
+        (steps_until, (-1.0, 1.0), {"decay_rate": 0.9}, "strengths.*got -1.0"),
+        (steps_until, (1.0, math.nan), {"decay_rate": 0.9}, "strengths"),
+        (steps_until, (2.0, 1.0), {"decay_rate": 1.5}, "decay_rate: .*got 1.5"),
+        (guilt_outweighs_until, (-1.0,), OUTWEIGHS, "payoff_gap.*got -1.0"),
+        (guilt_outweighs_until, (1.0,), {**OUTWEIGHS, "intrinsic_scale": 0.5}, "intrinsic_scale: .*got 0.5"),
+        (holding_rate, (-5.0, 0.995), {}, "threshold: .*got -5.0"),
+        (holding_rate, (5.0, -0.1), {}, "decay_rate: .*got -0.1"),
+        (holding_rate, (5.0, 0.995), {"mode": "both"}, "mode.*got 'both'"),
     ],
 )
-def test_the_closed_forms_refuse_arguments_out_of_range(call, message):
+def test_the_closed_forms_refuse_arguments_out_of_range(function, given, settings, message):
     with pytest.raises(ValueError, match=message):
-        call()
+        function(*given, **settings)

@@ -2,6 +2,7 @@
 
 import json
 
+import agents
 import numpy as np
 import pytest
 import torch
@@ -9,7 +10,8 @@ from gymnasium import spaces
 from settings import act_in_heads
 from torch import nn
 
-from dualhead import CheckpointError, DualHeadRecurrentPPO, NetworkConfig, NormConfig, PPOConfig, load_policy
+from dualhead import CheckpointError, DualHeadRecurrentPPO, NetworkConfig, NormConfig, load_policy
+from dualhead.learning.segments import cut, gather
 from dualhead.networks.memory import MemoryCell
 from dualhead.running.export import export
 from dualhead.spaces import space_from_json, space_to_json
@@ -17,8 +19,8 @@ from dualhead.types import Plan, RecurrentState
 
 B = 3
 SPACE = spaces.Dict(x=spaces.Box(-9, 9, (4,), np.float32), kind=spaces.Discrete(3))
-HEADS = spaces.MultiDiscrete([3, 2])
-SETTINGS = {"rollout_length": 8, "batch_size": 12, "sequence_length": 4, "num_epochs": 2, "learning_rate": 1e-2}
+HEADS = agents.HEADS
+SETTINGS = {"rollout_length": 8, "batch_size": 12, "sequence_length": 4, "learning_rate": 1e-2, "hidden_size": 6}
 
 
 class Elman(MemoryCell):
@@ -82,12 +84,8 @@ class Squares(nn.Module):
         return self.layer(observations["x"]).square()
 
 
-def make_agent(*, network=None, dtype=torch.float64, num_streams=B, norms=None, **given):
-    config = PPOConfig(**SETTINGS | {name: given.pop(name) for name in list(given) if name in PPOConfig.model_fields})
-    network = NetworkConfig(hidden_size=6, encoder_sizes=(5,), **network or {})
-    return DualHeadRecurrentPPO(
-        SPACE, HEADS, num_streams=num_streams, config=config, network=network, norms=norms, dtype=dtype, **given
-    )
+def make_agent(memory="lstm", **given):
+    return agents.make_agent(memory, preset="default", **{"observation_space": SPACE} | SETTINGS | given)
 
 
 def look(rng, num_streams=B):
@@ -136,31 +134,18 @@ def test_a_cell_of_one_s_own_learns_what_ours_does(memory, changes):
 
 @pytest.mark.parametrize(("memory", "critic"), [(OneByOne, "lstm"), (Elman, "gru"), (Elman, "none")])
 def test_two_memories_may_want_two_packings(memory, critic):
-    agent = make_agent(memory=memory, network={"critic_memory": critic}, burn_in=2)
+    agent = make_agent(memory, critic_memory=critic, burn_in=2)
     for metrics in play(agent, 24):
         if isinstance(metrics, dict):
             assert metrics["policy/first_ratio_error"] < 1e-12
     # Values of segments, whatever their packing, are those of acting.
-    agent = make_agent(memory=memory, network={"critic_memory": critic})
     play(agent, 7)
-    rollout = agent.rollout_memory
-    lengths = np.array([5, 3, 2])
-    plan = agent.policy.plan(lengths)
-    rng, expected, given = np.random.default_rng(1), {}, {}
-    for segment, length in enumerate(lengths):
-        state = agent.policy.initial_state(1)
-        for t in range(length):
-            given[segment, t] = {name: torch.from_numpy(part) for name, part in look(rng, 1).items()}
-            output, state = agent.policy.step(given[segment, t], state)
-            expected[segment, t] = output
-    where = list(zip(plan.segment.tolist(), plan.step.tolist()))
-    packed = {name: torch.cat([given[place][name] for place in where]) for name in given[0, 0]}
-    output = agent.policy.unroll(packed, agent.policy.initial_state(3), plan.layout)
-    for row, place in enumerate(where):
-        torch.testing.assert_close(output.values[row], expected[place].values[0], rtol=0, atol=1e-12)
-        for ours, theirs in zip(output.distribution.logits, expected[place].distribution.logits):
-            torch.testing.assert_close(ours[row], theirs[0], rtol=0, atol=1e-12)
-    assert rollout.length == 7
+    rollout, zeros = agent.rollout_memory, torch.zeros(7, B).double()
+    segments = cut(rollout.episode_starts[2:9].numpy(), 4)
+    batch = gather(agent.policy, rollout, segments, advantages=zeros, returns=zeros)
+    output = agent.policy.evaluate(batch)
+    torch.testing.assert_close(output.values, batch.values, rtol=0, atol=1e-12)
+    torch.testing.assert_close(output.distribution.log_probs(batch.actions), batch.log_probs, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("frozen", [True, False])
@@ -176,30 +161,19 @@ def test_an_encoder_keeps_its_weights_until_it_learns(frozen):
 
 
 def test_vectors_are_scaled_for_any_encoder():
-    """The observations' statistics stand before the encoder: what it sees has mean 0 and deviation 1."""
+    """Running statistics come before the encoder: it sees numbers with mean 0 and deviation 1."""
     seen = []
-
-    class Sees(Squares):
-        def forward(self, observations):
-            seen.append(observations["x"])
-            return super().forward(observations)
-
-    agent = make_agent(encoder=Sees, batch_size=24, num_epochs=1)
-    rng = np.random.default_rng(0)
-    for _ in range(2):
-        for _ in range(8):
-            agent.act({"x": 5 + 3 * rng.normal(size=(B, 4)), "kind": np.zeros(B, int)})
-            agent.record(np.ones(B), *np.zeros((2, B), bool))
-        seen.clear()
-        agent.learn({"x": np.zeros((B, 4)), "kind": np.zeros(B, int)})
-    (update,) = (x for x in seen if len(x) == 24)
-    # Statistics of the first rollout scale the second.
-    assert update.mean().abs().item() < 0.5
-    assert update.std().item() == pytest.approx(1, abs=0.3)
+    encoder = encodes(lambda observations: seen.append(observations["x"]) or observations["x"])
+    policy = make_agent(encoder=encoder).policy
+    observations = {"x": 5 + 3 * torch.randn(40, 4).double(), "kind": torch.zeros(40, dtype=torch.int64)}
+    policy.normalizer.update(observations)
+    policy.step(observations, policy.initial_state(40))
+    torch.testing.assert_close(seen[-1].mean(0), torch.zeros(4).double(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(seen[-1].std(0, unbiased=False), torch.ones(4).double(), rtol=0, atol=1e-6)
 
 
 def test_a_file_and_the_parts_are_enough(tmp_path):
-    agent = make_agent(memory=SteppedLSTM, encoder=Squares, norms=None)
+    agent = make_agent(SteppedLSTM, encoder=Squares)
     play(agent, 13)
     agent.save(tmp_path / "agent")
     with pytest.raises(CheckpointError, match=r"encoder .*:Squares, which is not part of dualhead.*encoder=Squares"):
@@ -252,7 +226,7 @@ def test_a_warm_start_takes_what_was_learned_to_other_shapes(tmp_path):
     with pytest.raises(RuntimeError, match="1 steps recorded"):
         agent.warm_start(tmp_path / "taught")
     with pytest.raises(CheckpointError, match="network"):
-        make_agent(network={"memory": "gru"}).warm_start(tmp_path / "taught")
+        make_agent("gru").warm_start(tmp_path / "taught")
 
 
 def test_parts_of_one_s_own_are_exported(tmp_path):
@@ -273,15 +247,10 @@ class WithoutStep(MemoryCell):
 
 
 class Forgets(Elman):
-    """Its sequences begin from zeros."""
+    """Its sequences begin from ones."""
 
     def sequence(self, features, state):
         return super().sequence(features, state.map(lambda part: part * 0 + 1))
-
-
-class WithDropout(Elman):
-    def step(self, features, state):
-        return super().step(nn.functional.dropout(features, 0.5), state)
 
 
 class BeginsWithOnes(Elman):
@@ -289,65 +258,146 @@ class BeginsWithOnes(Elman):
         return super().initial_state(batch, **kwargs).map(lambda part: part + 1)
 
 
-class LosesItsAxis(Elman):
-    def step(self, features, state):
-        h, after = super().step(features, state)
-        return h, after.map(lambda part: part[0])
+def steps(before=lambda x, state: (x, state), after=lambda h, state: (h, state)):
+    """A cell with other inputs or outputs of its steps."""
+
+    class Steps(Elman):
+        def step(self, features, state):
+            return after(*super().step(*before(features, state)))
+
+    return Steps
 
 
-class Wide(Elman):
-    num_features = 7
+def names_its_state(*names):
+    class Names(MemoryCell):
+        def __init__(self, input_size, hidden_size):
+            super().__init__(hidden_size, state_shapes=dict.fromkeys(names, (1, hidden_size)))
+            self.layer = nn.Linear(input_size, hidden_size)
 
-    def step(self, features, state):
-        h, after = super().step(features, state)
-        return torch.cat([h, h], 1), after
+        def step(self, features, state):
+            return self.layer(features), state
+
+    return Names
 
 
-class GivesATuple(Elman):
-    def step(self, features, state):
-        h, after = super().step(features, state)
-        return h, tuple(after)
+def encodes(before=lambda seen: seen["x"], after=lambda features: features, num_features=5):
+    """An encoder with other inputs or outputs of its layer."""
+
+    class Encodes(Squares):
+        def __init__(self, space):
+            super().__init__(space)
+            self.num_features = num_features
+
+        def forward(self, observations):
+            return after(self.layer(before(observations)))
+
+    return Encodes
+
+
+def batch_norm(x):
+    return nn.functional.batch_norm(x, None, None, training=True)
+
+
+WRONG_MEMORIES = [
+    (WithoutStep, NotImplementedError, "WithoutStep needs a method step"),
+    (Forgets, ValueError, "step and unroll disagree"),
+    (steps(lambda x, state: (nn.functional.dropout(x), state)), ValueError, "memory .*Steps.* disagree.*dropout"),
+    (steps(lambda x, state: (batch_norm(x), state)), ValueError, "memory .*Steps.*one stream.*BatchNorm"),
+    (steps(lambda x, state: (x, state.map(lambda h: h.mul_(0.5)))), ValueError, "memory .*Steps.*in place"),
+    (steps(lambda x, state: (x.relu_(), state)), ValueError, "memory .*Steps.*in place"),
+    (steps(after=lambda h, state: (h.double(), state)), ValueError, "float32.*got.*float64"),
+    (steps(after=lambda h, state: (torch.cat([h, h], 1), state)), ValueError, r"\(2, 6\).*got \(\(2, 12\)"),
+    (steps(after=lambda h, state: (h, state.map(lambda part: part[0]))), ValueError, "the state after a step"),
+    (steps(after=lambda h, state: (h, tuple(state))), TypeError, "RecurrentState.*got tuple"),
+    (BeginsWithOnes, ValueError, "zeros with the stream axis second"),
+    (names_its_state(), ValueError, "at least one"),
+    (names_its_state("h", "critic_h"), ValueError, "'critic_h'"),
+    (names_its_state("episode_starts"), ValueError, "'episode_starts'"),
+    (names_its_state("previous/action"), ValueError, "'previous/action'"),
+    (nn.LSTM(3, 3), TypeError, "num_features"),
+    ("lstm", TypeError, "expected an nn.Module, or a class or function"),
+    (lambda *sizes: 3, TypeError, "which made 3"),
+]
+WRONG_ENCODERS = [
+    (lambda space: nn.Linear(2, 2), TypeError, "num_features"),
+    (encodes(num_features=9), ValueError, r"\(4, 9\).*got \(\(4, 5\)"),
+    (encodes(after=lambda features: features.long()), ValueError, "float32.*got.*int64"),
+    (encodes(lambda seen: nn.functional.dropout(seen["x"])), ValueError, "different features .*dropout"),
+    (encodes(lambda seen: batch_norm(seen["x"])), ValueError, "one observation alone.*BatchNorm"),
+    (encodes(lambda seen: seen["x"] - seen["x"].mean(0)), ValueError, "depend on the other observations.*BatchNorm"),
+    (encodes(lambda seen: seen["x"].relu_()), ValueError, "in place"),
+    (encodes(lambda seen: seen.pop("x")), ValueError, "in place"),
+]
 
 
 @pytest.mark.parametrize(
-    ("part", "error", "message"),
+    ("name", "part", "error", "message"),
+    [("memory", *row) for row in WRONG_MEMORIES] + [("encoder", *row) for row in WRONG_ENCODERS],
+)
+def test_parts_that_do_not_do_what_they_should_are_refused(name, part, error, message):
+    with pytest.raises(error, match=message):
+        DualHeadRecurrentPPO(SPACE, HEADS, network=NetworkConfig(hidden_size=6), **{name: part})
+
+
+@pytest.mark.parametrize(
+    "space",
     [
-        ({"memory": WithoutStep}, NotImplementedError, "WithoutStep needs a method step"),
-        ({"memory": Forgets}, ValueError, "step and unroll disagree"),
-        ({"memory": WithDropout}, ValueError, "step and unroll disagree.*dropout"),
-        ({"memory": BeginsWithOnes}, ValueError, "zeros with the stream axis second"),
-        ({"memory": LosesItsAxis}, ValueError, "expected the state after a step"),
-        ({"memory": Wide}, ValueError, "outputs of shape"),
-        ({"memory": GivesATuple}, TypeError, "RecurrentState.*got tuple"),
-        ({"memory": nn.LSTM(3, 3)}, TypeError, "num_features"),
-        ({"memory": "lstm"}, TypeError, "expected an nn.Module, or a class or function"),
-        ({"memory": lambda *sizes: 3}, TypeError, "which made 3"),
-        ({"encoder": lambda space: nn.Linear(2, 2)}, TypeError, "num_features"),
-        ({"encoder": lambda space: type("Lies", (Squares,), {"num_features": 5})(space).double()}, None, ""),
-        ({"encoder": lambda space: _lying(space)}, ValueError, r"expected features of shape \(2, 9\).*got \(2, 5\)"),
-        ({"encoder": lambda space: _random(space)}, ValueError, "different features for the same observation"),
+        spaces.Box(np.float32([-4.8, -np.inf]), np.float32([4.8, np.inf])),
+        spaces.Box(-np.finfo(np.float64).max, np.finfo(np.float64).max, (2,), np.float64),
+        spaces.Box(0, 255, (3, 4, 4), np.uint8),
+        spaces.Tuple((spaces.MultiDiscrete([3, 2], start=[5, 5]), spaces.MultiBinary((2, 2)))),
     ],
 )
-def test_parts_that_do_not_do_what_they_should_are_refused(part, error, message):
-    if error is None:
-        make_agent(**part)
-        return
-    with pytest.raises(error, match=message):
-        make_agent(**part)
+def test_encoders_of_any_space_are_tried(space):
+    class Sums(nn.Module):
+        num_features = 1
 
+        def __init__(self, space):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(1))
 
-def _lying(space):
-    encoder = Squares(space)
-    encoder.num_features = 9
-    return encoder
-
-
-def _random(space):
-    class Random(Squares):
         def forward(self, observations):
-            return nn.functional.dropout(super().forward(observations) + 1, 0.5)
+            return torch.cat([x.flatten(1) for x in observations.values()], 1).sum(1, keepdim=True) * self.weight
 
-    return Random(space)
+    DualHeadRecurrentPPO(space, HEADS, encoder=Sums)
+    DualHeadRecurrentPPO(space, HEADS, encoder=Sums(space).double())
+
+
+def test_integers_reach_an_encoder_as_they_are():
+    """At the defaults, which scale vectors: an embedding takes indices from a Box of integers."""
+
+    class Embeds(nn.Module):
+        num_features = 6
+
+        def __init__(self, space):
+            super().__init__()
+            self.embedding = nn.Embedding(10, 3)
+
+        def forward(self, observations):
+            assert observations["observation"].dtype == torch.int64
+            return self.embedding(observations["observation"]).flatten(1)
+
+    agent = DualHeadRecurrentPPO(spaces.Box(0, 9, (2,), np.int64), spaces.Discrete(2), encoder=Embeds)
+    assert agent.config.normalize_observations
+    for t in range(agent.config.rollout_length):
+        agent.act(np.array([t % 10, 9], np.uint8 if t % 2 else np.int64))
+        agent.record(1.0, t % 5 == 4, False)
+    assert agent.learn(np.array([3, 4]))["policy/first_ratio_error"] < 1e-5
+
+
+def test_a_cell_need_not_know_of_autocast():
+    """`torch.lerp` refuses a state in float32 beside gates in bf16, so steps are taken in full precision."""
+
+    class Lerps(Elman):
+        def step(self, features, state):
+            assert features.dtype == torch.float32
+            h = torch.lerp(state.h[0], self.cell(features, state.h[0]), torch.sigmoid(features[:, :1]))
+            return h, RecurrentState(h=h[None])
+
+    agent = make_agent(memory=Lerps, precision="bf16", dtype=torch.float32)
+    losses = [metrics["loss/total"] for metrics in play(agent, 16) if isinstance(metrics, dict)]
+    assert np.isfinite(losses).all()
+    assert len(losses) == 2
 
 
 def test_a_memory_that_is_not_ours_must_be_passed():

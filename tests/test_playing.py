@@ -5,19 +5,21 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+from agents import make_agent
 from gymnasium import spaces
 from saved_runs import randomize, save_run
+from torch import nn
 
-import dualhead
-from dualhead import DataError, Player, load_policy
+from dualhead import DataError, MemoryCell, Player, RecurrentState, load_policy
 from dualhead.config import NetworkConfig
 from dualhead.networks.policy import RecurrentPolicy
+from dualhead.population import IndependentLearners
 from dualhead.running.checkpoint import RunError, checkpoints, read_config
 from dualhead.running.evaluation import Evaluation, play_episodes
 from dualhead.running.session import make_learner
 from dualhead.running.video import _frames
 from dualhead.spaces import ActionSpec, ObservationSpec
-from dualhead.storage import CheckpointError
+from dualhead.storage import CheckpointError, write_tensors
 from dualhead.types import as_numpy
 from dualhead.worlds.commons.config import CommonsConfig
 from dualhead.worlds.commons.world import Commons
@@ -53,6 +55,24 @@ ACTION_SPACES = {
     "dict": spaces.Dict(move=spaces.Discrete(4, start=1), vote=spaces.MultiDiscrete([2, 2])),
     "box": spaces.Box(np.float32([-2, -np.inf, 0]), np.float32([4, np.inf, np.inf])),
 }
+
+
+class Elman(MemoryCell):
+    def __init__(self, input_size, hidden_size):
+        super().__init__(hidden_size, state_shapes={"h": (1, hidden_size)})
+        self.cell = nn.RNNCell(input_size, hidden_size)
+
+    def step(self, features, state):
+        h = self.cell(features, state.h[0])
+        return h, RecurrentState(h=h[None])
+
+
+class Reversed(Elman):
+    """The same weights by the same names, and another function."""
+
+    def step(self, features, state):
+        h = self.cell(-features, state.h[0])
+        return h, RecurrentState(h=h[None])
 
 
 def make_player(action_space, *, memory="lstm", seed=0, observation_space=None, **shape):
@@ -175,6 +195,34 @@ def test_what_cannot_be_loaded_is_said(tmp_path):
         load_policy(broken)
 
 
+def test_parts_are_those_that_the_file_names(tmp_path):
+    make_agent(Elman).save(tmp_path / "agent")
+    before = torch.random.get_rng_state()
+    load_policy(tmp_path / "agent", memory=lambda *sizes: Elman(*sizes))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    with pytest.raises(CheckpointError, match=r"memory.*Elman.*Reversed"):
+        load_policy(tmp_path / "agent", memory=Reversed)
+
+
+def test_independent_policies_need_a_memory_each(tmp_path):
+    agents = IndependentLearners(lambda seed: make_agent(Elman, num_streams=1, seed=seed), num_agents=2, seed=0)
+    write_tensors(tmp_path / "agents", *agents.state())
+    one, other = load_policy(tmp_path / "agents", memory=Elman).policy.policies
+    assert not torch.equal(one.memory.cell.weight_hh, other.memory.cell.weight_hh)
+    with pytest.raises(CheckpointError, match=r"memory: .*expected a class or factory"):
+        load_policy(tmp_path / "agents", memory=one.memory)
+
+
+def test_returned_actions_are_the_caller_s_to_change():
+    changed, kept = (make_player(spaces.MultiDiscrete([4, 3]), previous_action=True) for _ in range(2))
+    seen = np.random.default_rng(0).uniform(-1, 1, (2, 3, 3)).astype(np.float32)
+    actions, _ = (player.act(seen[0], np.ones(3, bool)) for player in (changed, kept))
+    actions[:] = (actions + 1) % 3
+    for player in (changed, kept):
+        player.act(seen[1], np.zeros(3, bool))
+    assert torch.equal(changed._state.h, kept._state.h)
+
+
 def test_evaluation_repeats_on_the_same_streams():
     streams = make_streams("test/Ticking-v0", 4)
     player = make_player(streams.action_space, observation_space=streams.observation_space)
@@ -201,14 +249,7 @@ def test_who_evaluates_or_films_shows_the_policy_what_was_paid(monkeypatch):
 
     monkeypatch.setattr(Player, "act", spy_on_act)
     commons = Commons(CommonsConfig(form="bandit", num_agents=2))
-    for env, play in (
-        (
-            make_streams("test/Ticking-v0", 3),
-            lambda player, env: play_episodes(player.policy, env, episodes=6, deterministic=False),
-        ),
-        (Ticking(), lambda player, env: list(_frames(env, player, 20, seed=0, deterministic=False))),
-        (commons, lambda player, env: list(_frames(env, player, 20, seed=0, deterministic=False))),
-    ):
+    for env in (make_streams("test/Ticking-v0", 3), Ticking(), commons):
         paid.clear()
         shown.clear()
         player = make_player(env.action_space, observation_space=env.observation_space, previous_reward=True)
@@ -220,7 +261,10 @@ def test_who_evaluates_or_films_shows_the_policy_what_was_paid(monkeypatch):
 
         env.step, env.spec = spy_on_step, None
         env.frame = env.render = lambda: np.zeros((2, 2, 3), np.uint8)
-        play(player, env)
+        if isinstance(env, Ticking | Commons):
+            list(_frames(env, player, 20, seed=0, deterministic=False))
+        else:
+            play_episodes(player.policy, env, episodes=6, deterministic=False)
         assert len(paid) > 2
         assert np.any(paid)
         assert shown[1:] == paid[:-1]
@@ -237,8 +281,3 @@ def test_summary_has_the_t_interval_of_the_mean():
     single = Evaluation([2.0], [7]).summary()
     assert np.isnan([single["ci95_low"], single["ci95_high"]]).all()
     assert (single["mean_return"], single["std_return"]) == (2.0, 0.0)
-
-
-def test_public_names():
-    assert dualhead.load_policy is load_policy
-    assert {"Player", "load_policy"} <= set(dualhead.__all__)

@@ -1,8 +1,10 @@
 """Independent learners, newcomers, and norms at work in the training loop."""
 
 import csv
+import json
 import math
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -25,6 +27,7 @@ from dualhead.running.evaluation import evaluation_size, play_episodes
 from dualhead.running.session import Session, make_learner
 from dualhead.running.trainer import train
 from dualhead.worlds.commons.world import Commons
+from dualhead.worlds.streams import StreamStep
 
 RULES = CommonsConfig(form="bandit", num_agents=3, resources=("A", "B"), epoch_turns=7)
 NETWORK = NetworkConfig.spec(memory="gru", hidden_size=8, encoder_sizes=(8,))
@@ -34,65 +37,64 @@ NUM_WORLDS = 4
 
 
 def make(seed, num_streams=NUM_WORLDS):
-    world = Commons(RULES)
-    return DualHeadRecurrentPPO(
-        world.observation_space,
-        world.action_space,
-        num_streams=num_streams,
-        config=PPO,
-        network=NETWORK,
-        norms=NORMS,
-        seed=seed,
-    )
+    spaces = Commons(RULES).observation_space, Commons(RULES).action_space
+    settings = {"config": PPO, "network": NETWORK, "norms": NORMS}
+    return DualHeadRecurrentPPO(*spaces, num_streams=num_streams, seed=seed, **settings)
 
 
 def make_learners():
     return IndependentLearners(make, num_agents=3, seed=5)
 
 
+def make_worlds():
+    worlds = Commons(RULES, num_worlds=NUM_WORLDS)
+    return worlds, worlds.reset(seed=1)
+
+
+def record(learner, step, **wrong):
+    given = {
+        name: getattr(step, name) for name in ("rewards", "terminated", "truncated", "final_observations", "events")
+    }
+    learner.record(**given | wrong)
+    return step.observations
+
+
 def play(learner, worlds, observations, num_turns):
     metrics = None
     for _ in range(num_turns):
-        step = worlds.step(learner.act(observations))
-        learner.record(
-            step.rewards,
-            step.terminated,
-            step.truncated,
-            final_observations=step.final_observations,
-            events=step.events,
-        )
-        observations = step.observations
+        observations = record(learner, worlds.step(learner.act(observations)))
         if learner.rollout_is_ready:
             metrics = learner.learn(observations)
     return observations, metrics
 
 
 def rows(tree, agent):
-    return {name: part[agent::3] for name, part in tree.items()}
+    if isinstance(tree, dict):
+        return {name: part[agent::3] for name, part in tree.items()}
+    if isinstance(tree, NormEvents):
+        return NormEvents(*(part[agent::3] for part in tree))
+    return None if tree is None else tree[agent::3]
+
+
+def assert_same_state(one, other):
+    (tensors, metadata), (others, their_metadata) = one.state(), other.state()
+    assert metadata == their_metadata
+    torch.testing.assert_close(tensors, others, rtol=0, atol=0)
 
 
 def test_independent_learners_are_single_agents_on_their_own_streams():
     """The reference: three agents driven by hand, each with the rows of its own number."""
-    learners, worlds = make_learners(), Commons(RULES, num_worlds=NUM_WORLDS)
+    learners, (worlds, observations) = make_learners(), make_worlds()
     singles = [make(learners._seed_of(number)) for number in range(3)]
-    observations = worlds.reset(seed=1)
     for _ in range(20):
         actions = learners.act(observations)
         for number, single in enumerate(singles):
             for name, part in single.act(rows(observations, number)).items():
                 assert torch.equal(part, actions[name][number::3])
         step = worlds.step(actions)
-        final = step.final_observations
-        learners.record(step.rewards, step.terminated, step.truncated, final_observations=final, events=step.events)
+        observations = record(learners, step)
         for number, single in enumerate(singles):
-            single.record(
-                step.rewards[number::3],
-                step.terminated[number::3],
-                step.truncated[number::3],
-                final_observations=None if final is None else rows(final, number),
-                events=NormEvents(step.events.punished[number::3], step.events.collected[number::3]),
-            )
-        observations = step.observations
+            record(single, StreamStep(*(rows(part, number) for part in step)))
         if learners.rollout_is_ready:
             together = learners.learn(observations)
             alone = [single.learn(rows(observations, number)) for number, single in enumerate(singles)]
@@ -105,42 +107,44 @@ def test_independent_learners_are_single_agents_on_their_own_streams():
     assert not torch.equal(learners.learners[0].policy.critic.weight, learners.learners[1].policy.critic.weight)
 
 
-def spoiled(tree, name, value):
-    """Observations with a bad number in the last row, which belongs to the last agent."""
-    tree = {key: leaf.clone() for key, leaf in tree.items()}
-    tree[name][-1, -1] = value
-    return tree
+def spoiled(tensor, value):
+    """A bad number in the last row, which belongs to the last agent."""
+    tensor = tensor + 0.0
+    tensor[-1:].fill_(value)
+    return tensor
 
 
-@pytest.mark.parametrize("what", ["observations", "one stream too few", "reward", "final observations", "events"])
-def test_what_the_last_agent_refuses_leaves_all_agents_as_they_were(what):
-    learners, worlds = make_learners(), Commons(RULES, num_worlds=NUM_WORLDS)
-    observations, _ = play(learners, worlds, worlds.reset(seed=1), 6)
-    if what == "observations":
-        with pytest.raises(ValueError, match="scalars"):
-            learners.act(spoiled(observations, "scalars", math.nan))
-    elif what == "one stream too few":
-        with pytest.raises(ValueError, match="expected"):
-            learners.act({name: leaf[:-1] for name, leaf in observations.items()})
+def test_what_the_last_agent_refuses_leaves_all_agents_as_they_were():
+    learners, (worlds, observations) = make_learners(), make_worlds()
+    observations, _ = play(learners, worlds, observations, 6)
+    fewer = {name: leaf[:-1] for name, leaf in observations.items()}
+    for wrong in (fewer, {**observations, "scalars": spoiled(observations["scalars"], math.nan)}):
+        with pytest.raises(ValueError, match=r"scalars|expected"):
+            learners.act(wrong)
     step = worlds.step(learners.act(observations))  # the seventh turn ends the epoch
-    wrong = {"rewards": step.rewards, "final_observations": step.final_observations, "events": step.events}
-    if what == "reward":
-        wrong["rewards"] = spoiled({"": step.rewards[:, None]}, "", math.nan)[""][:, 0]
-    elif what == "final observations":
-        wrong["final_observations"] = spoiled(step.final_observations, "scalars", math.inf)
-    elif what == "events":
-        wrong["events"] = NormEvents(step.events.punished, spoiled({"": step.events.collected + 0.0}, "", 0.5)[""])
-    before = learners.num_steps
-    if what in ("reward", "final observations", "events"):
-        with pytest.raises(ValueError, match=r"reward|scalars|collected"):
-            learners.record(wrong.pop("rewards"), step.terminated, step.truncated, **wrong)
-    assert learners.num_steps == before
     final = step.final_observations
-    learners.record(step.rewards, step.terminated, step.truncated, final_observations=final, events=step.events)
-    expected, same = make_learners(), Commons(RULES, num_worlds=NUM_WORLDS)
-    play(expected, same, same.reset(seed=1), 7)
-    tensors, others = learners.state()[0], expected.state()[0]
-    assert [name for name in others if not torch.equal(tensors[name], others[name])] == []
+    for wrong in (
+        {"rewards": spoiled(step.rewards, math.nan)},
+        {"final_observations": {**final, "scalars": spoiled(final["scalars"], math.inf)}},
+        {"events": NormEvents(step.events.punished, spoiled(step.events.collected, 0.5))},
+    ):
+        with pytest.raises(ValueError, match=r"reward|scalars|collected"):
+            record(learners, step, **wrong)
+    observations = record(learners, step)
+    expected = make_learners()
+    play(expected, *make_worlds(), 7)
+    assert_same_state(learners, expected)
+
+    for _ in range(3):
+        step = worlds.step(learners.act(observations))
+        observations = record(learners, step)
+    before, twin = learners.state(), make_learners()
+    twin.restore(*before)
+    for wrong in ({**observations, "scalars": spoiled(observations["scalars"], math.nan)}, None):
+        with pytest.raises(ValueError, match=r"scalars|next_observations"):
+            learners.learn(wrong)
+        assert_same_state(learners, twin)
+    assert learners.learn(observations) == twin.learn(observations)
 
 
 @pytest.mark.parametrize("memory", ["lstm", "gru", "none"])
@@ -168,15 +172,29 @@ def test_policies_played_together_are_the_policies_alone(memory, critic_memory):
             observations = world.step(output.distribution.mode()).observations
 
 
+def test_continuous_policies_played_together_are_the_policies_alone():
+    spaces = gym.spaces.Box(-1, 1, (2,)), gym.spaces.Box(-2, 2, (3,))
+    policies = [DualHeadRecurrentPPO(*spaces, network=NETWORK, seed=seed).policy for seed in range(3)]
+    seen = {"observation": torch.randn(6, 2, generator=torch.Generator().manual_seed(0))}
+    together = IndependentPolicies(policies)
+    with torch.no_grad():
+        for number, policy in enumerate(policies):
+            policy.heads.log_std.fill_(-number)
+        distribution = together.step(seen, together.initial_state(6))[0].distribution
+        actions = distribution.sample()
+        for number, policy in enumerate(policies):
+            alone = policy.step(rows(seen, number), policy.initial_state(2))[0].distribution
+            assert torch.equal(distribution.mode()[number::3], alone.mode())
+            mine = alone.log_probs(actions[number::3])
+            torch.testing.assert_close(distribution.log_probs(actions)[number::3], mine)
+
+
 def test_a_player_of_many_policies_shows_each_its_own_step_before(monkeypatch):
     """Against the learners that they are of, over ends of episodes."""
     network = NETWORK.model_copy(update={"previous_action": True, "previous_reward": True, "critic_memory": "gru"})
+    spaces = Commons(RULES).observation_space, Commons(RULES).action_space
     learners = IndependentLearners(
-        lambda seed: DualHeadRecurrentPPO(
-            Commons(RULES).observation_space, Commons(RULES).action_space, num_streams=2, network=network, seed=seed
-        ),
-        num_agents=3,
-        seed=0,
+        lambda seed: DualHeadRecurrentPPO(*spaces, num_streams=2, network=network, seed=seed), num_agents=3, seed=0
     )
     worlds = Commons(RULES, num_worlds=2)
     player = Player(learners.policy, worlds.observation_space, worlds.action_space)
@@ -194,17 +212,17 @@ def test_a_player_of_many_policies_shows_each_its_own_step_before(monkeypatch):
 
 
 def test_a_newcomer_is_new_and_the_others_stay():
-    learners, worlds = make_learners(), Commons(RULES, num_worlds=NUM_WORLDS)
-    play(learners, worlds, worlds.reset(seed=1), 10)
+    learners, (worlds, observations) = make_learners(), make_worlds()
+    play(learners, worlds, observations, 10)
     before = [learner.policy.critic.weight.clone() for learner in learners.learners]
-    strengths = learners.strengths()
+    strengths = strengths_by_agent(learners, 3)
     assert strengths.shape == (3, 2)
     assert (strengths[:, 0] > 0).all()
     learners.replace(1, individual=7)
     assert torch.equal(learners.learners[0].policy.critic.weight, before[0])
     assert not torch.equal(learners.learners[1].policy.critic.weight, before[1])
-    assert learners.strengths()[1].tolist() == [0.0, 0.0]
-    assert torch.equal(learners.strengths()[[0, 2]], strengths[[0, 2]])
+    assert strengths_by_agent(learners, 3)[1].tolist() == [0.0, 0.0]
+    assert torch.equal(strengths_by_agent(learners, 3)[[0, 2]], strengths[[0, 2]])
     same = make(learners._seed_of(7))
     assert torch.equal(learners.learners[1].policy.critic.weight, same.policy.critic.weight)
     founders = make_learners().learners
@@ -212,9 +230,9 @@ def test_a_newcomer_is_new_and_the_others_stay():
 
 
 def test_learners_go_on_where_they_were_saved():
-    learners, worlds = make_learners(), Commons(RULES, num_worlds=NUM_WORLDS)
-    observations, _ = play(learners, worlds, worlds.reset(seed=1), 13)
-    other, same_world = make_learners(), Commons(RULES, num_worlds=NUM_WORLDS)
+    learners, (worlds, observations) = make_learners(), make_worlds()
+    observations, _ = play(learners, worlds, observations, 13)
+    other, (same_world, _) = make_learners(), make_worlds()
     other.restore(*learners.state())
     same_world.restore(*worlds.state())
     _, metrics = play(learners, worlds, observations, 17)
@@ -252,60 +270,43 @@ def test_every_agent_counts_the_same_in_an_evaluation(monkeypatch, num_agents, a
         (lambda tensors, _: tensors.pop("agent_2/state/h"), "agent 2 is of another architecture: missing"),
         (lambda tensors, _: tensors["agent_2/rng/shuffling"].zero_(), "agent 2: rng/shuffling is no state"),
         (lambda _, metadata: metadata["learners"][2].pop("rollout"), "agent 2 has no valid rollout"),
-        (lambda _, metadata: metadata.pop("num_steps"), "num_steps cannot be None"),
+        (lambda _, metadata: metadata.pop("num_steps"), "no valid num_steps"),
+        (lambda _, metadata: metadata["learners"].__setitem__(2, None), "learners"),
     ],
 )
 def test_learners_are_restored_all_or_none(damage, message):
-    learners, worlds = make_learners(), Commons(RULES, num_worlds=NUM_WORLDS)
-    play(learners, worlds, worlds.reset(seed=1), 13)
+    learners, (worlds, observations) = make_learners(), make_worlds()
+    play(learners, worlds, observations, 13)
     other, fresh = make_learners(), make_learners()
     tensors, metadata = learners.state()
     damage(tensors, metadata)
     with pytest.raises(CheckpointError, match=message):
         other.restore(tensors, metadata)
-    (tensors, metadata), (before, metadata_before) = other.state(), fresh.state()
-    assert metadata == metadata_before
-    assert all(torch.equal(tensors[name], tensor) for name, tensor in before.items())
+    assert_same_state(other, fresh)
 
 
-def turnover(num_agents=4, num_worlds=2, seed=0, **settings):
-    config = TurnoverConfig(**settings)
-    return Turnover(config, resources=("A", "B"), num_agents=num_agents, num_worlds=num_worlds, seed=seed)
+def turnover(num_agents=4, newcomers=1, seed=0, **settings):
+    config = TurnoverConfig(num_agents=newcomers, **settings)
+    return Turnover(config, resources=("A", "B"), num_agents=num_agents, num_worlds=2, seed=seed)
 
 
 @pytest.mark.parametrize(
-    ("settings", "due"),
+    ("settings", "turns", "due"),
     [
-        ({}, []),
-        ({"first_turn": 5}, [5]),
-        ({"first_turn": 5, "every_turns": 3}, [5, 8, 11, 14]),
-        ({"first_turn": 5, "every_turns": 3, "num_times": 2}, [5, 8]),
+        ({}, range(1, 16), []),
+        ({"first_turn": 5}, range(1, 16), [5]),
+        ({"first_turn": 5, "every_turns": 3}, range(1, 16), [5, 8, 11, 14]),
+        ({"first_turn": 5, "every_turns": 3, "num_times": 2}, range(1, 16), [5, 8]),
+        ({"first_turn": 2, "every_turns": 1}, [4], [4, 4, 4]),  # a rollout that ends late makes up for what it missed
     ],
 )
-def test_replacements_happen_on_schedule(settings, due):
-    schedule, happened = turnover(**settings), []
-    learners = make_learners()
-    for turn in range(1, 16):
+def test_replacements_happen_on_schedule(settings, turns, due):
+    schedule, happened, learners = turnover(num_agents=3, **settings), [], make_learners()
+    for turn in turns:
         while schedule.is_due(turn):
-            if learners is not None:
-                schedule._choose = lambda: [0]
             schedule.replace(learners, turn)
             happened.append(turn)
     assert happened == due
-
-
-def test_a_rollout_that_ends_late_makes_up_for_missed_replacements():
-    schedule, learners = turnover(first_turn=2, every_turns=1, selection="first_n", num_agents=3), make_learners()
-    while schedule.is_due(4):
-        schedule.replace(learners, 4)
-    assert schedule.num_times == 3
-
-
-def test_a_wrong_phase_is_told_once():
-    with pytest.raises(ValueError, match=r"^phases\.0\.mode: Input should be 'voted', 'fixed' or 'off', got 'on'$"):
-        CommonsConfig(phases=[{"mode": "on"}])
-    with pytest.raises(ValueError, match=r"^phases: Tuple should have at least 1 item"):
-        CommonsConfig(phases=[])
 
 
 def test_whom_newcomers_replace():
@@ -313,21 +314,12 @@ def test_whom_newcomers_replace():
     learners = make_learners()
     first = turnover(num_agents=3, first_turn=1, every_turns=1, selection="first_n")
     assert [first.replace(learners, turn) for turn in (1, 2)] == [[0], [0]]
-    longest = Turnover(
-        TurnoverConfig(first_turn=1, every_turns=1, num_agents=2, selection="tenure"),
-        resources=("A", "B"),
-        num_agents=3,
-        num_worlds=2,
-        seed=0,
-    )
+    longest = turnover(num_agents=3, newcomers=2, first_turn=1, every_turns=1, selection="tenure")
     assert [longest.replace(learners, turn) for turn in (1, 2, 3)] == [[0, 1], [0, 2], [0, 1]]
     assert longest.individuals.tolist() == [7, 8, 6]
     assert longest.arrivals.tolist() == [3, 3, 2]
-    draws = {
-        seed: tuple(turnover(num_agents=3, first_turn=1, seed=seed).replace(learners, 1)[0] for _ in range(1))
-        for seed in range(20)
-    }
-    assert {place for (place,) in draws.values()} == {0, 1, 2}
+    draws = [turnover(num_agents=3, first_turn=1, seed=seed).replace(learners, 1) for seed in range(20)]
+    assert {place for (place,) in draws} == {0, 1, 2}
 
 
 def test_groups_are_counted_apart():
@@ -336,22 +328,17 @@ def test_groups_are_counted_apart():
     schedule._choose = lambda: [1]
     schedule.replace(learners, 1)
     a, b, nothing = [True, False], [False, True], [False, False]
-    schedule.count(NormEvents(torch.zeros(6, 2, dtype=torch.bool), torch.tensor([b, a, b, b, a, b])))
+    schedule.count(NormEvents(np.zeros((6, 2), bool), np.array([b, a, b, b, a, b])))  # worlds may give arrays
     schedule.count(NormEvents(torch.zeros(6, 2, dtype=torch.bool), torch.tensor([nothing, a, nothing] * 2)))
     metrics = schedule.metrics(torch.tensor([[1.0, 2.0], [9.0, 9.0], [3.0, 4.0]]))
-    assert metrics == {
-        "lineage/agent_0": 0.0,
-        "lineage/agent_1": 3.0,
-        "lineage/agent_2": 2.0,
-        "newcomers/taken/A": 1.0,
-        "newcomers/taken/B": 0.0,
-        "newcomers/strength/A": 9.0,
-        "newcomers/strength/B": 9.0,
-        "incumbents/taken/A": 0.0,
-        "incumbents/taken/B": 0.5,
-        "incumbents/strength/A": 2.0,
-        "incumbents/strength/B": 3.0,
-    }
+    assert [metrics.pop(f"lineage/agent_{agent}") for agent in range(3)] == [0.0, 3.0, 2.0]
+    names = [
+        f"{group}/{what}/{kind}"
+        for group in ("newcomers", "incumbents")
+        for what in ("taken", "strength")
+        for kind in "AB"
+    ]
+    assert metrics == dict(zip(names, [1.0, 0.0, 9.0, 9.0, 0.0, 0.5, 2.0, 3.0]))
     assert schedule.metrics(None)["incumbents/taken/B"] == 0.0  # reading began the next interval
 
 
@@ -361,20 +348,24 @@ def test_turnover_goes_on_where_it_was_saved():
     for turn in range(1, 6):
         one.replace(learners, turn)
     other = turnover(**settings)
-    import json
-
     other.restore(json.loads(json.dumps(one.state())))
     assert [one.replace(learners, t) for t in range(6, 20)] == [other.replace(learners, t) for t in range(6, 20)]
     assert one.metrics(None) == other.metrics(None)
+    for name in ("individuals", "arrivals", "taken"):
+        state = one.state()
+        state[name] = state[name][:2]
+        with pytest.raises(ValueError, match=name):
+            other.restore(state)
 
 
 def test_with_a_shared_policy_a_newcomer_has_no_memory_and_no_norms():
-    agent, worlds = make(0, num_streams=12), Commons(RULES, num_worlds=4)
-    observations, _ = play(agent, worlds, worlds.reset(seed=1), 10)
+    """And nobody's steps may be half another's: places change hands between rollouts."""
+    agent, (worlds, observations) = make(0, num_streams=12), make_worlds()
+    observations, _ = play(agent, worlds, observations, 10)
     before = agent._get_hidden_state()
     weights = agent.policy.critic.weight.clone()
-    schedule = turnover(num_agents=3, num_worlds=4, first_turn=1, selection="first_n")
-    schedule.replace(agent, 10)
+    config = TurnoverConfig(first_turn=1, selection="first_n")
+    Turnover(config, resources=("A", "B"), num_agents=3, num_worlds=4, seed=0).replace(agent, 10)
     after = agent._get_hidden_state()
     newcomers = torch.arange(12) % 3 == 0
     assert (after.h[:, newcomers] == 0).all()
@@ -383,24 +374,24 @@ def test_with_a_shared_policy_a_newcomer_has_no_memory_and_no_norms():
     assert strengths_by_agent(agent, 3)[0].tolist() == [0.0, 0.0]
     assert strengths_by_agent(agent, 3)[1, 0] > 0
     assert torch.equal(agent.policy.critic.weight, weights)
-    worlds.step(agent.act(observations))
+    step = worlds.step(agent.act(observations))
     with pytest.raises(RuntimeError, match="record"):
         agent.restart_streams(newcomers)
+    record(agent, step)
+    with pytest.raises(RuntimeError, match="1 steps recorded"):
+        agent.restart_streams(newcomers)
+    learners = make_learners()
+    play(learners, worlds, observations, 3)
+    with pytest.raises(RuntimeError, match="3 steps recorded"):
+        learners.replace(1, individual=7)
 
 
 @pytest.mark.parametrize("policies", ["shared", "independent"])
 def test_a_newcomers_return_is_its_own(policies):
     """Epochs of 7 turns, rollouts of 10: in the middle of the second epoch agent 0 of both worlds is replaced."""
-    config = RunConfig(
-        env="commons",
-        world=RULES,
-        policies=policies,
-        num_envs=2,
-        network=NETWORK,
-        ppo=PPO,
-        turnover=TurnoverConfig(first_turn=10, selection="first_n"),
-    )
-    session = Session(config)
+    settings = {"policies": policies, "num_envs": 2, "network": NETWORK, "ppo": PPO}
+    turnover = TurnoverConfig(first_turn=10, selection="first_n")
+    session = Session(RunConfig(env="commons", world=RULES, turnover=turnover, **settings))
     session.begin()
     for _ in range(10):
         take_step(session)
@@ -408,17 +399,6 @@ def test_a_newcomers_return_is_its_own(policies):
     session.learn()
     assert session.tracker.running_lengths.tolist() == [0, 3, 3, 0, 3, 3]
     assert session.tracker.running_returns.tolist() == (before * [0, 1, 1, 0, 1, 1]).tolist()
-
-
-def test_streams_do_not_change_hands_within_a_rollout():
-    agent, worlds = make(0, num_streams=12), Commons(RULES, num_worlds=4)
-    play(agent, worlds, worlds.reset(seed=1), 3)
-    with pytest.raises(RuntimeError, match="3 steps recorded"):
-        agent.restart_streams(torch.ones(12, dtype=torch.bool))
-    learners = make_learners()
-    play(learners, worlds, worlds.reset(seed=1), 3)
-    with pytest.raises(RuntimeError, match="3 steps recorded"):
-        learners.replace(1, individual=7)
 
 
 def train_commons(tmp_path, **settings):
@@ -434,23 +414,18 @@ def train_commons(tmp_path, **settings):
 def test_the_closed_forms_hold_in_the_training_loop(tmp_path, decay_rate, outlasts, policies):
     """One resource, taken and punished every turn: guilt from the sixth on, until ln 2 / -ln decay after the last."""
     punished, free = 40, 160
-    turns = train_commons(
-        tmp_path,
-        policies=policies,
-        enforce_norms=True,
-        norms=NormConfig(decay_rate=decay_rate),
-        num_envs=1,
-        total_steps=2 * (punished + free),
-        ppo=spec_segments(rollout_length=1, batch_size=1, num_epochs=1),
-        world=CommonsConfig(
-            form="bandit",
-            num_agents=2,
-            resources=("A",),
-            schedule={"A": (1.0,)},
-            menu_size=1,
-            phases=({"mode": "fixed", "num_turns": punished}, {"mode": "off"}),
-        ),
+    world = CommonsConfig(
+        form="bandit",
+        num_agents=2,
+        resources=("A",),
+        schedule={"A": (1.0,)},
+        menu_size=1,
+        phases=({"mode": "fixed", "num_turns": punished}, {"mode": "off"}),
     )
+    norms = {"enforce_norms": True, "norms": NormConfig(decay_rate=decay_rate)}
+    ppo = spec_segments(rollout_length=1, batch_size=1, num_epochs=1)
+    sizes = {"num_envs": 1, "total_steps": 2 * (punished + free)}
+    turns = train_commons(tmp_path, policies=policies, world=world, ppo=ppo, **norms, **sizes)
     assert len(turns) == punished + free
     guilt = np.array([row["rollout/guilt"] for row in turns])
     assert np.flatnonzero(guilt)[0] == 5  # the sixth turn
@@ -460,16 +435,9 @@ def test_the_closed_forms_hold_in_the_training_loop(tmp_path, decay_rate, outlas
 
 
 def test_a_run_with_newcomers_logs_who_is_there(tmp_path):
-    rows = train_commons(
-        tmp_path,
-        policies="independent",
-        enforce_norms=True,
-        num_envs=2,
-        total_steps=240,
-        ppo=PPO,
-        world=RULES,
-        turnover=TurnoverConfig(first_turn=15, num_agents=2, selection="first_n"),
-    )
+    turnover = TurnoverConfig(first_turn=15, num_agents=2, selection="first_n")
+    settings = {"policies": "independent", "enforce_norms": True, "num_envs": 2, "total_steps": 240}
+    rows = train_commons(tmp_path, ppo=PPO, world=RULES, turnover=turnover, **settings)
     assert [row["steps"] for row in rows] == [60, 120, 180, 240]
     # Due in turn 15; carried out at the end of that rollout, after its metrics.
     assert [[row[f"lineage/agent_{n}"] for n in range(3)] for row in rows] == [[0, 1, 2]] * 2 + [[3, 4, 2]] * 2
@@ -479,31 +447,30 @@ def test_a_run_with_newcomers_logs_who_is_there(tmp_path):
     assert by_group == pytest.approx(late["commons/taken/A"])
 
 
+OTHER_NORMS = {"mode": "action", "harmful_action": 0}
+SPEC = {"preset": "spec", "num_envs": 1}
+
+
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("env", "settings", "message"),
     [
-        ({"env": "CartPole-v1", "enforce_norms": True}, "enforce_norms: expected a world that says"),
-        ({"env": "CartPole-v1", "policies": "independent"}, "policies: expected a world of several agents"),
-        ({"env": "CartPole-v1", "world": {"form": "bandit"}}, "world.form: Extra inputs"),
-        ({"env": "commons", "turnover": {"every_turns": 5}}, "need first_turn"),
-        ({"env": "commons", "turnover": {"first_turn": 5, "num_times": 2}}, "num_times=2 needs every_turns"),
-        ({"env": "commons", "turnover": {"first_turn": 5, "num_agents": 11}}, "at most the 10 agents"),
+        ("CartPole-v1", {"enforce_norms": True}, "enforce_norms: expected a world that says"),
+        ("CartPole-v1", {"policies": "independent"}, "policies: expected a world of several agents"),
+        ("CartPole-v1", {"world": {"form": "bandit"}}, "world.form: Extra inputs"),
+        ("commons", {"turnover": {"every_turns": 5}}, "need first_turn"),
+        ("commons", {"turnover": {"first_turn": 5, "num_times": 2}}, "num_times=2 needs every_turns"),
+        ("commons", {"turnover": {"first_turn": 5, "num_agents": 11}}, "at most the 10 agents"),
         (
-            {"env": "commons", "num_envs": 8, "total_steps": 80_000, "turnover": {"first_turn": 1001}},
-            "are 1000 turns of 80 agents",
+            "commons",
+            {"total_steps": 80_000, "num_envs": 8, "turnover": {"first_turn": 1001}},
+            "1000 turns of 80 agents",
         ),
-        (
-            {"env": "commons", "enforce_norms": True, "norms": {"mode": "action", "harmful_action": 0}},
-            "expected norms.mode='resource'",
-        ),
-        ({"env": "commons", "enforce_norms": True, "norms": {"resources": ("X",)}}, "norms.resources: 'commons' has"),
-        (
-            {"env": "commons", "preset": "spec", "policies": "independent", "num_envs": 1, "ppo": {"batch_size": 200}},
-            "of 1 streams",
-        ),
-        ({"env": "commons", "preset": "spec", "num_envs": 1, "total_steps": 500}, "one rollout is 10 streams"),
+        ("commons", {"enforce_norms": True, "norms": OTHER_NORMS}, "expected norms.mode='resource'"),
+        ("commons", {"enforce_norms": True, "norms": {"resources": ("X",)}}, "norms.resources: 'commons' has"),
+        ("commons", {**SPEC, "policies": "independent", "ppo": {"batch_size": 200}}, "of 1 streams"),
+        ("commons", {**SPEC, "total_steps": 500}, "one rollout is 10 streams"),
     ],
 )
-def test_impossible_settings_of_the_commons_are_refused(settings, message):
+def test_impossible_settings_of_the_commons_are_refused(env, settings, message):
     with pytest.raises(ValueError, match=message):
-        RunConfig(**settings)
+        RunConfig(env=env, **settings)

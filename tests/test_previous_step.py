@@ -1,28 +1,29 @@
-"""What a policy sees of the step before, a critic's own memory and layers after the memories, against NumPy in float64.
+"""Inputs from the step before, a critic's own memory and layers after the memories, against NumPy in float64.
 
 A world of random observations ends episodes by chance. `SlowPolicy` plays every stream beside the agent, one step at a
 time, and must agree wherever the policy is asked: acting, truncation, the end of a rollout, minibatches, a `Player`.
 """
 
+import agents
 import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from settings import act_in_heads, spec_segments
+from settings import act_in_heads
 from slow_policy import SlowPolicy, log_softmax
 
-import dualhead.agent
-import dualhead.networks.blocks
+import dualhead.learning.update
 import dualhead.networks.memory
-from dualhead import DataError, DualHeadRecurrentPPO, NetworkConfig, NormConfig, NormEvents, Player, PPOConfig
-from dualhead.learning.minibatch import gather
-from dualhead.learning.segments import cut
+from dualhead import DataError, NormConfig, NormEvents, Player, PPOConfig
+from dualhead.learning.segments import cut, gather
 
 B, T = 3, 20
 HEADS = spaces.MultiDiscrete([3, 2], start=[5, 0])
 BOX = spaces.Box(np.float64([-2, -np.inf]), np.float64([4, np.inf]), dtype=np.float64)
+NOBODY = np.zeros(B, bool)
+BOTH = {"previous_action": True, "previous_reward": True}
 SHAPES = {
-    "previous step": {"previous_action": True, "previous_reward": True},
+    "previous step": BOTH | {"encoder_sizes": (8, 5)},
     "previous action of a GRU": {"previous_action": True, "memory": "gru"},
     "previous reward without memory": {"previous_reward": True, "memory": "none"},
     "critic with an LSTM": {"critic_memory": "lstm", "previous_action": True},
@@ -30,33 +31,41 @@ SHAPES = {
     "critic without memory": {"critic_memory": "none", "memory": "gru"},
     "actor without memory": {"critic_memory": "lstm", "memory": "none"},
     "layers": {"head_sizes": (6, 5), "activation": "tanh"},
-    "everything": {
-        "previous_action": True,
-        "previous_reward": True,
-        "critic_memory": "lstm",
-        "head_sizes": (6, 5),
-        "activation": "tanh",
-    },
+    "everything": BOTH | {"critic_memory": "lstm", "head_sizes": (6, 5), "activation": "tanh"},
 }
 every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 both_spaces = pytest.mark.parametrize("action_space", [HEADS, BOX], ids=["heads", "box"])
 
 
-def make_agent(shape, action_space=HEADS, *, seed=0, **settings):
-    settings = {"rollout_length": T, "batch_size": 20, "num_epochs": 2, "sequence_length": 7} | settings
-    agent = DualHeadRecurrentPPO(
-        spaces.Box(-9, 9, (3,), np.float64),
-        action_space,
-        num_streams=B,
-        config=spec_segments(learning_rate=0.01, **settings),
-        network=NetworkConfig.spec(**{"hidden_size": 8, "encoder_sizes": (8,), "head_gain": 1.0} | shape),
-        seed=seed,
-        dtype=torch.float64,
-    )
+def make_agent(shape, action_space=HEADS, **settings):
+    settings = {"action_space": action_space, "learning_rate": 0.01, "head_gain": 1.0} | shape | settings
+    agent = agents.make_agent(**settings)
     with torch.no_grad():
         for parameter in agent.policy.parameters():  # biases and deviations are zero by default
             parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)).double()
     return agent
+
+
+def play_rollout(shape, **settings):
+    """An agent with a full rollout in which episodes end, and its play."""
+    agent = make_agent(shape, **settings)
+    play = Play(agent)
+    play.rollout()
+    return agent, play
+
+
+def whole_runs(agent, weights):
+    """All steps of a rollout as one minibatch of undivided runs, with advantages `weights` [T, B]."""
+    rollout = agent.rollout_memory
+    runs = cut(rollout.episode_starts.numpy(), T)
+    return gather(agent.policy, rollout, runs, advantages=weights, returns=weights)
+
+
+def values_asked(agent):
+    """What `policy.values` will have returned, call after call."""
+    asked, values = [], agent.policy.values
+    agent.policy.values = lambda *given: asked.append(values(*given)) or asked[-1]
+    return asked
 
 
 class Play:
@@ -116,13 +125,11 @@ class Play:
 
 @both_spaces
 @every_shape
-def test_the_agent_computes_what_numpy_does(shape, action_space, monkeypatch):
+def test_the_agent_computes_what_numpy_does(shape, action_space):
     """Log-probs, values and values of final and next observations, over two rollouts with an update between them."""
     agent = make_agent(shape, action_space)
     play = Play(agent)
-    asked = []
-    values = agent.policy.values
-    monkeypatch.setattr(agent.policy, "values", lambda *given: asked.append(values(*given)) or asked[-1])
+    asked = values_asked(agent)
     for _ in range(2):
         play.rollout()
         rollout = agent.rollout_memory
@@ -140,36 +147,24 @@ def test_the_agent_computes_what_numpy_does(shape, action_space, monkeypatch):
 @pytest.mark.parametrize(("sequence_length", "burn_in"), [("rollout", 0), (7, 3), (1, 5)])
 @every_shape
 def test_minibatches_begin_where_acting_was(shape, sequence_length, burn_in):
-    """The ratio of the first minibatch is 1 in every later update, too; with burn-in through the tail."""
+    """In every update the first ratio is 1, and segments have the values that acting had, from their stored states."""
     agent = make_agent(shape, sequence_length=sequence_length, burn_in=burn_in, batch_size=60)
-    play = Play(agent)
+    play = Play(agent, rate=0.06)
     for _ in range(3):
         play.rollout()
+        segments = cut(agent.rollout_memory.episode_starts[burn_in:].numpy(), agent.config.max_segment)
+        ones = torch.ones(T, B).double()
+        batch = gather(agent.policy, agent.rollout_memory, segments, advantages=ones, returns=ones)
+        with torch.no_grad():
+            output = agent.policy.evaluate(batch)
+        np.testing.assert_allclose(output.values, batch.values, rtol=0, atol=1e-12)
+        np.testing.assert_allclose(output.distribution.log_probs(batch.actions), batch.log_probs, rtol=0, atol=1e-12)
         assert agent.learn(play.now)["policy/first_ratio_error"] < 1e-12
-
-
-@every_shape
-def test_segments_have_the_values_that_acting_had(shape):
-    """Each from its stored states, the critic's too, in the middle of episodes and after an update."""
-    agent = make_agent(shape)
-    play = Play(agent, rate=0.03)
-    play.rollout()
-    agent.learn(play.now)
-    play.rollout()
-    rollout = agent.rollout_memory
-    ones = torch.ones(T, B).double()
-    with torch.no_grad():
-        batch = gather(agent.policy, rollout, cut(rollout.episode_starts.numpy(), 7), advantages=ones, returns=ones)
-        output = agent.policy.evaluate(batch)
-    np.testing.assert_allclose(output.values, batch.values, rtol=0, atol=1e-12)
-    np.testing.assert_allclose(output.distribution.log_probs(batch.actions), batch.log_probs, rtol=0, atol=1e-12)
 
 
 def test_the_tail_keeps_everything_that_a_burn_in_reads():
     """After `clear` its rows are the rollout's last ones: observations, the step before and states of both memories."""
-    agent = make_agent(SHAPES["everything"], burn_in=3)
-    play = Play(agent, rate=0.0)
-    play.rollout()
+    agent, _ = play_rollout(SHAPES["everything"], burn_in=3)
     rollout = agent.rollout_memory
     buffers = {**rollout.observations, **{f"states/{name}": part[0] for name, part in rollout.states.items()}}
     last = {name: buffer[T:].clone() for name, buffer in buffers.items()}
@@ -183,13 +178,10 @@ def test_the_tail_keeps_everything_that_a_burn_in_reads():
 @every_shape
 def test_gradients_equal_those_of_a_loop_over_steps(shape):
     """All steps in one minibatch of whole spans, against `policy.step` one step at a time with autograd through it."""
-    agent = make_agent(shape, sequence_length="rollout", batch_size=60)
-    play = Play(agent)
-    play.rollout()
+    agent, _ = play_rollout(shape)
     policy, rollout = agent.policy, agent.rollout_memory
-    starts = rollout.episode_starts.numpy()
     weights = torch.randn(T, B, generator=torch.Generator().manual_seed(0)).double()
-    batch = gather(policy, rollout, cut(starts, T), advantages=weights, returns=weights)
+    batch = whole_runs(agent, weights)
     output = policy.evaluate(batch)
     loss = (batch.advantages * (output.distribution.log_probs(batch.actions).sum(-1) + output.values.square())).sum()
     ours = torch.autograd.grad(loss, list(policy.parameters()))
@@ -198,7 +190,7 @@ def test_gradients_equal_those_of_a_loop_over_steps(shape):
     for b in range(B):
         state = rollout.state_at(torch.tensor([b]))
         for t in range(T):
-            if starts[t, b]:
+            if rollout.episode_starts[t, b]:
                 state = policy.initial_state(1)
             seen = {name: leaf[t, b : b + 1] for name, leaf in rollout.observations.items()}
             output, state = policy.step(seen, state)
@@ -214,52 +206,35 @@ def test_a_critic_leaves_what_is_the_policy_s_alone(name):
     """The value loss reaches only the critic's memory and layers, the surrogate only the policy's; the encoder sees
     both, and so does a shared memory."""
     shape = SHAPES[name]
-    agent = make_agent(shape, sequence_length="rollout", batch_size=60)
-    play = Play(agent)
-    play.rollout()
-    policy, rollout = agent.policy, agent.rollout_memory
-    ones = torch.ones(T, B).double()
-    batch = gather(policy, rollout, cut(rollout.episode_starts.numpy(), T), advantages=ones, returns=ones)
-    output = policy.evaluate(batch)
-    losses = {"value": output.values.sum(), "policy": output.distribution.log_probs(batch.actions).sum()}
-    reached = {}
-    for name, loss in losses.items():
-        policy.zero_grad()
-        loss.backward(retain_graph=True)
-        reached[name] = {n for n, p in policy.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
-    parts = {what: {name.partition(".")[0] for name in names} for what, names in reached.items()}
+    agent, _ = play_rollout(shape)
+    batch = whole_runs(agent, torch.ones(T, B).double())
+    output = agent.policy.evaluate(batch)
+    reached = []
+    for loss in (output.values, output.distribution.log_probs(batch.actions)):
+        agent.policy.zero_grad()
+        loss.sum().backward(retain_graph=True)
+        gradients = {name: p.grad for name, p in agent.policy.named_parameters() if p.grad is not None}
+        reached.append({name.partition(".")[0] for name, gradient in gradients.items() if gradient.any()})
     layers = "head_sizes" in shape
     own = "critic_memory" if "critic_memory" in shape else "memory"
-    assert parts["value"] == {"encoder", own, "critic"} | ({"critic_layers"} if layers else set())
-    assert parts["policy"] == {"encoder", "memory", "heads"} | ({"actor_layers"} if layers else set())
+    assert reached[0] == {"encoder", own, "critic"} | ({"critic_layers"} if layers else set())
+    assert reached[1] == {"encoder", "memory", "heads"} | ({"actor_layers"} if layers else set())
 
 
 def test_the_first_step_of_an_episode_sees_nothing_before_it():
-    """By hand: rewards 5, 6 and 7; stream 1 ends at its second step."""
-    agent = make_agent(SHAPES["previous step"])
-    previous = []
-    for t in range(3):
-        agent.act(np.zeros((B, 3)))
-        previous.append({name: leaf[t].tolist() for name, leaf in agent.rollout_memory.observations.items()})
-        agent.record(np.full(B, 5.0 + t), np.array([False, t == 1, False]), np.zeros(B, bool))
-    actions = agent.rollout_memory.actions.tolist()
-    assert previous[0]["previous/action"] == [[-1, -1]] * B
-    assert [step["previous/reward"] for step in previous] == [[0, 0, 0], [5, 5, 5], [6, 0, 6]]
-    assert previous[1]["previous/action"] == actions[0]
-    assert previous[2]["previous/action"] == [actions[1][0], [-1, -1], actions[1][2]]
-
-
-def test_an_environment_may_reuse_its_array_of_rewards():
-    """Also where it has the policy's dtype: what the next step sees is what was recorded."""
+    """By hand: rewards 5, 6 and 7, in an array that the environment reuses; stream 1 ends at its second step."""
     agent = make_agent(SHAPES["previous step"])
     rewards = np.zeros(B)
-    for t in range(2):
+    for t in range(3):
         agent.act(np.zeros((B, 3)))
         rewards[:] = 5.0 + t
-        agent.record(rewards, np.zeros(B, bool), np.zeros(B, bool))
+        agent.record(rewards, np.array([False, t == 1, False]), NOBODY)
         rewards[:] = -1.0
-    agent.act(np.zeros((B, 3)))
-    assert agent.rollout_memory.observations["previous/reward"][:3, 0].tolist() == [0, 5, 6]
+    actions = agent.rollout_memory.actions.tolist()
+    seen = {name: leaf[:3].tolist() for name, leaf in agent.rollout_memory.observations.items()}
+    blank = [-1, -1]
+    assert seen["previous/reward"] == [[0, 0, 0], [5, 5, 5], [6, 0, 6]]
+    assert seen["previous/action"] == [[blank] * B, actions[0], [actions[1][0], blank, actions[1][2]]]
 
 
 @pytest.mark.parametrize("how", ["reset_state", "restart_streams", "none"])
@@ -286,9 +261,7 @@ def test_a_state_that_was_set_to_none_is_valued_as_a_beginning():
     play = Play(agent, rate=0.0)
     play.rollout()
     agent._current_hidden = None
-    asked = []
-    values = agent.policy.values
-    agent.policy.values = lambda *given: asked.append(values(*given)) or asked[-1]
+    asked = values_asked(agent)
     for slow in play.slow:
         slow.reset()
     wanted = [slow.value_of(x) for slow, x in zip(play.slow, play.now)]
@@ -301,43 +274,20 @@ def test_guilt_is_no_part_of_the_previous_reward():
     norms = NormConfig(
         mode="action", harmful_action=0, decay_rate=1.0, internalization_threshold=0.0, intrinsic_scale=-1.0
     )
-    agent = DualHeadRecurrentPPO(
-        spaces.Box(-9, 9, (3,), np.float64),
-        spaces.Discrete(1),
-        num_streams=B,
-        network=NetworkConfig(previous_reward=True),
-        norms=norms,
-    )
+    agent = agents.make_agent(action_space=spaces.Discrete(1), previous_reward=True, norms=norms)
     for _ in range(2):
         agent.act(np.zeros((B, 3)))
-        agent.record(
-            np.full(B, 5.0), np.zeros(B, bool), np.zeros(B, bool), events=NormEvents(punished=np.ones((B, 1), bool))
-        )
+        agent.record(np.full(B, 5.0), NOBODY, NOBODY, events=NormEvents(punished=np.ones((B, 1), bool)))
     agent.act(np.zeros((B, 3)))
     memory = agent.rollout_memory
     assert memory.guilt[:2, 0].tolist() == [-1, -2]
     assert memory.observations["previous/reward"][:3, 0].tolist() == [0, 5, 5]
 
 
-def test_a_box_shows_the_action_as_the_environment_clips_it():
-    """The first of two numbers has two bounds and is clipped to them, in the policy's units; the second has none."""
-    agent = make_agent(SHAPES["previous step"], BOX)
-    with torch.no_grad():
-        agent.policy.heads.log_std.fill_(1.5)
-    agent.act(np.zeros((B, 3)))
-    agent.record(np.zeros(B), np.zeros(B, bool), np.zeros(B, bool))
-    agent.act(np.zeros((B, 3)))
-    acted, seen = agent.rollout_memory.actions[0].numpy(), agent.rollout_memory.observations["previous/action"][1]
-    assert np.abs(acted).max(0).min() > 1
-    np.testing.assert_array_equal(seen, np.stack([acted[:, 0].clip(-1, 1), acted[:, 1]], axis=1))
-
-
 @pytest.mark.parametrize("at", [0, 7, T], ids=["after an update", "within a rollout", "before an update"])
 @both_spaces
 def test_a_saved_agent_goes_on_to_the_same_bits(action_space, at, tmp_path):
-    agent = make_agent(SHAPES["everything"], action_space, burn_in=3)
-    play = Play(agent)
-    play.rollout()
+    agent, play = play_rollout(SHAPES["everything"], action_space=action_space, burn_in=3)
     agent.learn(play.now)
     play.rollout(at)
     agent.save(tmp_path / "agent")
@@ -365,27 +315,26 @@ def test_a_player_sees_what_the_agent_saw(action_space):
         actions = player.act(seen, starts, rewards=rewards, deterministic=False)
         np.testing.assert_array_equal(actions, wanted)
         rewards, starts = rng.normal(size=B), rng.random(B) < 0.1
-        agent.record(rewards, starts, np.zeros(B, bool))
+        agent.record(rewards, starts, NOBODY)
 
 
 def test_a_player_says_that_it_needs_rewards():
     agent = make_agent(SHAPES["previous step"])
     player = Player(agent.policy, agent.observation_spec.space, HEADS)
-    player.act(np.zeros((B, 3)), np.ones(B, bool))
+    player.act(np.zeros((B, 3)), ~NOBODY)
     wrong = [np.zeros(2), np.zeros((B, 1)), np.full(B, np.nan), ["a"] * B, [1j] * B, [[1], [2, 3], [4]], 0.0]
     for rewards in (None, *wrong):
         with pytest.raises(DataError, match="rewards"):
-            player.act(np.zeros((B, 3)), np.zeros(B, bool), rewards=rewards)
-    player.act(np.zeros((B, 3)), np.zeros(B, bool), rewards=np.zeros(B))
+            player.act(np.zeros((B, 3)), NOBODY, rewards=rewards)
+    player.act(np.zeros((B, 3)), NOBODY, rewards=np.zeros(B))
 
 
 def test_a_player_needs_no_rewards_where_every_episode_begins():
     """Then nothing is shown of the step before: the same as after `reset`."""
     agent = make_agent(SHAPES["previous step"])
     player = Player(agent.policy, agent.observation_spec.space, HEADS)
-    seen, starts = np.random.default_rng(0).normal(size=(2, B, 3)), np.ones(B, bool)
-    first = [player.act(seen[0], starts), player.act(seen[1], ~starts, rewards=np.ones(B))]
-    second = [player.act(seen[0], starts), player.act(seen[1], ~starts, rewards=np.ones(B))]
+    seen = np.random.default_rng(0).normal(size=(2, B, 3))
+    first, second = ([player.act(seen[0], ~NOBODY), player.act(seen[1], NOBODY, rewards=np.ones(B))] for _ in range(2))
     np.testing.assert_array_equal(first, second)
     for reward in (1.0, np.float32(1), [1.0], torch.ones(())):
         player.reset()
@@ -396,19 +345,18 @@ def test_a_player_needs_no_rewards_where_every_episode_begins():
 def test_an_observation_part_may_not_take_the_name_of_an_input():
     part = spaces.Dict(x=spaces.Box(-1, 1, (2,)), previous=spaces.Dict(action=spaces.Discrete(2)))
     with pytest.raises(ValueError, match="previous/action"):
-        DualHeadRecurrentPPO(part, HEADS, network=NetworkConfig(previous_action=True))
-    DualHeadRecurrentPPO(part, HEADS, network=NetworkConfig(previous_reward=True))
+        agents.make_agent(observation_space=part, previous_action=True)
+    agents.make_agent(observation_space=part, previous_reward=True)
 
 
 @pytest.mark.parametrize("memory", ["lstm", "gru"])
 def test_whole_rollouts_are_segments_as_long_as_a_rollout(memory):
     weights = []
     for sequence_length in ("rollout", T):
-        agent = make_agent({"memory": memory}, sequence_length=sequence_length)
-        play = Play(agent)
-        for _ in range(2):
-            play.rollout()
-            agent.learn(play.now)
+        agent, play = play_rollout({"memory": memory}, sequence_length=sequence_length)
+        agent.learn(play.now)
+        play.rollout()
+        agent.learn(play.now)
         weights.append(agent.policy.state_dict())
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     with pytest.raises(ValueError, match="batch_size=19"):
@@ -450,11 +398,9 @@ def test_refreshed_states_of_both_memories_equal_a_slow_replay(shape, monkeypatc
 @pytest.mark.parametrize(("memory", "critic_memory"), [("lstm", "shared"), ("gru", "shared"), ("lstm", "gru")])
 def test_minibatches_are_laid_out_at_the_price_of_their_memories(memory, critic_memory, monkeypatch):
     """A time step of a GRU costs something by itself, also where only the critic has one; one of an LSTM does not."""
-    agent = make_agent({"memory": memory, "critic_memory": critic_memory}, num_epochs=1)
-    play = Play(agent)
-    play.rollout()
+    agent, play = play_rollout({"memory": memory, "critic_memory": critic_memory}, num_epochs=1)
     asked = []
-    lay_out = dualhead.networks.blocks.lay_out
+    lay_out = dualhead.networks.memory.lay_out
     monkeypatch.setattr(
         dualhead.networks.memory, "lay_out", lambda *given, **prices: asked.append(prices) or lay_out(*given, **prices)
     )

@@ -1,10 +1,10 @@
 """Episodes in progress are played again to the same bits, or refused; their files are not trusted."""
 
-import copy
+import functools
 import random
 import re
+from contextlib import closing
 from itertools import count
-from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -17,11 +17,11 @@ from gymnasium.wrappers import FrameStackObservation, NormalizeObservation, Time
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import dualhead
+from dualhead import NetworkConfig, PPOConfig
 from dualhead.storage import CheckpointError, read_tensors, write_tensors
-from dualhead.worlds import vectors
-from dualhead.worlds.commons.config import CommonsConfig
-from dualhead.worlds.commons.world import Commons
-from dualhead.worlds.replay import ActionLog, CannotReplay, as_actions
+from dualhead.worlds import replay
+from dualhead.worlds.replay import CannotReplay, as_actions
 from dualhead.worlds.replay_trial import why_not_replayed
 from dualhead.worlds.streams import GymnasiumStreams, make_streams, restart
 
@@ -29,25 +29,29 @@ from dualhead.worlds.streams import GymnasiumStreams, make_streams, restart
 
 
 class Walk(gym.Env):
-    """A random walk pushed by the actions; episodes of `length` steps."""
+    """A random walk pushed by every part of the actions; episodes of `length` steps."""
 
     observation_space = spaces.Box(-np.inf, np.inf, (1,), np.float64)
+    ends_by_itself = True
 
     def __init__(self, action_space=None, *, length=10):
         self.action_space, self.length = action_space or spaces.Discrete(2), length
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
+        self.begin(seed)
         self.time, self.place = 0, self.noise()
         return self._see(), {}
 
     def step(self, action):
         assert self.action_space.contains(action)
         self.time += 1
-        # Every part of the action counts, and so does its place.
-        parts = np.concatenate([np.ravel(part).astype(float) for part in numbers_in(action)])
-        self.place = 0.9 * self.place + self.noise() + float(parts @ np.arange(1, len(parts) + 1))
-        return self._see(), self.place, self.time == self.length, False, {}
+        push = spaces.flatten(self.action_space, action)
+        self.place = 0.9 * self.place + self.noise() + float(push @ np.arange(1, len(push) + 1))
+        return self._see(), self.place, self.ends_by_itself and self.time == self.length, False, {}
+
+    def begin(self, seed):
+        pass
 
     def noise(self):
         return self.np_random.normal()
@@ -56,94 +60,64 @@ class Walk(gym.Env):
         return np.array([self.place])
 
 
-def numbers_in(action):
-    """The parts of an action by name or place."""
-    if isinstance(action, dict):
-        action = tuple(action[key] for key in sorted(action))
-    return [number for part in action for number in numbers_in(part)] if isinstance(action, tuple) else [action]
+def walk(*, kind=Walk, **methods):
+    return type("Variant", (kind,), methods)
 
 
-class SamplesItsSpaces(Walk):
-    def noise(self):
-        return float(self.observation_space.sample()[0]) + float(self.action_space.sample())
+def fails(env, action):
+    raise OSError("the simulator has gone")
 
 
-class CountsEpisodes(Walk):
-    episodes = 0
-
-    def reset(self, *, seed=None, options=None):
-        self.episodes += 1
-        return super().reset(seed=seed)
-
-    def noise(self):
-        return float(self.episodes)
-
-
-class HoldsGenerator(Walk):
-    """What no copy could take apart: a running Python generator."""
-
-    def reset(self, *, seed=None, options=None):
-        self.numbers = count()
-        return super().reset(seed=seed)
-
-    def noise(self):
-        return float(next(self.numbers))
+# What no copy could take apart: a running Python generator.
+HoldsGenerator = walk(begin=lambda env, _: setattr(env, "numbers", count()), noise=lambda env: float(next(env.numbers)))
+SamplesItsSpaces = walk(noise=lambda env: float(env.observation_space.sample()[0]) + float(env.action_space.sample()))
+CountsEpisodes = walk(
+    episodes=0,
+    begin=lambda env, _: setattr(env, "episodes", env.episodes + 1),
+    noise=lambda env: float(env.episodes),
+)
+OwnGenerator = walk(
+    begin=lambda env, seed: None if seed is None else setattr(env, "own", np.random.default_rng(seed)),
+    noise=lambda env: env.own.normal(),
+)
+# In a package that is known for a generator that cannot be read and that `reset(seed=...)` seeds.
+LikeAtari = walk(kind=OwnGenerator, __module__="ale_py.env")
+GlobalGenerators = walk(noise=lambda env: random.random() + np.random.random())  # noqa: NPY002
+OtherBits = walk(begin=lambda env, _: setattr(env, "np_random", np.random.Generator(np.random.MT19937(1))))
 
 
-class OwnGenerator(Walk):
-    def reset(self, *, seed=None, options=None):
-        if seed is not None:
-            self.own = np.random.default_rng(seed)
-        return super().reset(seed=seed)
-
-    def noise(self):
-        return self.own.normal()
-
-
-class LikeAtari(OwnGenerator):
-    """A generator that cannot be read and that `reset(seed=...)` seeds, in a package that is known for it."""
-
-
-LikeAtari.__module__ = "ale_py.env"
-
-
-class GlobalGenerators(Walk):
-    def noise(self):
-        return random.random() + np.random.random()  # noqa: NPY002
-
-
-class OtherBits(Walk):
-    def reset(self, *, seed=None, options=None):
-        if seed is not None:
-            self.np_random = np.random.Generator(np.random.MT19937(seed))
-        return super().reset()
-
-
-class Masked(gym.Env):
+class Masked(Walk):
     """Asserts that each action is the one that its mask allows."""
 
-    action_space = spaces.Discrete(4)
-    observation_space = spaces.Dict(seen=spaces.Box(0, 99, (1,)), action_mask=spaces.MultiBinary(4))
+    observation_space = spaces.Dict(seen=Walk.observation_space, action_mask=spaces.MultiBinary(4))
 
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.time = 0
-        return self._see(), {}
+    def __init__(self):
+        super().__init__(spaces.Discrete(4), length=15)
 
     def step(self, action):
         assert action == self.legal
-        self.time += 1
-        return self._see(), 0.0, False, self.time == 15, {}
+        return super().step(action)
 
     def _see(self):
         self.legal = self.np_random.integers(4)
-        return {"seen": np.array([self.time], np.float32), "action_mask": np.eye(4, dtype=np.int8)[self.legal]}
+        return {"seen": super()._see(), "action_mask": np.eye(4, dtype=np.int8)[self.legal]}
+
+
+class Nested(Walk):
+    """Observations of several parts."""
+
+    observation_space = spaces.Dict(
+        place=Walk.observation_space, also=spaces.Tuple((spaces.Discrete(99), spaces.Box(-9, 9, (2,), np.float32)))
+    )
+
+    def _see(self):
+        return {"also": (self.time, np.full(2, self.time / 7, np.float32)), "place": super()._see()}
 
 
 # Going on.
 
 
-def bits(value: Any) -> Any:
+def bits(value):
     if isinstance(value, dict):
         return {key: bits(part) for key, part in value.items()}
     if isinstance(value, tuple):
@@ -158,10 +132,17 @@ def watch(streams, num_steps, seed):
     return [bits(tuple(streams.step(sampled.sample()))) for _ in range(num_steps)]
 
 
+def begun(env, num_envs=2, *, num_steps=14):
+    """Streams that have done some random steps."""
+    streams = make_streams(env, num_envs)
+    streams.reset(seed=0)
+    watch(streams, num_steps, seed=1)
+    return streams
+
+
 def assert_goes_on(make, tmp_path, *, num_before=37, num_after=60):
     """Saved after some steps, through a file, streams made afresh give what the first ones give."""
-    streams, resumed = make(), make()
-    try:
+    with closing(make()) as streams, closing(make()) as resumed:
         assert streams.resumable is None
         streams.reset(seed=3)
         watch(streams, num_before, seed=1)
@@ -175,9 +156,6 @@ def assert_goes_on(make, tmp_path, *, num_before=37, num_after=60):
         assert metadata == saved[1]
         assert all(tensors[name].equal(saved[0][name]) for name in saved[0])
         assert watch(resumed, num_after, seed=2) == watch(streams, num_after, seed=2)
-    finally:
-        streams.close()
-        resumed.close()
 
 
 ENVS = [
@@ -189,26 +167,27 @@ ENVS = [
     *("popgym-MultiarmedBanditEasy-v0", "popgym-NoisyPositionOnlyPendulumEasy-v0", "MiniGrid-DoorKey-5x5-v0"),
     *("MiniGrid-MemoryS7-v0", "MiniGrid-FourRooms-v0", "MiniGrid-Dynamic-Obstacles-6x6-v0"),
 ]
+UNUSUAL = {
+    "draws from its spaces": SamplesItsSpaces,
+    "a running Python generator": HoldsGenerator,
+    "seeded each episode": LikeAtari,
+    "wrapped": lambda: FrameStackObservation(TimeLimit(Walk(), 7), 3),
+}
 
 
-@pytest.mark.parametrize("name", ENVS)
-def test_environments_go_on(name, tmp_path):
-    assert_goes_on(lambda: make_streams(name, 2), tmp_path)
+@pytest.mark.parametrize("env", [*ENVS, *UNUSUAL])
+def test_environments_go_on(env, tmp_path):
+    assert_goes_on(lambda: make_streams(UNUSUAL.get(env, env), 2), tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("package", "name"),
-    [
-        ("Box2D", "LunarLander-v3"),
-        ("mujoco", "InvertedPendulum-v5"),
-        ("mujoco", "Hopper-v5"),
-        ("ale_py", "ALE/Pong-v5"),
-    ],
-)
+IN_C = {"LunarLander-v3": "Box2D", "InvertedPendulum-v5": "mujoco", "Hopper-v5": "mujoco", "ALE/Pong-v5": "ale_py"}
+
+
+@pytest.mark.parametrize("name", IN_C)
 @pytest.mark.parametrize("vectorization", ["sync", "async"])
-def test_environments_in_c_go_on(package, name, vectorization, tmp_path):
-    module = pytest.importorskip(package)
-    if package == "ale_py":
+def test_environments_in_c_go_on(name, vectorization, tmp_path):
+    module = pytest.importorskip(IN_C[name])
+    if name.startswith("ALE"):
         gym.register_envs(module)
     assert_goes_on(lambda: make_streams(name, 2, vectorization=vectorization), tmp_path, num_before=300)
 
@@ -224,17 +203,6 @@ ACTION_SPACES = [
 ]
 
 
-class Nested(Walk):
-    """The same with observations of several parts."""
-
-    observation_space = spaces.Dict(
-        place=Walk.observation_space, also=spaces.Tuple((spaces.Discrete(99), spaces.Box(-9, 9, (2,), np.float32)))
-    )
-
-    def _see(self):
-        return {"also": (self.time, np.full(2, self.time / 7, np.float32)), "place": np.array([self.place])}
-
-
 @pytest.mark.parametrize("action_space", ACTION_SPACES, ids=lambda space: type(space).__name__)
 @pytest.mark.parametrize("vectorization", ["sync", "async"])
 def test_actions_and_observations_of_every_kind_go_on(action_space, vectorization, tmp_path):
@@ -243,37 +211,24 @@ def test_actions_and_observations_of_every_kind_go_on(action_space, vectorizatio
     assert_goes_on(make, tmp_path)
 
 
-@pytest.mark.parametrize("kind", [SamplesItsSpaces, HoldsGenerator, LikeAtari, Masked])
-def test_unusual_environments_go_on(kind, tmp_path):
-    if kind is not Masked:
-        assert_goes_on(lambda: make_streams(kind, 2), tmp_path)
-    assert why_not_replayed(kind) is None
-
-
-def test_wrappers_go_on(tmp_path):
-    assert_goes_on(lambda: make_streams(lambda: FrameStackObservation(TimeLimit(Walk(), 7), 3), 2), tmp_path)
-
-
 @pytest.mark.parametrize("num_before", [0, 10, 13])
 def test_the_first_episode_and_the_first_step_go_on(num_before, tmp_path):
-    assert_goes_on(lambda: make_streams(Walk, 2), tmp_path, num_before=num_before)
-
-
-def test_plain_vector_environments_of_gymnasium_go_on(tmp_path):
     def make():
         return GymnasiumStreams(SyncVectorEnv([Walk] * 2, autoreset_mode=AutoresetMode.SAME_STEP))
 
-    assert_goes_on(make, tmp_path)
+    assert_goes_on(make, tmp_path, num_before=num_before)  # and those of Gymnasium's vector environment
 
 
-def test_streams_that_were_never_reset_have_no_state():
-    with pytest.raises(RuntimeError, match="reset"):
-        make_streams(Walk, 2).state()
+@pytest.mark.parametrize(("kind", "vectorization"), [(SamplesItsSpaces, "sync"), (GlobalGenerators, "async")])
+def test_a_seed_is_for_spaces_and_for_the_generators_of_a_process(kind, vectorization):
+    """A process that another one starts is seeded by the system."""
+    with closing(make_streams(kind, 2, vectorization=vectorization)) as streams:
+        first, again, other = ((bits(streams.reset(seed=seed)), watch(streams, 15, seed=1)) for seed in (0, 0, 1))
+    assert first == again != other
 
 
 def test_global_generators_go_on():
-    streams = make_streams(Walk, 1)
-    streams.reset(seed=0)
+    streams = begun(Walk, 1)
     random.gauss(0, 1)
     np.random.standard_normal()  # noqa: NPY002  (each keeps the second of a pair)
     saved = streams.state()
@@ -282,23 +237,10 @@ def test_global_generators_go_on():
     assert (random.gauss(0, 1), random.random(), *np.random.standard_normal(3)) == expected  # noqa: NPY002
 
 
-def test_the_commons_keep_the_same_convention():
-    streams, resumed = (Commons(CommonsConfig(num_agents=2, form="bandit"), num_worlds=2) for _ in range(2))
-    assert streams.resumable is None
-    streams.reset(seed=0)
-    step = streams.step(np.zeros((4, 2), int))
-    observations = resumed.restore(*streams.state())
-    assert observations.keys() == step.observations.keys()
-    for name, part in step.observations.items():
-        assert part.equal(observations[name]), name
-
-
 def test_a_restart_is_no_repetition():
     streams = make_streams("CartPole-v1", 2)
     first = bits(streams.reset(seed=0))
-    again = [
-        bits(restart(streams, seed=seed, num_steps=steps)) for seed, steps in ((0, 64), (0, 128), (1, 64), (0, 64))
-    ]
+    again = [bits(restart(streams, seed=s, num_steps=n)) for s, n in ((0, 64), (0, 128), (1, 64), (0, 64))]
     assert again[0] == again[3]
     assert len({str(observations) for observations in (first, *again)}) == 4
 
@@ -308,60 +250,47 @@ def test_a_restart_is_no_repetition():
 BEYOND = "keeps state beyond an episode, or draws from other generators"
 
 
-class Impatient(Walk):
-    def step(self, action):
-        raise OSError("the simulator has gone")
-
-
-class ForgetsAtReset(CountsEpisodes):
-    """Differs only after a reset, which 300 steps would not bring about by themselves."""
-
-    def step(self, action):
-        return *super().step(action)[:2], False, False, {}
-
-
-def words():
-    return Walk(spaces.Text(5))
-
-
 @pytest.mark.parametrize(
-    ("kind", "reason"),
+    ("make", "reason"),
     [
+        (Masked, "None"),  # it is tried by legal actions
         (CountsEpisodes, BEYOND),
-        (ForgetsAtReset, BEYOND),
+        # These differ only after a reset, which 300 steps would not bring about by themselves.
+        (walk(kind=CountsEpisodes, ends_by_itself=False, noise=lambda env: float(env.episodes > 3)), BEYOND),
+        (
+            walk(
+                kind=CountsEpisodes,
+                ends_by_itself=False,
+                noise=lambda env: 0.0 * env.np_random.random(max(0, env.episodes - 3)).sum(),
+            ),
+            "left a generator in another state",
+        ),
         (OwnGenerator, BEYOND),
         (GlobalGenerators, BEYOND),
         (lambda: NormalizeObservation(Walk()), BEYOND),
         (OtherBits, "its generator is a MT19937"),
-        (Impatient, "trying it raised OSError: the simulator has gone"),
-        (words, "actions of Text.* cannot be saved"),
+        (walk(step=fails), "trying it raised OSError: the simulator has gone"),
+        (lambda: Walk(spaces.Text(5)), "actions of Text.* cannot be saved"),
     ],
 )
-def test_environments_that_would_not_go_on_are_found_out(kind, reason):
-    random_before, numpy_before = random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
-    said = why_not_replayed(lambda: TimeLimit(kind(), 100))
-    assert re.search(reason, str(said))
-    assert random.getstate() == random_before
-    assert np.random.get_state()[1].tolist() == numpy_before  # noqa: NPY002
+def test_environments_that_would_not_go_on_are_found_out(make, reason):
+    before = random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    assert re.search(reason, str(why_not_replayed(lambda: TimeLimit(make(), 500))))
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before  # noqa: NPY002
 
 
 def test_the_trial_stops_in_time():
     steps = []
-
-    class Slow(Walk):
-        def step(self, action):
-            steps.append(1)
-            return super().step(action)
-
-    assert why_not_replayed(Slow, min_steps=5, max_steps=1000, seconds=0.0) is None
+    slow = walk(step=lambda env, action: steps.append(1) or Walk.step(env, action))
+    assert why_not_replayed(slow, min_steps=5, max_steps=1000, seconds=0.0) is None
     assert len(steps) == 7 + 2 * (5 + 1)
 
 
 @pytest.mark.parametrize("vectorization", ["sync", "async"])
 def test_an_episode_that_leads_elsewhere_is_refused_and_new_ones_can_begin(vectorization):
     """Whoever did not listen to `resumable`."""
-    streams, resumed = (make_streams(CountsEpisodes, 2, vectorization=vectorization) for _ in range(2))
-    try:
+    make = functools.partial(make_streams, CountsEpisodes, 2, vectorization=vectorization)
+    with closing(make()) as streams, closing(make()) as resumed:
         assert BEYOND in streams.resumable
         streams.reset(seed=0)
         watch(streams, 24, seed=1)
@@ -369,22 +298,52 @@ def test_an_episode_that_leads_elsewhere_is_refused_and_new_ones_can_begin(vecto
             resumed.restore(*streams.state())
         assert restart(resumed, seed=0, num_steps=28).shape == (2, 1)
         assert len(watch(resumed, 12, seed=1)) == 12
-    finally:
-        streams.close()
-        resumed.close()
+
+
+class Drifts(Walk):
+    """As Box2D's world does: something small outlives an episode, and is not seen for hundreds of steps."""
+
+    life = 0
+
+    def noise(self):
+        self.life += 1
+        return super().noise() + (1e-12 if self.life > 400 else 0)
+
+
+def test_what_the_trial_cannot_find_is_found_at_resume(tmp_path):
+    assert why_not_replayed(Drifts) is None
+    settings = {
+        "num_envs": 2,
+        "total_steps": 1200,
+        "eval_episodes": 0,
+        "run_dir": str(tmp_path / "run"),
+        "network": NetworkConfig(hidden_size=4, encoder_sizes=(4,)),
+        "ppo": PPOConfig(rollout_length=100, batch_size=200, num_epochs=1),
+    }
+    make = lambda: Drifts(length=50)  # noqa: E731
+    dualhead.train(make, **settings, show_progress=False, on_update=lambda session, _: session.learner.num_steps >= 900)
+    with pytest.warns(UserWarning, match="episodes of lambda begin again.*: environment 0: its last observation"):
+        result = dualhead.resume(tmp_path / "run", env=make, show_progress=False)
+    assert result.summary["steps"] == 1200
+
+
+def test_bipedal_walker_is_found_out():
+    """Box2D's world outlives its episodes there."""
+    pytest.importorskip("Box2D")
+    assert BEYOND in str(why_not_replayed(lambda: gym.make("BipedalWalker-v3")))
 
 
 def test_an_environment_that_ends_or_fails_while_it_is_played_again_is_refused():
-    streams = make_streams(lambda: Walk(length=20), 1)
-    streams.reset(seed=0)
-    watch(streams, 14, seed=1)
+    saved = begun(lambda: Walk(length=20), 1).state()
     with pytest.raises(CannotReplay, match="ended after 10 of 14 steps"):
-        make_streams(Walk, 1).restore(*streams.state())
+        make_streams(Walk, 1).restore(*saved)
     with pytest.raises(CannotReplay, match="raised OSError"):
-        make_streams(Impatient, 1).restore(*streams.state())
+        make_streams(walk(step=fails), 1).restore(*saved)
 
 
-def test_vector_environments_whose_insides_cannot_be_reached():
+def test_streams_that_have_no_state():
+    with pytest.raises(RuntimeError, match="reset"):
+        make_streams(Walk, 2).state()
     envs = SyncVectorEnv([Walk] * 2, autoreset_mode=AutoresetMode.SAME_STEP)
     streams = GymnasiumStreams(gym.wrappers.vector.RecordEpisodeStatistics(envs))
     streams.reset(seed=0)
@@ -393,162 +352,158 @@ def test_vector_environments_whose_insides_cannot_be_reached():
         streams.state()
 
 
-# The log of actions.
+# The actions that are kept.
+
+
+class Told(Walk):
+    """Ends its episode when it is told to, and changes its action in place."""
+
+    ends = False
+
+    def step(self, action):
+        seen = super().step(action)
+        action[...] = 0
+        return *seen[:2], self.ends, False, {}
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 3), st.integers(5, 90), st.lists(st.integers(0, 40), max_size=400), st.integers(0, 2**32))
-def test_the_log_holds_what_lists_would(num_envs, max_steps, events, seed):
-    """Episodes begin at random; a list for each environment says what must come out."""
+@given(st.integers(1, 3), st.integers(5, 90), st.integers(0, 150), st.integers(1, 99), st.integers(0, 2**32))
+def test_the_actions_of_each_episode_are_kept_and_no_more(num_envs, max_steps, num_steps, mean_length, seed):
+    """Environments end at random; a list for each says what must come out."""
     rng = np.random.default_rng(seed)
-    log = ActionLog(batch_space(spaces.Discrete(300), num_envs), num_envs, max_steps=max_steps)
-    kept = [[] for _ in range(num_envs)]
-    for event in events:
-        actions = rng.integers(300, size=num_envs)
-        log.append(actions)
-        for env in range(num_envs):
-            kept[env].append(actions[env])
-            if event == env:
-                log.begin(env)
-                kept[env] = []
-    for env in range(num_envs):
-        if len(kept[env]) > max_steps:
-            with pytest.raises(CannotReplay, match=f"environment {env} is more than {max_steps} steps into"):
-                log.of(env)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(replay, "MAX_REPLAYED_STEPS", max_steps)
+        streams = begun(lambda: Told(spaces.Box(-9, 9, (1,))), num_envs, num_steps=0)
+        kept = [[] for _ in range(num_envs)]
+        for _ in range(num_steps):
+            actions = rng.normal(size=(num_envs, 1)).astype(np.float32)
+            for env, recorder in enumerate(streams.envs.envs):
+                recorder.unwrapped.ends = rng.integers(mean_length) == 0
+                kept[env] = [] if recorder.unwrapped.ends else [*kept[env], actions[env, 0]]
+            streams.step(actions)
+        assert max(len(recorder.actions) for recorder in streams.envs.envs) <= 4 * (max_steps + 1)
+        too_long = [env for env in range(num_envs) if len(kept[env]) > max_steps]
+        if too_long:
+            with pytest.raises(CannotReplay, match=f"environment {too_long[0]}: it is more than {max_steps} steps"):
+                streams.state()
         else:
-            assert log.of(env)[0].tolist() == kept[env]
-
-
-def test_endless_episodes_do_not_grow_without_bound():
-    log = ActionLog(batch_space(spaces.Discrete(4), 8), 8, max_steps=100)
-    for _ in range(5000):
-        log.append(np.ones(8, int))
-    (array,) = log._arrays
-    assert array.nbytes <= 4 * 100 * 8  # a byte for each action, and room to grow
-
-
-def test_an_episode_that_is_too_long_is_not_saved(monkeypatch):
-    monkeypatch.setattr(vectors, "ActionLog", lambda space, n: ActionLog(space, n, max_steps=5))
-    streams = make_streams(Walk, 2)
-    streams.reset(seed=0)
-    watch(streams, 6, seed=0)
-    with pytest.raises(CannotReplay, match="environment 0 is more than 5 steps into its episode"):
-        streams.state()
-    watch(streams, 6, seed=0)  # the next episode is two steps old
-    assert streams.state()[1]["episodes"][0]["num_steps"] == 2
+            tensors, metadata = streams.state()
+            assert tensors["actions/0"].ravel().tolist() == [action for part in kept for action in part]
+            assert [episode["num_steps"] for episode in metadata["episodes"]] == list(map(len, kept))
 
 
 def test_actions_are_given_as_they_are_recorded():
     space = batch_space(spaces.Dict(a=spaces.Box(0, 1, (1,), np.float32), b=spaces.Discrete(3)), 2)
     given_as = as_actions(space, {"a": np.full((2, 1), 0.3), "b": [1, 2]})
-    assert given_as["a"].dtype == np.float32
-    assert given_as["b"].dtype == np.int64
+    assert (given_as["a"].dtype, given_as["b"].dtype) == (np.float32, np.int64)
     with pytest.raises(TypeError):
         as_actions(space, {"a": np.zeros((2, 1)), "b": np.array([0.5, 1.0])})
 
 
 def test_an_action_outside_its_space_is_not_saved():
-    streams = make_streams("Pendulum-v1", 1)  # clips its actions
-    streams.reset(seed=0)
+    streams = begun("Pendulum-v1", 1)  # clips its actions
     streams.step(np.full((1, 1), 2.5))
-    with pytest.raises(CannotReplay, match="environment 0 got an action outside Box"):
+    with pytest.raises(CannotReplay, match="environment 0: it got an action outside Box"):
         streams.state()
 
 
 # A file is not trusted.
 
 
-def two_heads():
-    return Walk(spaces.Dict(box=spaces.Box(-1, 1, (2,), np.float32), n=spaces.Discrete(3)))
+@pytest.fixture
+def walking():
+    return begun(lambda: Walk(spaces.Dict(box=spaces.Box(-1, 1, (2,), np.float32), n=spaces.Discrete(3))))
 
 
-def first(metadata):
-    return metadata["episodes"][0]
-
-
-def change(tensors, name, edit):
-    tensors[name] = edit(tensors[name])
+def edit(metadata, path, value):
+    *path, last = (int(key) if key.isdigit() else key for key in path.split("."))
+    for key in path:
+        metadata = metadata[key]
+    if value is ...:
+        del metadata[last]
+    else:
+        metadata[last] = value
 
 
 def put(tensor, value):
-    changed = tensor.clone()
-    changed.view(-1)[0] = value
-    return changed
+    tensor.view(-1)[0] = value
+    return tensor
 
 
-TAMPERED = {
-    "no episodes": lambda t, m: m.clear(),
-    "not a list": lambda t, m: m.update(episodes={"0": 1}),
-    "fewer environments": lambda t, m: m["episodes"].pop(),
-    "not an episode": lambda t, m: m["episodes"].__setitem__(0, None),
-    "no root": lambda t, m: first(m).pop("root"),
-    "negative root": lambda t, m: first(m).update(root=-1),
-    "root of a float": lambda t, m: first(m).update(root=1.0),
-    "root of a bool": lambda t, m: first(m).update(root=True),
-    "huge number": lambda t, m: first(m).update(number=2**70),
-    "more steps": lambda t, m: first(m).update(num_steps=first(m)["num_steps"] + 1),
-    "very many steps": lambda t, m: first(m).update(num_steps=10**9),
-    "no fingerprint": lambda t, m: first(m).update(fingerprint="x"),
-    "a short state of a generator": lambda t, m: first(m).update(generators=[[1]]),
-    "an even increment": lambda t, m: first(m).update(generators=[[1, 2, 0, 0]]),
-    "a generator of words": lambda t, m: first(m).update(generators=[["os", "system", 0, 0]]),
-    "no actions": lambda t, m: t.pop("actions/0"),
-    "more actions": lambda t, m: t.update({"actions/2": torch.zeros(3)}),
-    "wrong dtype": lambda t, m: change(t, "actions/0", torch.Tensor.double),
-    "wrong length": lambda t, m: change(t, "actions/1", lambda a: a[:-1]),
-    "wrong shape": lambda t, m: change(t, "actions/0", lambda a: a[:, :1]),
-    "NaN": lambda t, m: change(t, "actions/0", lambda a: put(a, float("nan"))),
-    "outside the box": lambda t, m: change(t, "actions/0", lambda a: put(a, 1.5)),
-    "no such choice": lambda t, m: change(t, "actions/1", lambda a: put(a, 3)),
-    "no randomness": lambda t, m: m.pop("randomness"),
-    "randomness of words": lambda t, m: m.update(randomness={"python": "x", "numpy": [0, 0.0]}),
-    "no generator": lambda t, m: t.pop("randomness/numpy"),
-    "a short generator": lambda t, m: change(t, "randomness/python", lambda a: a[:9]),
-    "a position beyond": lambda t, m: t["randomness/numpy"].__setitem__(-1, 10**6),
+TAMPERED_METADATA = {  # where: values instead; `...` for none
+    "episodes": [..., {"0": 1}],
+    "episodes.1": [...],
+    "episodes.0": [None],
+    "episodes.0.root": [..., -1, 1.0, True],
+    "episodes.0.number": [2**70],
+    "episodes.0.num_steps": [3, 10**9],
+    "episodes.0.fingerprint": ["x"],
+    "episodes.0.module": ["os"],
+    "episodes.0.generators.0": [[1]],
+    "episodes.0.generators.0.bit_generator": ["os.system"],
+    "episodes.0.generators.0.state.inc": [2],
+    "episodes.0.generators.0.state.state": ["os"],
+    "randomness": [...],
+    "randomness.numpy": [...],
+    "randomness.numpy.position": [10**6],
+    "randomness.python": ["x"],
+    "randomness.python.gauss": ["x"],
+    "randomness.python.key.0": [..., 2**32],
+    "randomness.python.position": [625],
+}
+TAMPERED_ACTIONS = {  # tensor: what is put in its place
+    "actions/0": [
+        lambda a: None,
+        torch.Tensor.double,
+        torch.Tensor.bfloat16,
+        lambda a: a[:, :1],
+        lambda a: put(a, float("nan")),
+        lambda a: put(a, 1.5),
+    ],
+    "actions/1": [lambda a: a[:-1], lambda a: put(a, 3)],
+    "actions/2": [lambda a: torch.zeros(3)],
 }
 
 
-@pytest.mark.parametrize("how", TAMPERED)
-def test_a_tampered_state_is_refused_before_anything_is_used(how):
-    streams = make_streams(two_heads, 2)
-    streams.reset(seed=0)
-    watch(streams, 14, seed=1)
-    tensors, metadata = copy.deepcopy(streams.state())
-    TAMPERED[how](tensors, metadata)
-    before = bits(streams._observations), random.getstate()
-    with pytest.raises(CheckpointError, match="holds no state"):
-        streams.restore(tensors, metadata)
-    assert (bits(streams._observations), random.getstate()) == before
-    streams.step({"box": np.zeros((2, 2), np.float32), "n": np.zeros(2, int)})
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [(path, value) for table in (TAMPERED_METADATA, TAMPERED_ACTIONS) for path in table for value in table[path]],
+)
+def test_a_tampered_state_is_refused_before_anything_is_used(walking, path, value):
+    tensors, metadata = walking.state()
+    if path in TAMPERED_METADATA:
+        edit(metadata, path, value)
+    else:
+        tensors[path] = value(tensors.get(path))
+    saved = {name: tensor for name, tensor in tensors.items() if tensor is not None}, metadata
+    before = bits(walking._observations), random.getstate()
+    with pytest.raises(CheckpointError, match="checkpoint holds no state of these environments"):
+        walking.restore(*saved)
+    assert (bits(walking._observations), random.getstate()) == before
+    walking.step({"box": np.zeros((2, 2), np.float32), "n": np.zeros(2, int)})
 
 
 @pytest.mark.parametrize(
-    "how",
-    [
-        lambda t, m: change(t, "actions/1", lambda a: put(a, (int(a[0]) + 1) % 3)),
-        lambda t, m: first(m).update(fingerprint="0" * 64),
-        lambda t, m: first(m).update(root=first(m)["root"] + 1, number=0, generators=first(m)["generators"][:-1]),
-        lambda t, m: first(m).update(generators=[]),
-    ],
+    "changes",
+    [{}, {"fingerprint": "0" * 64}, {"root": 1, "number": 0, "generators.0": ...}, {"generators": []}],
+    ids=str,
 )
-def test_a_wrong_but_well_formed_state_leads_elsewhere(how):
-    streams = make_streams(two_heads, 2)
-    streams.reset(seed=0)
-    watch(streams, 14, seed=1)
-    tensors, metadata = copy.deepcopy(streams.state())
-    how(tensors, metadata)
+def test_a_wrong_but_well_formed_state_leads_elsewhere(walking, changes):
+    tensors, metadata = walking.state()
+    if not changes:
+        put(tensors["actions/1"], (int(tensors["actions/1"][0]) + 1) % 3)
+    for path, value in changes.items():
+        edit(metadata["episodes"][0], path, value)
     with pytest.raises(CannotReplay, match="environment 0"):
-        streams.restore(tensors, metadata)
+        walking.restore(tensors, metadata)
 
 
 def test_the_state_of_other_environments_is_refused():
-    streams = make_streams("CartPole-v1", 2)
-    streams.reset(seed=0)
-    watch(streams, 9, seed=0)
-    saved = streams.state()
-    with pytest.raises(CheckpointError, match="expected num_envs=3"):
-        make_streams("CartPole-v1", 3).restore(*saved)
-    with pytest.raises(CheckpointError, match="actions are"):
-        make_streams("Pendulum-v1", 2).restore(*saved)
-    with pytest.raises(CannotReplay):
-        make_streams("Acrobot-v1", 2).restore(*saved)
+    saved = begun("CartPole-v1", num_steps=9).state()
+    for env, num_envs, error, message in (
+        ("CartPole-v1", 3, CheckpointError, "expected num_envs=3"),
+        ("Pendulum-v1", 2, CheckpointError, "actions are"),
+        ("Acrobot-v1", 2, CannotReplay, "environment 0"),
+    ):
+        with pytest.raises(error, match=message):
+            make_streams(env, num_envs).restore(*saved)

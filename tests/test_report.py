@@ -1,6 +1,7 @@
 """The report: numbers read as they are, nothing hidden, nothing executed, and figures that a browser draws."""
 
 import base64
+import csv
 import json
 import math
 import re
@@ -12,8 +13,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from settings import spec_segments
 
 from dualhead.cli import main
@@ -22,7 +21,7 @@ from dualhead.running import report
 from dualhead.running.checkpoint import RunError
 from dualhead.running.config import RunConfig
 from dualhead.running.report import group_runs, write_report
-from dualhead.running.report_figures import Curve, curves, draw, mean_and_range, number, outline, statement, thin
+from dualhead.running.report_figures import change, curves, draw, number
 from dualhead.running.results import read_run, read_table
 
 NAN = math.nan
@@ -33,10 +32,10 @@ CHROMIUM = shutil.which("chromium")
 class Page(HTMLParser):
     """Elements, their addresses and the text of a page, with what scripts and styles say apart."""
 
-    def __init__(self, html):
+    def __init__(self, path):
         super().__init__()
         self.tags, self.addresses, self.text, self.scripts, self.inside = [], [], "", [], ""
-        self.feed(html)
+        self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
@@ -59,32 +58,37 @@ class Page(HTMLParser):
         return json.loads(self.scripts[1])
 
 
-def make_run(path, metrics, *, steps=None, summary=None, **settings):
-    """A run directory with these columns of numbers; None leaves a cell empty."""
+def make_run(path, metrics, *, steps=None, summary=None, evaluations=None, **settings):
+    """A run directory with these columns of numbers, and rows of evaluations; None leaves a cell empty."""
     path.mkdir(parents=True)
     (path / "config.json").write_text(RunConfig(**{"env": "Some-v0", **settings}).model_dump_json())
-    if steps is None:
-        steps = [100 * (i + 1) for i in range(len(next(iter(metrics.values()), [])))]
-    rows = [",".join(["steps", *metrics])]
-    for i, step in enumerate(steps):
-        rows.append(
-            ",".join([str(step), *("" if column[i] is None else str(column[i]) for column in metrics.values())])
-        )
-    (path / "metrics.csv").write_text("".join(f"{row}\r\n" for row in rows))
+    steps = steps or [100 * (i + 1) for i in range(len(next(iter(metrics.values()), [])))]
+    with (path / "metrics.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["steps", *metrics], *zip(steps, *metrics.values())])
+    if evaluations is not None:
+        header = "steps,mean_return,std_return,ci95_low,ci95_high,mean_length,episodes"
+        (path / "evaluations.csv").write_text("\n".join([header, *evaluations, ""]))
     if summary is not None:
         (path / "summary.json").write_text(json.dumps(summary))
     return path
 
 
-def page_of(*runs, **options):
-    out = runs[0].parent / "page.html"
-    write_report(runs, out, replay=False, **options)
-    return Page(out.read_text(encoding="utf-8"))
+def page_of(*runs):
+    return Page(write_report(runs, runs[0].parent / "page.html", replay=False))
+
+
+def figures_of(**groups):
+    """Figures by section of groups of run directories."""
+    return draw({name: [curves(read_run(run)) for run in runs] for name, runs in groups.items()})[0]
 
 
 def finished(steps, **evaluation):
     evaluation = {"mean_return": 7.25, "std_return": 1.5, "episodes": 20} | evaluation
     return {"steps": steps, "stopped_early": False, "seconds": 4.0, "evaluation": evaluation}
+
+
+def same(array, expected):
+    return np.array_equal(array, expected, equal_nan=True)
 
 
 def test_table_by_hand(tmp_path):
@@ -93,8 +97,8 @@ def test_table_by_hand(tmp_path):
     table = read_table(path)
     assert table.columns.keys() == {"a", "b"}
     assert table.steps.tolist() == [10, 20, 30]  # the last line was cut off: 0.12 may have been 0.1234
-    assert np.array_equal(table.columns["a"], [1.5, NAN, math.inf], equal_nan=True)
-    assert np.array_equal(table.columns["b"], [NAN, 2, NAN], equal_nan=True)
+    assert same(table.columns["a"], [1.5, NAN, math.inf])
+    assert same(table.columns["b"], [NAN, 2, NAN])
     assert read_table(tmp_path / "missing.csv").steps.tolist() == []
 
 
@@ -106,88 +110,36 @@ def test_steps_that_a_resumed_run_wrote_again_count_once(tmp_path):
     assert table.columns["a"].tolist() == [1, 22, 33, 44]
 
 
-def test_mean_and_range_where_all_seeds_have_a_number():
-    seeds = [
-        Curve(np.array([1.0, 2, 3, 4]), np.array([1.0, 2, 3, 4])),
-        Curve(np.array([1.0, 2, 3]), np.array([3.0, NAN, 9])),
-    ]
-    mean, low, high = mean_and_range(seeds)
-    assert mean.steps.tolist() == [1, 2, 3]
-    assert np.array_equal(mean.values, [2, NAN, 6], equal_nan=True)
-    assert np.array_equal(low.values, [1, NAN, 3], equal_nan=True)
-    assert np.array_equal(high.values, [3, NAN, 9], equal_nan=True)
-
-
-def test_band_is_cut_at_gaps():
-    steps = np.array([1.0, 2, 3, 4])
-    band = outline(Curve(steps, np.array([1.0, 2, NAN, 4])), Curve(steps, np.array([5.0, 6, 7, 8])))
-    assert np.array_equal(band.steps, [1, 2, 2, 1, NAN, 4, 4], equal_nan=True)
-    assert np.array_equal(band.values, [5, 6, 2, 1, NAN, 8, 4], equal_nan=True)
-
-
-def test_long_band_keeps_its_reach():
-    steps = np.arange(10_000.0)
-    low, high = np.zeros(10_000), np.ones(10_000)
-    low[4321], high[8765] = -3.0, 9.0
-    band = outline(Curve(steps, low), Curve(steps, high), max_points=100)
-    assert len(band.steps) == 100
-    assert band.values.min() == -3
-    assert band.values.max() == 9
-
-
-def test_peaks_and_gaps_of_a_long_line_stay():
-    values = np.sin(np.arange(50_000) / 1000)
-    values[12_345], values[40_000], values[20_000:30_000] = 80.0, -90.0, NAN
-    curve = thin(Curve(np.arange(50_000.0), values), 1000)
-    assert len(curve.steps) <= 1000
-    assert curve.values[curve.steps == 12_345] == 80
-    assert curve.values[curve.steps == 40_000] == -90
-    assert (curve.steps[0], curve.steps[-1]) == (0, 49_999)
-    inside = (curve.steps >= 20_000) & (curve.steps < 30_000)
-    assert inside.sum() > 50
-    assert np.isnan(curve.values[inside]).all()
-
-
-def test_thick_line_through_a_long_curve_shows_means(tmp_path):
+def test_a_long_curve_is_drawn_by_means_lowest_and_highest(tmp_path):
     values = np.tile([1.0, 5.0], 500)
-    values[300:320] = NAN
+    values[300:320], values[432], values[876] = NAN, -7.0, 90.0
     run = make_run(tmp_path / "run", {"loss/total": values.tolist()}, steps=range(10, 10_010, 10))
-    (figure,) = draw({"lstm": [curves(read_run(run))]})[0]["Optimisation"]
-    pale, thick = figure.traces
-    assert np.array_equal(pale["y"], values, equal_nan=True)
-    assert thick["x"].tolist() == [55 + 100 * i for i in range(100)]  # ten points each, mean step of 10 to 100 is 55
-    assert np.array_equal(thick["y"], [NAN if i in (30, 31) else 3.0 for i in range(100)], equal_nan=True)
-
-
-@given(st.lists(st.floats(-1e6, 1e6) | st.just(NAN), min_size=1, max_size=200), st.integers(4, 40))
-def test_thinning_picks_points_and_keeps_the_extremes(numbers, max_points):
-    values = np.array(numbers)
-    curve = thin(Curve(np.arange(len(values), dtype=float), values), max_points)
-    assert len(curve.steps) <= max(max_points, 4)
-    assert np.array_equal(values[curve.steps.astype(int)], curve.values, equal_nan=True)
-    if np.isfinite(values).any():
-        assert np.nanmax(curve.values) == np.nanmax(values)
-        assert np.nanmin(curve.values) == np.nanmin(values)
+    (figure,) = figures_of(lstm=[run])["Optimisation"]
+    area, line = figure.traces
+    # Stretches of ten points: the mean step of the first is 55, its mean 3.
+    steps, means = 55 + 100 * np.arange(100), np.full(100, 3.0)
+    means[30:32], means[43], means[87] = NAN, 2.2, 11.9  # (4 * 1 + 5 * 5 - 7) / 10, (4 * 1 + 5 * 5 + 90) / 10
+    assert line["x"].tolist() == steps.tolist()
+    np.testing.assert_allclose(line["y"], means, rtol=1e-6)
+    low, high = np.where(steps == 4355, -7.0, 1.0), np.where(steps == 8755, 90.0, 5.0)
+    sides = slice(30), slice(32, None)  # of the gap
+    assert same(area["y"], np.concatenate([y for side in sides for y in (high[side], low[side][::-1], [NAN])]))
+    assert figure.band == "lowest to highest"
 
 
 @pytest.mark.parametrize(
-    ("lines", "expected"),
+    ("values", "expected"),
     [
-        ({"": [1, 2, 3]}, "rose from 1 to 3"),
-        ({"": [NAN, 0.5, 0.25, NAN]}, "fell from 0.5 to 0.25"),
-        ({"": [0, 10, 1]}, "ended at 1"),
-        ({"": [4, 4]}, "stayed at 4"),
-        ({"": [-12345.6]}, "stayed at −12,346"),
-        ({"": [NAN]}, ""),
-        ({"": [0] * 10 + [1] * 8 + [2, 4]}, "rose from 0 to 3"),  # of twenty numbers the last two
-        ({"a": [1, 2]}, "rose from 1 to 2 (a)"),
-        ({"a": [1, 2], "b": [1, 3]}, "ended at 2 (a), 3 (b)"),
-        ({"a": [1, 2], "b": [NAN, 2]}, "ended at 2 everywhere"),
-        ({"a": [2], "b": [7], "c": [-1], "d": [3]}, "ended between −1 (c) and 7 (b)"),
+        ([1, 2, 3], "1 → 3"),
+        ([NAN, 0.5, 0.25, NAN], "0.5 → 0.25"),
+        ([4, 4.0001], "4"),
+        ([-12345.6], "−12,346"),
+        ([NAN], "–"),
+        ([0] * 10 + [1] * 8 + [2, 4], "0 → 3"),  # of twenty numbers the last two
     ],
 )
-def test_statements(lines, expected):
-    assert statement({label: np.array(values, dtype=float) for label, values in lines.items()}) == expected
+def test_change_between_the_first_and_the_last_tenth(values, expected):
+    assert change(np.array(values, dtype=float)) == expected
 
 
 def test_numbers_as_text():
@@ -208,27 +160,21 @@ def test_runs_that_differ_in_the_seed_are_one_group(tmp_path):
     }
 
 
-def test_names_of_groups_with_many_differences_tell_them_apart(tmp_path):
+def test_groups_with_many_differences_have_the_names_of_their_folders(tmp_path):
     ppo = spec_segments(gamma=0.9, gae_lambda=0.8, clip_coef=0.1)
     paths = [
         make_run(tmp_path / "a", {"a": [1.0]}, num_envs=8, ppo=spec_segments()),
         make_run(tmp_path / "b", {"a": [1.0]}, num_envs=4, ppo=ppo),
         make_run(tmp_path / "c", {"a": [1.0]}, num_envs=4, ppo=ppo.model_copy(update={"gamma": 0.5})),
     ]
-    names = list(group_runs([read_run(path) for path in paths]))
-    assert names == [
-        "num_envs=8, gamma=0.99 and 2 more",
-        "num_envs=4, gamma=0.9 and 2 more",
-        "num_envs=4, gamma=0.5 and 2 more",
-    ]
+    assert list(group_runs([read_run(path) for path in paths])) == [str(path) for path in paths]
     # In a folder for each condition, as studies have them, the folder is the name.
-    moved = []
-    for path in paths:
-        moved.append(tmp_path / f"condition-{path.name}" / "seed0")
-        shutil.copytree(path, moved[-1])
+    moved = [tmp_path / f"condition-{path.name}" / "seed0" for path in paths]
+    for path, there in zip(paths, moved):
+        shutil.copytree(path, there)
     assert list(group_runs([read_run(path) for path in moved])) == ["condition-a", "condition-b", "condition-c"]
-    rows = page_of(*paths).text
-    assert all(name in rows for name in ("ppo.gamma", "ppo.gae_lambda", "ppo.clip_coef", "num_envs"))
+    text = page_of(*paths).text
+    assert all(name in text for name in ("ppo.gamma", "ppo.gae_lambda", "ppo.clip_coef", "num_envs"))
 
 
 def test_report_of_a_trained_run(tmp_path, capsys):
@@ -239,7 +185,7 @@ def test_report_of_a_trained_run(tmp_path, capsys):
     capsys.readouterr()
     assert main(["report", str(run), "--no-replay"]) == 0
     assert capsys.readouterr().out.strip() == str(run / "report.html")
-    page = Page((run / "report.html").read_text(encoding="utf-8"))
+    page = Page(run / "report.html")
     summary = json.loads((run / "summary.json").read_text())
     assert f"{summary['evaluation']['mean_return']:.3g}".replace("-", "−") in page.text
     assert "lstm on dualhead/RecallCue-v0" in page.text
@@ -252,43 +198,46 @@ def test_report_of_a_trained_run(tmp_path, capsys):
     assert len(columns) > 20
     assert [name for name in columns if name not in page.text] == []
     assert len(page.figures) == page.tags.count("figure") > 15
+    assert page.addresses == []
+    assert "default-src 'none'" in (run / "report.html").read_text()
 
 
 def test_numbers_in_figures_are_those_of_the_file(tmp_path):
     run = make_run(tmp_path / "run", {"episode/mean_return": [1, None, 2.5, 4]})
-    ((figure,), _) = draw({"": [curves(read_run(run))]})[0]["Learning"], None
+    (figure,) = figures_of(lstm=[run])["Learning"]
     (trace,) = figure.traces
     assert trace["x"].tolist() == [100, 200, 300, 400]
-    assert np.array_equal(trace["y"], [1, NAN, 2.5, 4], equal_nan=True)
+    assert same(trace["y"], [1, NAN, 2.5, 4])
     assert trace["mode"] == "lines+markers"  # the first point has no neighbour to draw a line to
     assert "1 number missing" in figure.note
-    assert (figure.unit, figure.title) == ("task reward per episode", "Return in training rose from 1 to 4")
+    assert (figure.unit, figure.title) == ("task reward per episode", "Return in training")
+    assert "Return in training: 1 → 4" in page_of(run).text
 
 
 def test_seeds_are_thin_lines_under_their_mean_and_range(tmp_path):
-    runs = [make_run(tmp_path / f"{seed}", {"loss/total": [seed, 2 * seed]}, seed=seed) for seed in (1, 5)]
-    sections, _ = draw({"lstm": [curves(read_run(run)) for run in runs]})
-    (figure,) = sections["Optimisation"]
+    """Mean and range are at the steps that all seeds have; where one has no number the band is cut."""
+    numbers = [1, 2, 3, 4, 5], [3, 5, None, 7]
+    runs = [make_run(tmp_path / str(seed), {"loss/total": x}, seed=seed) for seed, x in enumerate(numbers)]
+    (figure,) = figures_of(lstm=runs)["Optimisation"]
+    area, *seeds, mean = figure.traces
     assert figure.band == "lowest to highest seed"
-    band, *seeds, mean = figure.traces
-    assert band["y"].tolist() == [5, 10, 2, 1]
-    assert [seed["y"].tolist() for seed in seeds] == [[1, 2], [5, 10]]
-    assert mean["y"].tolist() == [3, 6]
+    assert same(area["y"], [3, 5, 2, 1, NAN, 7, 4, NAN])
+    assert area["x"][[0, 1, 2, 3, 5, 6]].tolist() == [100, 200, 200, 100, 400, 400]
+    for trace, expected in zip((*seeds, mean), ([1, 2, 3, 4, 5], [3, 5, NAN, 7], [2, 3.5, NAN, 5.5])):
+        assert same(trace["y"], expected)
+    assert mean["x"].tolist() == [100, 200, 300, 400]
     assert mean["line"]["width"] > seeds[0]["line"]["width"]
 
 
 def test_heads_share_a_figure_until_runs_are_compared(tmp_path):
-    metrics = {"entropy/move": [1.0, 0.5], "entropy/vote": [1.0, 0.25]}
-    a = read_run(make_run(tmp_path / "a", metrics))
-    b = read_run(make_run(tmp_path / "b", {"entropy/move": [1.0, 0.75]}, num_envs=4))
-    alone = draw({"lstm": [curves(a)]})[0]["Policy"]
-    assert [figure.title for figure in alone] == ["Entropy ended at 0.5 (move), 0.25 (vote)"]
-    assert [label for label, _ in alone[0].lines] == ["move", "vote"]
-    compared = draw({"A": [curves(a)], "B": [curves(b)]})[0]["Policy"]
-    assert [figure.title for figure in compared] == [
-        "Entropy (move) ended at 0.5 (A), 0.75 (B)",
-        "Entropy (vote) fell from 1 to 0.25 (A)",
-    ]
+    a = make_run(tmp_path / "a", {"entropy/move": [1.0, 0.5], "entropy/vote": [1.0, 0.25]})
+    b = make_run(tmp_path / "b", {"entropy/move": [1.0, 0.75]}, num_envs=4)
+    (alone,) = figures_of(lstm=[a])["Policy"]
+    assert (alone.title, alone.lines) == ("Entropy", [("move", 0, "1 → 0.5"), ("vote", 1, "1 → 0.25")])
+    move, vote = figures_of(A=[a], B=[b])["Policy"]
+    assert (move.title, move.lines) == ("Entropy (move)", [("A", 0, "1 → 0.5"), ("B", 1, "1 → 0.75")])
+    assert (vote.title, vote.lines) == ("Entropy (vote)", [("A", 0, "1 → 0.25")])
+    assert re.search(r"move: 1 → 0\.5\s+vote: 1 → 0\.25", page_of(a).text)
 
 
 def test_no_metric_is_hidden(tmp_path):
@@ -302,58 +251,48 @@ def test_no_metric_is_hidden(tmp_path):
         "plain": [1, 2],
         "commons/never": [NAN, None],
     }
-    sections, empty = draw({"lstm": [curves(read_run(make_run(tmp_path / "run", metrics)))]})
+    run = make_run(tmp_path / "run", metrics)
+    sections, empty = draw({"lstm": [curves(read_run(run))]})
     assert empty == ["commons/never"]
-    titles = {section: [figure.title for figure in figures] for section, figures in sections.items()}
-    assert titles == {
-        "Norms": [
-            "Norm strength rose from 0 to 6.5 (A)",
-            "Guilt by resource fell from 0 to −0.5 (A)",
-            *titles["Norms"][2:],
-        ],
-        "Commons": ["Collected ended at 0.25 (A), 0.75 (B)", "Punishment level rose from 3 to 4"],
-        "Plain": ["Plain rose from 1 to 2"],
+    shown = {section: {f.title: [label for label, *_ in f.lines] for f in figs} for section, figs in sections.items()}
+    assert shown == {
+        "Norms": {"Norm strength": ["A"], "Guilt by resource": ["A"], "Guilt": [""]},
+        "Commons": {"Collected": ["A", "B"], "Punishment level": [""]},
+        "Plain": {"Plain": [""]},
     }
-    assert titles["Norms"][2:] == ["Guilt fell from 0 to −0.25"]
-    page = page_of(tmp_path / "run")
-    assert [name for name in metrics if name not in page.text] == []
-
-
-def test_evaluations_with_their_interval(tmp_path):
-    run = make_run(tmp_path / "run", {"a": [1, 2]})
-    text = (
-        "steps,mean_return,std_return,ci95_low,ci95_high,mean_length,episodes\n100,1,9,0,2,5,20\n200,3,9,2.5,4,6,20\n"
-    )
-    (run / "evaluations.csv").write_text(text)
-    returns, lengths = draw({"lstm": [curves(read_run(run))]})[0]["Learning"]
-    assert (returns.band, lengths.band) == ("95% interval over episodes", "")
-    assert returns.traces[0]["y"].tolist() == [2, 4, 2.5, 0]
-    assert "95% interval 2.5 to 4, in evaluation after 200 steps" in page_of(run).text
+    text = page_of(run).text
+    assert [name for name in metrics if name not in text] == []
 
 
 @pytest.mark.parametrize(
-    ("rows", "said"),
+    ("rows", "reach", "said"),
     [
-        (["100,1,0,0.5,1.5,5,20"], "95% interval 0.5 to 1.5, in evaluation after 100 steps"),
-        (["100,1,0,nan,nan,5,1", "200,2,0,nan,nan,5,1"], "in evaluation after 200 steps"),
+        (
+            ["100,1,9,0,2,5,20", "200,3,9,2.5,4,6,20"],
+            [2, 4, 2.5, 0, NAN],
+            "95% interval 2.5 to 4, in evaluation after 200",
+        ),
+        (["100,1,0,0.5,1.5,5,20"], None, "95% interval 0.5 to 1.5, in evaluation after 100 steps"),
+        (["100,1,0,nan,nan,5,1", "200,2,0,nan,nan,5,1"], None, "in evaluation after 200 steps"),
     ],
-    ids=["one evaluation", "of one episode each"],
+    ids=["two evaluations", "one evaluation", "of one episode each"],
 )
-def test_no_legend_promises_an_interval_that_is_not_drawn(tmp_path, rows, said):
-    run = make_run(tmp_path / "run", {"a": [1, 2]})
-    header = "steps,mean_return,std_return,ci95_low,ci95_high,mean_length,episodes"
-    (run / "evaluations.csv").write_text("\n".join([header, *rows, ""]))
-    returns = draw({"lstm": [curves(read_run(run))]})[0]["Learning"][0]
-    assert (returns.band, len(returns.traces)) == ("", 1)
+def test_evaluations_with_their_interval_where_one_is_drawn(tmp_path, rows, reach, said):
+    run = make_run(tmp_path / "run", {"a": [1, 2]}, evaluations=rows)
+    returns, lengths = figures_of(lstm=[run])["Learning"]
     text = page_of(run).text
     assert said in text
-    assert "over episodes" not in text
     assert "interval –" not in text
+    assert (returns.band == "95% interval over episodes") == ("over episodes" in text) == (reach is not None)
+    assert lengths.band == ""
+    *areas, _ = returns.traces
+    assert len(areas) == (reach is not None)
+    assert all(same(area["y"], reach) for area in areas)
 
 
 def test_sentences_of_the_page_are_set_apart(tmp_path):
     runs = [make_run(tmp_path / f"{seed}", {"a": [1, 2]}, seed=seed) for seed in (1, 2)]
-    assert re.search(r"all seeds of a setting\s+have\.\s+Of more than", page_of(*runs).text)
+    assert re.search(r"seeds of a setting have\.\s+Of more than", page_of(*runs).text)
 
 
 @pytest.mark.parametrize(
@@ -371,18 +310,16 @@ def test_status_and_return(tmp_path, summary, expected):
     run = make_run(tmp_path / "run", {"episode/mean_return": [1, 2], "time/rollout_s": [2, 3]}, summary=summary)
     text = page_of(run).text
     assert [words for words in expected if words not in text] == []
-    assert re.search(r"Training time\s+5 s", text)
+    assert re.search(r"Training time\s+0:00:05", text)
     assert re.search(r"Speed\s+4[02] ", text)
 
 
 def test_comparison_says_mean_and_reach_of_the_seeds(tmp_path):
-    returns = {"lstm": (10, 20), "gru": (1, 4)}
     runs = []
-    for memory, seeds in returns.items():
-        for seed, value in enumerate(seeds):
-            settings = {"network": NetworkConfig(memory=memory), "seed": seed}
-            summary = finished(100, mean_return=value)
-            runs.append(make_run(tmp_path / f"{memory}{seed}", {"a": [1]}, summary=summary, **settings))
+    for memory, seed, value in (("lstm", 0, 10), ("lstm", 1, 20), ("gru", 0, 1), ("gru", 1, 4)):
+        settings = {"network": NetworkConfig(memory=memory), "seed": seed}
+        summary = finished(100, mean_return=value)
+        runs.append(make_run(tmp_path / f"{memory}{seed}", {"a": [1]}, summary=summary, **settings))
     text = page_of(*runs, runs[0]).text
     assert re.search(r"memory=lstm\s+15\s+mean; seeds reach from 10 to 20\s+0, 1\s+100", text)
     assert re.search(r"memory=gru\s+2\.5\s+mean; seeds reach from 1 to 4\s+0, 1\s+100", text)
@@ -441,19 +378,13 @@ def test_text_of_runs_is_never_markup(tmp_path):
     assert any("&lt;a href" in name for name in names)
 
 
-def test_page_names_no_address(tmp_path):
-    page = page_of(make_run(tmp_path / "run", {"a": [1, 2]}))
-    assert page.addresses == []
-    assert "default-src 'none'" in (tmp_path / "page.html").read_text()
-
-
 def test_page_of_a_long_run_stays_small(tmp_path):
     values = np.random.default_rng(0).normal(size=20_000).round(6).tolist()
     sizes = []
     for length in (1000, 20_000):
         run = make_run(tmp_path / str(length), {"a": values[:length], "b": values[:length]})
         sizes.append(write_report([run], replay=False).stat().st_size)
-    assert abs(sizes[1] - sizes[0]) < 2000
+    assert abs(sizes[1] - sizes[0]) < 5000
 
 
 def test_replay_is_recorded_where_the_run_has_none(tmp_path, monkeypatch):
@@ -463,19 +394,18 @@ def test_replay_is_recorded_where_the_run_has_none(tmp_path, monkeypatch):
         calls.append((run_dir, max_steps > 0, seed))
         path.write_bytes(GIF)
 
+    def shown():
+        return Page(write_report([run], tmp_path / "page.html")).addresses
+
     monkeypatch.setitem(sys.modules, "dualhead.running.video", SimpleNamespace(record_video=record_video))
     run = make_run(tmp_path / "run", {"a": [1]})
     before = sorted(run.iterdir())
-    html = write_report([run], tmp_path / "page.html").read_text()
+    assert shown() == ["data:image/gif;base64," + base64.b64encode(GIF).decode()]
     assert calls == [(run, True, 10_000)]
-    (address,) = Page(html).addresses
-    assert address.startswith("data:image/gif;base64,")
-    assert base64.b64decode(address.partition(",")[2]) == GIF
     assert sorted(run.iterdir()) == before
-    assert "<img" not in write_report([run], tmp_path / "page.html", replay=False).read_text()
+    assert "img" not in page_of(run).tags
     (run / "replay.gif").write_bytes(GIF + b"own")
-    (address,) = Page(write_report([run], tmp_path / "page.html").read_text()).addresses
-    assert base64.b64decode(address.partition(",")[2]) == GIF + b"own"
+    assert shown() == ["data:image/gif;base64," + base64.b64encode(GIF + b"own").decode()]
     assert len(calls) == 1
 
 
@@ -492,13 +422,12 @@ def test_no_replay_says_why(tmp_path, monkeypatch, error, expected):
 
     monkeypatch.setattr(report, "_record", fail)
     run = make_run(tmp_path / "run", {"a": [1]})
-    assert expected in Page(write_report([run]).read_text()).text
-    (run / "replay.gif").write_bytes(b"<script>alert(1)</script>")
-    page = Page(write_report([run]).read_text())
-    assert "replay.gif is no GIF" in page.text
-    assert "img" not in page.tags
-    (run / "replay.gif").write_bytes(GIF + bytes(11_000_000))
-    assert "replay.gif has 11 MB" in Page(write_report([run]).read_text()).text
+    assert expected in Page(write_report([run])).text
+    for contents, problem in ((b"<script>alert(1)</script>", "is no GIF"), (GIF + bytes(11_000_000), "has 11 MB")):
+        (run / "replay.gif").write_bytes(contents)
+        page = Page(write_report([run]))
+        assert f"replay.gif {problem}" in page.text
+        assert "img" not in page.tags
 
 
 PROBE = """
@@ -528,8 +457,10 @@ FRAME = """<iframe src="page.html" style="width:%dpx;height:900px"></iframe><pre
     [("light", 1300, "rgb(246, 247, 248)", "rgb(0, 114, 178)"), ("dark", 390, "rgb(17, 20, 23)", "rgb(88, 178, 234)")],
 )
 def test_a_browser_draws_the_page(tmp_path, scheme, width, page, stroke):
-    metrics = {"episode/mean_return": [1, 3, 2], "loss/total": [None, 1, None], "time/rollout_s": [1, 1, 1]}
-    runs = [make_run(tmp_path / f"{n}-{s}", metrics, seed=s, num_envs=n) for n in (4, 8) for s in (0, 1)]
+    runs = []
+    for n, s in ((4, 0), (4, 1), (8, 0), (8, 1)):
+        metrics = {"episode/mean_return": [1, 3 + s, 2], "loss/total": [None, 1 + s, None], "time/rollout_s": [1, s, 1]}
+        runs.append(make_run(tmp_path / f"{n}-{s}", metrics, seed=s, num_envs=n))
     html = write_report(runs, tmp_path / "page.html", replay=False).read_text()
     (tmp_path / "page.html").write_text(html.replace("</script>\n</body>", PROBE))
     (tmp_path / "frame.html").write_text(FRAME % width)

@@ -1,16 +1,17 @@
-"""A run that was killed, interrupted or damaged goes on to the same bits as one that never stopped."""
+"""A run that was killed, interrupted or damaged resumes bit-identically."""
 
-import csv
 import functools
 import json
+import multiprocessing
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
-import traceback
 import warnings
 from collections import Counter
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from contextlib import redirect_stderr, redirect_stdout
 
 import gymnasium as gym
 import numpy as np
@@ -18,6 +19,7 @@ import pytest
 import torch
 from gymnasium import spaces
 from gymnasium.envs.classic_control.pendulum import PendulumEnv
+from saved_runs import rows_of
 from settings import spec_segments
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -93,6 +95,7 @@ def commons(form, **changes):
 VARIANTS = {
     "vector lstm": config_of(),
     "vector gru": config_of(memory="gru", vectorization="async"),
+    "noise": config_of("test/GlobalNoise-v0"),
     "image lstm": config_of("MiniGrid-Empty-5x5-v0", total_steps=330),
     "image gru": config_of("MiniGrid-DoorKey-5x5-v0", memory="gru", total_steps=330),
     "bandit lstm": commons("bandit"),
@@ -100,6 +103,10 @@ VARIANTS = {
     "grid lstm": commons("grid", policies="independent"),
     "grid gru": commons("grid", memory="gru"),
 }
+
+
+def run_in(run_dir, config, **changes):
+    return train(config.model_copy(update={"run_dir": str(run_dir), **changes}), show_progress=False).summary
 
 
 def timeless(numbers):
@@ -117,8 +124,7 @@ def what_is_left(run_dir):
         left |= {(path.name, name): (t.dtype, t.shape, t.numpy().tobytes()) for name, t in tensors.items()}
         left[path.name] = json.dumps(metadata, sort_keys=True)
     for path in run_dir.glob("*.csv"):
-        with path.open(newline="") as file:
-            left[path.name] = [timeless(row) for row in csv.DictReader(file)]
+        left[path.name] = [timeless(row) for row in rows_of(run_dir, path.name)]
     events = EventAccumulator(str(run_dir / "tensorboard")).Reload()
     for name in timeless(dict.fromkeys(events.Tags()["scalars"])):
         left["tensorboard", name] = [(event.step, event.value) for event in events.Scalars(name)]
@@ -186,43 +192,36 @@ def count_moments(kill):
 
 
 def live(config, run_dir, *, kill=None):
-    """One life of a run, in a process of its own: it begins, or goes on where the life before was ended.
+    """One life of a run, in a process of its own: it begins, or is resumed where the life before was ended.
 
     Args:
         kill: see `count_moments`; seconds as a float: whatever it does then.
 
     Returns:
-        How many moments it had, or None where it was killed.
+        How many moments it had, or None if it was killed.
     """
     log, counted = run_dir.with_suffix(".log"), run_dir.with_suffix(".moments")
+
+    def work():
+        with log.open("w") as file, redirect_stdout(file), redirect_stderr(file):
+            counts = count_moments(kill)
+            if (run_dir / "config.json").exists():
+                resume(run_dir, show_progress=False)
+            else:
+                run_in(run_dir, config)
+            counted.write_text(str(counts["all"]))
+
+    process = multiprocessing.get_context("fork").Process(target=work)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # newer Pythons warn of forking beside threads; none of ours computes
-        child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            with log.open("w") as file, redirect_stdout(file), redirect_stderr(file):
-                try:
-                    counts = count_moments(kill)
-                    if (run_dir / "config.json").exists():
-                        resume(run_dir, show_progress=False)
-                    else:
-                        train(config.model_copy(update={"run_dir": str(run_dir)}), show_progress=False)
-                    counted.write_text(str(counts["all"]))
-                    status = 0
-                except BaseException:
-                    traceback.print_exc(file=file)
-        finally:
-            os._exit(status)
+        process.start()
     if isinstance(kill, float):
         time.sleep(kill)
-        with suppress(ProcessLookupError):
-            os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    if os.WIFSIGNALED(status):
-        assert os.WTERMSIG(status) == signal.SIGKILL
+        process.kill()
+    process.join()
+    if process.exitcode == -signal.SIGKILL:
         return None
-    assert status == 0, log.read_text()
+    assert process.exitcode == 0, log.read_text()
     return int(counted.read_text())
 
 
@@ -313,10 +312,6 @@ def press_ctrl_c():
     signal.raise_signal(signal.SIGINT)
 
 
-def run_in(run_dir, config, **changes):
-    return train(config.model_copy(update={"run_dir": str(run_dir), **changes}), show_progress=False).summary
-
-
 @pytest.mark.parametrize("variant", ["vector gru", "bandit lstm"])
 def test_ctrl_c_in_the_middle_of_a_rollout_leaves_no_trace(tmp_path, monkeypatch, variant):
     run_in(tmp_path / "never_stopped", VARIANTS[variant], keep_checkpoints=1)
@@ -337,30 +332,18 @@ SMALL = ["--total-steps", "1000000", "--rollout-length", "16", "--batch-size", "
 SMALL += ["--encoder-sizes", "4", "--eval-episodes", "0", "--num-threads", "1", "--run-dir"]
 
 
-@forks
 @pytest.mark.slow
 def test_ctrl_c_reaches_environments_in_processes_of_their_own_too(tmp_path):
     """A terminal sends it to every process in front of it."""
     run, log = tmp_path / "run", tmp_path / "log"
-    arguments = ["train", "CartPole-v1", "--vectorization", "async", "--num-envs", "2", *SMALL, str(run)]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        child = os.fork()
-    if child == 0:
-        status = 99
-        try:
-            os.setpgid(0, 0)
-            with log.open("w") as file, redirect_stdout(file), redirect_stderr(file):
-                status = main(arguments)
-        finally:
-            os._exit(status)
+    command = [sys.executable, "-m", "dualhead", "train", "CartPole-v1", "--vectorization", "async", "--num-envs", "2"]
+    with log.open("w") as file:
+        process = subprocess.Popen([*command, *SMALL, str(run)], stdout=file, stderr=file, start_new_session=True)
     while not (run / "metrics.csv").exists():
         time.sleep(0.05)
-    os.killpg(child, signal.SIGINT)
-    _, status = os.waitpid(child, 0)
-    said = log.read_text()
-    assert os.waitstatus_to_exitcode(status) == 130, said
-    assert f"go on with: dualhead resume {run}" in said
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait() == 130, log.read_text()
+    assert f"go on with: dualhead resume {run}" in log.read_text()
     reached = json.loads((run / "summary.json").read_text())["steps"]
     assert main(["resume", str(run), "--total-steps", str(reached + 9)]) == 0
 
@@ -393,8 +376,7 @@ def test_more_steps_are_as_if_they_had_been_asked_for_at_first(tmp_path):
 def test_more_steps_stretch_a_falling_learning_rate_to_the_new_end(tmp_path):
     run_in(tmp_path / "run", config_of(), total_steps=256)
     resume(tmp_path / "run", total_steps=512, show_progress=False)
-    with (tmp_path / "run" / "metrics.csv").open() as file:
-        rates = [float(row["update/learning_rate"]) for row in csv.DictReader(file)]
+    rates = [float(row["update/learning_rate"]) for row in rows_of(tmp_path / "run")]
     # 3e-4 (1 − steps before the rollout / steps of the run), and the run's end moves after four rollouts of 64 steps.
     shares = [1, 3 / 4, 2 / 4, 1 / 4, 4 / 8, 3 / 8, 2 / 8, 1 / 8]
     assert rates == pytest.approx([3e-4 * share for share in shares])
@@ -415,18 +397,20 @@ def test_what_cannot_be_resumed_says_why_and_stays_as_it_is(tmp_path, capsys):
     run_in(run, config_of(), total_steps=64)
     (tmp_path / "empty").mkdir()
 
+    def files():
+        return {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"}
+
     def refused(*arguments):
-        before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"}
+        before = files()
         capsys.readouterr()
         assert main(["resume", *map(str, arguments)]) == 1
-        after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"}
-        assert after == before
+        assert files() == before
         return capsys.readouterr().err
 
-    assert "nowhere holds no run: cannot read config.json" in refused(tmp_path / "nowhere")
-    assert "empty holds no run: cannot read config.json" in refused(tmp_path / "empty")
-    assert f"{run} is complete: say --total-steps with more than 64" in refused(run)
-    assert f"{run} is complete: say --total-steps with more than 64" in refused(run, "--total-steps", 64)
+    for name in ("nowhere", "empty"):
+        assert f"{name} holds no run: cannot read config.json" in refused(tmp_path / name)
+    for options in ([], ["--total-steps", 64]):
+        assert f"{run} is complete: say --total-steps with more than 64" in refused(run, *options)
     assert "total_steps=9 ends before the first update" in refused(run, "--total-steps", 9)
     with locked(run):
         assert f"{run} is being written by process {os.getpid()} on" in refused(run, "--total-steps", 128)
@@ -439,8 +423,7 @@ def test_what_cannot_be_resumed_says_why_and_stays_as_it_is(tmp_path, capsys):
     assert "is of another architecture: its num_streams is 2, expected 1" in refused(run)
     (run / "config.json").write_text(run_config)
     checkpoint_file.write_bytes(b"nothing")
-    said = refused(run)
-    assert f"{run} holds no whole checkpoint" in said
+    assert f"{run} holds no whole checkpoint" in refused(run)
 
 
 # Environments that cannot be saved.
@@ -479,30 +462,24 @@ def test_an_environment_that_cannot_be_saved_begins_its_episodes_again(tmp_path,
         assert run_in(run, config)["steps"] == 160
     saved = read_tensors(checkpoints(run)[0])[0]
 
-    seen = []
-    real = trainer.run_loop
+    seen, real = [], trainer.run_loop
 
     def run_loop(session, *arguments, **settings):
-        if not seen:
-            agent = session.learner
-            seen.append((agent.num_steps, agent.rollout_memory.length, agent.rollout_memory.tail_length))
-            seen.append([float(part.abs().sum()) for part in agent._get_hidden_state()])
-            seen.append(session.observations.ravel().tolist())
-            seen.append(agent._episode_starts.tolist())
-            seen.append(agent.reward_scale.returns.tolist())
-            seen.append(session.tracker.running_lengths.tolist())
-            weight = agent.policy.critic.weight.detach()
-            seen.append(torch.equal(weight, saved["policy/critic.weight"]))
+        agent = session.learner
+        seen.append((agent.num_steps, agent.rollout_memory.length, agent.rollout_memory.tail_length))
+        seen.append([float(part.abs().sum()) for part in agent._get_hidden_state()])
+        seen.append([session.observations.ravel().tolist(), agent._episode_starts.tolist()])
+        seen.append([agent.reward_scale.returns.tolist(), session.tracker.running_lengths.tolist()])
+        seen.append(torch.equal(agent.policy.critic.weight.detach(), saved["policy/critic.weight"]))
         return real(session, *arguments, **settings)
 
     monkeypatch.setattr(trainer, "run_loop", run_loop)
-    forgotten = f"^{BEGIN_AGAIN}: their state was not saved, and 32 steps that were not learned from yet are forgotten$"
+    forgotten = f"^{BEGIN_AGAIN}: their state was not saved, and 32 steps that were not learned from yet are dropped$"
     with pytest.warns(UserWarning, match=CANNOT), pytest.warns(UserWarning, match=forgotten):
         summary = resume(run, show_progress=False).summary
-    assert seen == [(128, 0, 0), [0.0, 0.0], [0.0, 0.0], [True, True], [0.0, 0.0], [0, 0], True]
+    assert seen == [(128, 0, 0), [0.0, 0.0], [[0.0, 0.0], [True, True]], [[0.0, 0.0], [0, 0]], True]
     assert summary["steps"] == 420
-    with (run / "metrics.csv").open() as file:
-        assert [int(row["steps"]) for row in csv.DictReader(file)] == [64, 128, 192, 256, 320, 384]
+    assert [int(row["steps"]) for row in rows_of(run)] == [64, 128, 192, 256, 320, 384]
     # The end lies in the middle of a rollout, whose steps would be forgotten: it is the end all the same.
     with pytest.raises(RunError, match="is complete"):
         resume(run, show_progress=False)
@@ -521,17 +498,37 @@ def test_an_episode_that_leads_elsewhere_begins_again(tmp_path, monkeypatch):
 # Evaluation on the way.
 
 
-@pytest.mark.parametrize("variant", ["vector lstm", "bandit lstm", "bandit gru"])
+class GlobalNoise(gym.Env):
+    """Draws what it shows from the generators that everything in a process shares."""
+
+    observation_space = spaces.Box(0, 1, (3,), np.float32)
+    action_space = spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self._see(), {}
+
+    def step(self, action):
+        return self._see(), float(action), False, random.random() < 0.1, {}
+
+    def _see(self):
+        return np.array([random.random(), np.random.rand(), torch.rand(()).item()], np.float32)  # noqa: NPY002
+
+
+gym.register("test/GlobalNoise-v0", GlobalNoise)
+
+
+@pytest.mark.filterwarnings("ignore:.*draws from other generators")  # torch's generator is not an environment's
+@pytest.mark.parametrize("variant", ["vector lstm", "bandit lstm", "bandit gru", "noise"])
 def test_evaluation_on_the_way_leaves_training_alone_and_keeps_the_best(tmp_path, variant):
     config = VARIANTS[variant]
     run_in(tmp_path / "with", config)
     run_in(tmp_path / "without", config, eval_every=0, eval_episodes=0)
     ours, theirs = (read_tensors(checkpoints(tmp_path / name)[0])[0] for name in ("with", "without"))
     assert ours.keys() == theirs.keys()
-    assert all(ours[name].numpy().tobytes() == theirs[name].numpy().tobytes() for name in ours)
+    assert [name for name in ours if ours[name].numpy().tobytes() != theirs[name].numpy().tobytes()] == []
 
-    with (tmp_path / "with" / "evaluations.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = rows_of(tmp_path / "with", "evaluations.csv")
     rollout = config.ppo.rollout_length * config.num_streams
     end = -(-config.total_steps // config.num_streams) * config.num_streams
     due, last = [], 0
@@ -557,44 +554,12 @@ def test_the_best_checkpoint_is_chosen_on_other_episodes_than_eval_reports(tmp_p
         seeds.append(seed)
         return real(self, seed=seed)
 
-    chosen_on, save_best = set(), evaluator.save_best
+    chosen_on = set()
     monkeypatch.setattr(streams.GymnasiumStreams, "reset", reset)
-    monkeypatch.setattr(
-        evaluator, "save_best", lambda *given, **by: chosen_on.add(seeds[-1]) or save_best(*given, **by)
-    )
+    monkeypatch.setattr(evaluator, "save_best", lambda *_, score: chosen_on.add(seeds[-1]))
     run_in(tmp_path / "run", config_of())
     assert len(chosen_on) == 1
     assert seeds[-1] not in chosen_on  # the evaluation at the end, which the summary has
     evaluate(tmp_path / "run", episodes=1)
     assert seeds[-1] == seeds[-2]
     assert seeds[0] not in chosen_on | {seeds[-1]}  # the run's own
-
-
-class GlobalNoise(gym.Env):
-    """Draws what it shows from the generators that everything in a process shares."""
-
-    observation_space = spaces.Box(0, 1, (3,), np.float32)
-    action_space = spaces.Discrete(2)
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        return self._see(), {}
-
-    def step(self, action):
-        return self._see(), float(action), False, random.random() < 0.1, {}
-
-    def _see(self):
-        return np.array([random.random(), np.random.rand(), torch.rand(()).item()], np.float32)  # noqa: NPY002
-
-
-gym.register("test/GlobalNoise-v0", GlobalNoise)
-
-
-def test_evaluation_draws_nothing_from_the_generators_that_training_uses(tmp_path):
-    config = config_of("test/GlobalNoise-v0")
-    with pytest.warns(UserWarning, match="draws from other generators"):  # torch's generator is not an environment's
-        run_in(tmp_path / "with", config)
-    with pytest.warns(UserWarning, match="draws from other generators"):
-        run_in(tmp_path / "without", config, eval_every=0, eval_episodes=0)
-    ours, theirs = (read_tensors(checkpoints(tmp_path / name)[0])[0] for name in ("with", "without"))
-    assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dualhead.learning.rollout import Rollout
-from dualhead.learning.segments import cut, minibatches, run_starts
-from dualhead.networks.blocks import lay_out
+from dualhead.learning.segments import cut, minibatches
+from dualhead.networks.memory import lay_out
 from dualhead.types import ActionSample, RecurrentState
 
 quick = settings(max_examples=60, deadline=None)
@@ -29,23 +29,19 @@ def as_rows(segments):
     return list(zip(*(field.tolist() for field in segments)))
 
 
-def starts_at(*steps, num_steps, num_streams=1):
-    starts = np.zeros((num_steps, num_streams), dtype=bool)
-    starts[list(steps)] = True
-    return starts
-
-
 def test_the_worked_example():
-    segments = cut(starts_at(5, num_steps=8), 3)
-    #                            stream, start, length, offset, burn_in
-    assert as_rows(segments) == [(0, 0, 3, 0, 0), (0, 3, 2, 3, 0), (0, 5, 3, 0, 0)]
+    starts = np.arange(8)[:, None] == 5
+    #                                  stream, start, length, offset, burn_in
+    assert as_rows(cut(starts, 3)) == [(0, 0, 3, 0, 0), (0, 3, 2, 3, 0), (0, 5, 3, 0, 0)]
+    every_step = np.ones((3, 1), bool)
+    assert as_rows(cut(every_step, 16, burn_in=5)) == [(0, t, 1, 0, 0) for t in range(3)]
 
 
 def test_an_example_with_burn_in_and_tail():
     # Stream 0 goes on with an episode of which 2 steps are kept; stream 1 begins one at 0 although 3 steps are kept;
     # both begin another at 4.
-    starts = starts_at(4, num_steps=7, num_streams=2)
-    starts[0, 1] = True
+    starts = np.zeros((7, 2), bool)
+    starts[4] = starts[0, 1] = True
     segments = cut(starts, 3, burn_in=4, tail_lengths=np.array([2, 3]))
     assert as_rows(segments) == [
         (0, 0, 3, 0, 2),
@@ -55,10 +51,6 @@ def test_an_example_with_burn_in_and_tail():
         (1, 3, 1, 3, 3),
         (1, 4, 3, 0, 0),
     ]
-
-
-def test_an_episode_in_every_step_gives_a_segment_per_step():
-    assert as_rows(cut(np.ones((3, 1), dtype=bool), 16, burn_in=5)) == [(0, t, 1, 0, 0) for t in range(3)]
 
 
 @quick
@@ -76,15 +68,6 @@ def test_every_step_is_in_exactly_one_segment_and_none_crosses_an_episode_start(
         assert begin == 0 or starts[begin, stream]
         assert not starts[begin + 1 : start + 1, stream].any()
     assert (times_seen == 1).all()
-
-
-@quick
-@given(rollouts())
-def test_run_starts_against_a_loop(starts):
-    expected = np.zeros(starts.shape, dtype=int)
-    for t, b in np.ndindex(*starts.shape):
-        expected[t, b] = t if starts[t, b] or t == 0 else expected[t - 1, b]
-    np.testing.assert_array_equal(run_starts(starts), expected)
 
 
 @quick
@@ -148,20 +131,16 @@ def test_minibatches_are_shuffled_by_the_generator_alone():
 
 
 def fill_blocks(segment, step, layout):
-    """Reads a layout as `types.Layout` describes it: for each block row (segment, step in segment, is it real)."""
-    rows = []
-    first_segment = 0
+    """Reads a layout as `Blocks` describes it: for each block row (segment, step in segment, is it real)."""
+    rows, first = [], 0
     for num_segments, num_steps in layout.sizes:
-        rows += [(first_segment + s, t) for t in range(num_steps) for s in range(num_segments)]
-        first_segment += num_segments
+        rows += [(first + s, t) for t in range(num_steps) for s in range(num_segments)]
+        first += num_segments
     filled_by = range(len(rows)) if layout.padding is None else layout.padding.tolist()
-    real = range(len(rows)) if layout.real is None else layout.real.tolist()
-    real_set = set(real)
-    assert len(real_set) == len(segment)
-    for n, row in enumerate(real):
-        assert rows[row] == (segment[n], step[n])
-        assert filled_by[row] == n
-    return [(*rows[row], row in real_set) for row in range(len(rows))]
+    real = list(range(len(rows)) if layout.real is None else layout.real.tolist())
+    assert [rows[row] for row in real] == list(zip(segment, step))
+    assert [filled_by[row] for row in real] == list(range(len(segment)))
+    return [(*place, row in real) for row, place in enumerate(rows)]
 
 
 @quick
@@ -211,10 +190,10 @@ def test_a_layout_drawn_by_hand():
     assert [layout.padding[row].item() for row in layout.real] == list(range(9))
 
 
-def empty_rollout(rollout_length, num_streams, burn_in):
+def empty_rollout(rollout_length, burn_in):
     return Rollout(
         rollout_length,
-        num_streams,
+        3,
         burn_in=burn_in,
         observations={"observation": ((), torch.float64)},
         state=RecurrentState(*torch.zeros(2, 1, 1, 2, dtype=torch.float64)),
@@ -226,13 +205,13 @@ def empty_rollout(rollout_length, num_streams, burn_in):
     )
 
 
-def put(rollout, number, starts):
+def put(rollout, number, starts=(False,) * 3):
     """A step whose observation and states are recognised by `number` [B]."""
     number = torch.as_tensor(number, dtype=torch.float64)
-    state = RecurrentState(number.expand(2, -1).T[None], -number.expand(2, -1).T[None])
-    sample = ActionSample(torch.zeros(len(number), 1, dtype=torch.int64), number[:, None], number)
-    rollout.put_step({"observation": number}, state, sample, torch.as_tensor(starts))
-    rollout.complete_step(number, 0 * number, *(torch.zeros(len(number), dtype=torch.bool) for _ in range(2)))
+    h = number.expand(2, -1).T[None]
+    sample = ActionSample(torch.zeros(3, 1, dtype=torch.int64), number[:, None], number)
+    rollout.put_step({"observation": number}, RecurrentState(h, -h), sample, torch.as_tensor(starts))
+    rollout.complete_step(number, 0 * number, *torch.zeros(2, 3, dtype=torch.bool))
 
 
 @quick
@@ -244,30 +223,19 @@ def put(rollout, number, starts):
 )
 def test_the_tail_keeps_the_last_steps_of_the_rollouts_before(rollout_lengths, burn_in, rate, seed):
     rng = np.random.default_rng(seed)
-    num_streams = 3
-    rollout = empty_rollout(6, num_streams, burn_in)
-    history = []
+    rollout, history = empty_rollout(6, burn_in), []
     for length in rollout_lengths:
         for _ in range(length):
-            starts = rng.random(num_streams) < rate
-            number = len(history) * num_streams + np.arange(num_streams)
-            put(rollout, number, starts)
-            history.append((number, starts))
+            history.append((len(history) * 3 + np.arange(3), rng.random(3) < rate))
+            put(rollout, *history[-1])
         rollout.clear()
-        kept = history[max(0, len(history) - burn_in) :]
+        kept = history[max(0, len(history) - burn_in) :][::-1]
         assert (rollout.length, rollout.tail_length) == (0, len(kept))
-        expected = []
-        for b in range(num_streams):
-            steps = 0
-            for _, starts in reversed(kept):
-                steps += 1
-                if starts[b]:
-                    break
-            expected.append(steps)
-        assert rollout.tail_lengths().tolist() == expected
-        for back, (number, starts) in enumerate(reversed(kept), start=1):
-            streams = np.arange(num_streams)
-            rows = rollout.flat_rows(streams, np.full(num_streams, -back))
+        for b, tail_length in enumerate(rollout.tail_lengths()):
+            began = [back for back, (_, starts) in enumerate(kept, start=1) if starts[b]]
+            assert tail_length == min(began, default=len(kept))
+        for back, (number, starts) in enumerate(kept, start=1):
+            rows = rollout.flat_rows(np.arange(3), np.full(3, -back))
             np.testing.assert_array_equal(rollout.observations_at(rows)["observation"], number)
             h, c = rollout.state_at(rows)
             np.testing.assert_array_equal(h[0, :, 0], number)
@@ -276,16 +244,16 @@ def test_the_tail_keeps_the_last_steps_of_the_rollouts_before(rollout_lengths, b
 
 
 def test_a_full_rollout_reads_back_every_step_where_it_was_put():
-    rollout = empty_rollout(4, 3, 2)
+    rollout = empty_rollout(4, 2)
     for t in range(4):
         assert not rollout.is_full
-        put(rollout, [10 * t, 10 * t + 1, 10 * t + 2], [False] * 3)
+        put(rollout, [10 * t, 10 * t + 1, 10 * t + 2])
     assert rollout.is_full
-    streams, steps = np.array([2, 0, 1]), np.array([3, 1, 0])
-    rows = rollout.flat_rows(streams, steps)
+    rows = rollout.flat_rows(np.array([2, 0, 1]), np.array([3, 1, 0]))
     assert rollout.observations_at(rows)["observation"].tolist() == [32, 10, 1]
     assert rollout.state_at(rows).h[0, :, 0].tolist() == [32, 10, 1]
-    rollout.write_states(rows[:1], RecurrentState(5 * torch.ones(1, 1, 2).double(), 6 * torch.ones(1, 1, 2).double()))
+    ones = torch.ones(1, 1, 2).double()
+    rollout.write_states(rows[:1], RecurrentState(5 * ones, 6 * ones))
     assert rollout.state_at(rows).h[0, :, 0].tolist() == [5, 10, 1]
     assert rollout.state_at(rows).c[0, :, 0].tolist() == [6, -10, -1]
 

@@ -23,19 +23,13 @@ AS_SPECIFIED = PPOConfig.spec()
 ENDS = {6, 7, 38, 59, 60, 83}
 
 
-def make_agent(memory="lstm", heads=(4, 3), *, config=AS_SPECIFIED, dtype=torch.float64, seed=3, **network):
-    return DualHeadRecurrentPPO(
-        IMAGES,
-        ACTIONS[heads],
-        config=config,
-        network=NetworkConfig.spec(memory=memory, **network),
-        dtype=dtype,
-        seed=seed,
-    )
+def make_agent(memory="lstm", heads=(4, 3), *, config=AS_SPECIFIED, **network):
+    network = NetworkConfig.spec(memory=memory, **network)
+    return DualHeadRecurrentPPO(IMAGES, ACTIONS[heads], config=config, network=network, dtype=torch.float64, seed=3)
 
 
-def parameter_map(memory, heads):
-    """Our layer -> the reference's; the parameters inside a layer have the same names."""
+def weights_by_reference_name(agent, memory, heads):
+    """Copies of our weights under the reference's names; the parameters inside a layer have the same names."""
     layers = {
         "encoder.parts.0.convolutions.0": "conv1",
         "encoder.parts.0.convolutions.2": "conv2",
@@ -43,12 +37,7 @@ def parameter_map(memory, heads):
         f"memory.{memory}": memory,
         "critic": "critic",
     }
-    return layers | {f"heads.linears.{k}": f"heads.{k}" for k in range(len(heads))}
-
-
-def weights_by_reference_name(agent, memory, heads):
-    """Copies of our weights under the reference's names."""
-    layers = parameter_map(memory, heads)
+    layers |= {f"heads.linears.{k}": f"heads.{k}" for k in range(len(heads))}
     named = {}
     for name, parameter in agent.policy.named_parameters():
         layer, _, rest = name.rpartition(".")
@@ -100,15 +89,13 @@ def assert_same_rollout(agent, reference, *, tolerance):
     """States, log-probs and values that acting stored."""
     ours, theirs = agent.rollout_memory, reference.rollout_memory
     assert ours.length == len(theirs["values"])
-    if reference.cell == "lstm":
-        h_states, c_states = reference._prepare_hidden()
-        assert greatest(ours.c_states[:, :, 0], c_states) < tolerance
-    else:
-        h_states = reference._prepare_hidden()
-        assert ours.c_states is None
-    assert greatest(ours.h_states[:, :, 0], h_states) < tolerance
-    assert greatest(ours.log_probs[:, 0], torch.tensor(theirs["log_probs"], dtype=torch.float64)) < tolerance
-    assert greatest(ours.values[:, 0], torch.tensor(theirs["values"], dtype=torch.float64)) < tolerance
+    states = reference._prepare_hidden()
+    states = states if reference.cell == "lstm" else (states,)
+    assert list(ours.states) == ["h", "c"][: len(states)]
+    for buffer, state in zip(ours.states.values(), states):
+        assert greatest(buffer[:, :, 0], state) < tolerance
+    for name in ("log_probs", "values"):
+        assert greatest(getattr(ours, name)[:, 0], torch.tensor(theirs[name], dtype=torch.float64)) < tolerance
 
 
 @pytest.fixture
@@ -175,43 +162,40 @@ def observations(rng):
     return rng.normal(size=(1, *SHAPE)).astype(np.float32)
 
 
-def test_hidden_state_of_an_lstm_is_the_pair_h_c():
-    agent = make_agent("lstm")
+def check_hidden_state(memory, num_parts):
+    agent = make_agent(memory)
     assert agent._current_hidden is None
-    h, c = agent._get_hidden_state()
-    assert h.shape == c.shape == (1, 1, 256)
-    assert not h.any()
-    assert not c.any()
+    before = tuple(agent._get_hidden_state())
     agent.act(observations(np.random.default_rng(0)))
-    h, c = agent._current_hidden
-    assert h.shape == c.shape == (1, 1, 256)
-    assert h.all()
-    assert c.all()
+    after = tuple(agent._current_hidden)
+    assert [part.shape for part in (*before, *after)] == [(1, 1, 256)] * 2 * num_parts
+    assert not any(part.any() for part in before)
+    assert all(part.all() for part in after)
+
+
+def test_hidden_state_of_an_lstm_is_the_pair_h_c():
+    check_hidden_state("lstm", 2)
+    h, c = make_agent("lstm")._get_hidden_state()
+    assert h is not c
 
 
 def test_hidden_state_of_a_gru_is_h():
-    agent = make_agent("gru")
-    (h,) = agent._get_hidden_state()
-    assert h.shape == (1, 1, 256)
-    assert not h.any()
-    agent.act(observations(np.random.default_rng(0)))
-    (h,) = agent._current_hidden
-    assert h.shape == (1, 1, 256)
-    assert h.all()
+    check_hidden_state("gru", 1)
 
 
 @pytest.mark.parametrize("memory", ["lstm", "gru"])
 def test_update_hidden_state_is_what_the_next_step_begins_from(memory):
     agent = make_agent(memory)
     rng = np.random.default_rng(0)
-    given = RecurrentState(*(None if part is None else torch.rand_like(part) for part in agent._get_hidden_state()))
+    given = agent._get_hidden_state().map(torch.rand_like)
     agent._update_hidden_state(given)
     assert agent._get_hidden_state() is agent._current_hidden is given
     agent.act(observations(rng))
-    memory_of = agent.rollout_memory
-    assert torch.equal(memory_of.h_states[:, 0], given.h)
+    for name, part in given.parts.items():
+        assert torch.equal(agent.rollout_memory.states[name][:, 0], part)
+    assert torch.equal(agent.rollout_memory.h_states[:, 0], given.h)
     if memory == "lstm":
-        assert torch.equal(memory_of.c_states[:, 0], given.c)
+        assert torch.equal(agent.rollout_memory.c_states[:, 0], given.c)
 
 
 @pytest.mark.parametrize("memory", ["lstm", "gru"])
@@ -229,8 +213,7 @@ def test_episode_reset_zeroes_every_part_of_the_state(memory, how):
         agent.reset_state()
     elif how == "none":
         agent._current_hidden = None  # §8, letter by letter
-    for part in agent._get_hidden_state():
-        assert part is None or not part.any()
+    assert not any(part.any() for part in agent._get_hidden_state())
 
 
 # §5: what is stored.
@@ -242,11 +225,11 @@ def test_stored_states_are_those_before_the_step_and_detached(memory):
     rng = np.random.default_rng(0)
     before, after = [], []
     for t in range(12):
-        before.append([part.clone() for part in agent._get_hidden_state() if part is not None])
+        before.append([part.clone() for part in agent._get_hidden_state()])
         agent.act(observations(rng))
-        after.append([part.clone() for part in agent._current_hidden if part is not None])
+        after.append([part.clone() for part in agent._current_hidden])
         agent.record([0.0], [t in ENDS], [False])
-    stored = [part for part in (agent.rollout_memory.h_states, agent.rollout_memory.c_states) if part is not None]
+    stored = list(agent.rollout_memory.states.values())
     assert len(stored) == len(before[0]) == (2 if memory == "lstm" else 1)
     for i, buffer in enumerate(stored):
         assert not buffer.requires_grad
@@ -256,7 +239,7 @@ def test_stored_states_are_those_before_the_step_and_detached(memory):
             assert not torch.equal(buffer[:, t], after[t][i])
             begins = t == 0 or t - 1 in ENDS
             assert torch.equal(buffer[:, t], torch.zeros_like(buffer[:, t]) if begins else after[t - 1][i])
-    assert all(part is None or part.grad_fn is None for part in agent._current_hidden)
+    assert all(part.grad_fn is None for part in agent._current_hidden)
 
 
 # §11: only h reaches heads and critic.
@@ -316,11 +299,8 @@ def test_the_specification_s_network_has_the_specified_layers(memory, kind):
     assert shapes["conv2.weight"] == (64, 32, 3, 3)
     assert shapes["fc.weight"] == (256, 64 * 11 * 11)
     assert shapes[f"{memory}.weight_ih_l0"] == shapes[f"{memory}.weight_hh_l0"] == (gates * 256, 256)
-    assert [shapes["heads.0.weight"], shapes["heads.1.weight"], shapes["critic.weight"]] == [
-        (4, 256),
-        (3, 256),
-        (1, 256),
-    ]
+    for name, num_outputs in (("heads.0", 4), ("heads.1", 3), ("critic", 1)):
+        assert shapes[f"{name}.weight"] == (num_outputs, 256)
 
 
 def assert_orthogonal(weight, gain):
@@ -399,10 +379,5 @@ def test_an_agent_without_settings_uses_the_defaults():
     assert agent.config == PPOConfig()
     assert agent.network == NetworkConfig()
     assert agent.rollout_memory.rollout_length == PPOConfig().rollout_length
-    settings = agent.optimizer.defaults
-    assert (settings["lr"], settings["eps"], settings["betas"], settings["weight_decay"]) == (
-        PPOConfig().learning_rate,
-        PPOConfig().adam_eps,
-        (0.9, 0.999),
-        0,
-    )
+    expected = {"lr": PPOConfig().learning_rate, "eps": PPOConfig().adam_eps, "betas": (0.9, 0.999), "weight_decay": 0}
+    assert expected.items() <= agent.optimizer.defaults.items()

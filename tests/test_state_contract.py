@@ -6,42 +6,26 @@ have computed is then worked out step by step and stream by stream, with a state
 
 import copy
 
+import agents
 import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from settings import spec_segments
 
 import dualhead.agent
 import dualhead.learning.update
-from dualhead import DualHeadRecurrentPPO, NetworkConfig
 from dualhead.learning.segments import cut
-from dualhead.networks.blocks import lay_out
 from dualhead.networks.heads import FactoredCategorical
 from dualhead.networks.memory import MemoryCell
 from dualhead.types import RecurrentState
 
-MASK_SPACE = spaces.Dict(x=spaces.Box(-9, 9, (3,)), action_mask=spaces.MultiBinary(5))
-PLAIN_SPACE = spaces.Dict(x=spaces.Box(-9, 9, (3,)))
+MASK_SPACE = spaces.Dict(observation=agents.SPACE, action_mask=spaces.MultiBinary(5))
+FAST = {"learning_rate": 0.05, "sequence_length": 6}
+recurrent = pytest.mark.parametrize("memory", ["lstm", "gru"])
 
 
-def make_agent(memory="lstm", *, num_layers=1, masks=False, dtype=torch.float64, **changes):
-    settings = {
-        "rollout_length": 20,
-        "sequence_length": 7,
-        "batch_size": 20,
-        "num_epochs": 2,
-        "learning_rate": 0.01,
-        **changes,
-    }
-    return DualHeadRecurrentPPO(
-        MASK_SPACE if masks else PLAIN_SPACE,
-        spaces.MultiDiscrete([3, 2]),
-        num_streams=3,
-        config=spec_segments(**settings),
-        network=NetworkConfig.spec(memory=memory, num_layers=num_layers, hidden_size=8, encoder_sizes=(8,)),
-        dtype=dtype,
-    )
+def make_agent(memory="lstm", **given):
+    return agents.make_agent(memory, **{"learning_rate": 0.01} | given)
 
 
 class World:
@@ -52,14 +36,13 @@ class World:
         now: observations of the step to come.
     """
 
-    def __init__(self, num_streams=3, *, masks=False, seed=0, rate=0.12):
-        self.rng = np.random.default_rng(seed)
-        self.num_streams, self.masks, self.rate = num_streams, masks, rate
+    def __init__(self, *, masks=False, rate=0.12):
+        self.rng, self.num_streams, self.masks, self.rate = np.random.default_rng(0), 3, masks, rate
         self.log = []
         self.now = self.look()
 
     def look(self):
-        observations = {"x": self.rng.normal(size=(self.num_streams, 3))}
+        observations = {"observation": self.rng.normal(size=(self.num_streams, 3))}
         if self.masks:
             mask = self.rng.random((self.num_streams, 5)) < 0.5
             mask[:, [1, 4]] = True  # one choice per head stays legal
@@ -101,32 +84,27 @@ def replay(policy, steps, states):
     return replayed
 
 
-class Evaluations:
-    """Every minibatch that the policy evaluates, and what came out; copies of the weights by which it was."""
+def evaluations(agent, monkeypatch):
+    """A list of every minibatch that the policy will evaluate, and what came out."""
+    seen, evaluate = [], agent.policy.evaluate
 
-    def __init__(self, agent, monkeypatch):
-        self.seen = []
-        evaluate = agent.policy.evaluate
+    def spy(batch):
+        output = evaluate(batch)
+        seen.append((batch, output))
+        return output
 
-        def spy(batch, **settings):
-            output = evaluate(batch, **settings)
-            self.seen.append((batch, output))
-            return output
-
-        monkeypatch.setattr(agent.policy, "evaluate", spy)
+    monkeypatch.setattr(agent.policy, "evaluate", spy)
+    return seen
 
 
 def find_steps(batch, rollout_steps):
     """(t, b) of each step of a minibatch, recognised by its observation."""
     where = {
-        tuple(observations["x"][b]): (t, b)
+        tuple(observations["observation"][b]): (t, b)
         for t, (observations, *_) in enumerate(rollout_steps)
-        for b in range(len(observations["x"]))
+        for b in range(len(observations["observation"]))
     }
-    return [where[tuple(x)] for x in batch.observations["x"].tolist()]
-
-
-recurrent = pytest.mark.parametrize("memory", ["lstm", "gru"])
+    return [where[tuple(x)] for x in batch.observations["observation"].tolist()]
 
 
 @pytest.mark.parametrize(("num_layers", "sequence_length"), [(1, 1), (1, 7), (1, 16), (1, 100), (2, 7), (2, 100)])
@@ -137,7 +115,7 @@ def test_acting_equals_segments_equals_a_replay(memory, num_layers, sequence_len
     agent.policy.memory.cell.bias_ih_l0.data.normal_(generator=torch.Generator().manual_seed(0))
     world = World()
     states = [agent.policy.initial_state(1) for _ in range(3)]
-    evaluations = Evaluations(agent, monkeypatch)
+    evaluated = evaluations(agent, monkeypatch)
     num_ended = np.zeros(2)
     for i in range(2):
         world.play(agent)
@@ -153,16 +131,16 @@ def test_acting_equals_segments_equals_a_replay(memory, num_layers, sequence_len
                 assert (stored.c_states[:, t, b] - state.c[:, 0]).abs().max() < 1e-10
 
         metrics = agent.learn(world.now)
-        batch, output = evaluations.seen[i]
+        batch, output = evaluated[i]
         assert sorted(find_steps(batch, steps)) == [(t, b) for t in range(20) for b in range(3)]
-        evaluated = output.distribution.log_probs(batch.actions)
+        log_probs = output.distribution.log_probs(batch.actions)
         for n, (t, b) in enumerate(find_steps(batch, steps)):
             _, _, distribution, value, _ = replayed[3 * t + b]
             actions = stored.actions[t, b]
             assert torch.equal(batch.actions[n], actions)
             assert torch.equal(batch.log_probs[n], stored.log_probs[t, b])
             assert torch.equal(batch.values[n], stored.values[t, b])
-            assert (evaluated[n] - distribution.log_probs(actions[None])[0]).abs().max() < 1e-10
+            assert (log_probs[n] - distribution.log_probs(actions[None])[0]).abs().max() < 1e-10
             assert abs(output.values[n].item() - value) < 1e-10
         assert metrics["policy/first_ratio_error"] < 1e-10
     assert (num_ended > 3).all()
@@ -174,20 +152,21 @@ def test_acting_equals_segments_equals_a_replay(memory, num_layers, sequence_len
 )
 @pytest.mark.parametrize("memory", ["lstm", "gru", "none"])
 def test_the_first_ratio_is_one(memory, masks, sequence_length, burn_in, monkeypatch):
-    agent = make_agent(memory, burn_in=burn_in, masks=masks, sequence_length=sequence_length)
+    space = MASK_SPACE if masks else agents.SPACE
+    agent = make_agent(memory, burn_in=burn_in, observation_space=space, sequence_length=sequence_length)
     world = World(masks=masks)
-    evaluations = Evaluations(agent, monkeypatch)
+    evaluated = evaluations(agent, monkeypatch)
     for _ in range(2):
         world.play(agent)
         metrics = agent.learn(world.now)
-        batch, output = evaluations.seen[0]
+        batch, output = evaluated[0]
         ratio = (output.distribution.log_probs(batch.actions) - batch.log_probs).exp()
         assert (ratio - 1).abs().max() < 1e-10
         assert (output.values - batch.values).abs().max() < 1e-10
         assert metrics["policy/first_ratio_error"] < 1e-10
         # The weights moved: later ratios are not all 1.
         assert metrics["policy/approx_kl"] > 1e-5
-        evaluations.seen.clear()
+        evaluated.clear()
 
 
 @pytest.fixture
@@ -248,45 +227,38 @@ def test_values_after_a_step_come_from_where_the_stream_went(memory, bootstrap_l
             expected[:, b] = slow_advantages(
                 rewards, values, next_values, terminated, truncated, gamma=0.99, gae_lambda=0.95
             )
-        before = agent._current_hidden
-        kept = [None if part is None else part.clone() for part in before]
+        before = [part.clone() for part in agent._current_hidden]
         agent.learn(world.now)
         np.testing.assert_allclose(advantages_given[i], expected, rtol=0, atol=1e-10)
         # Looking at values does not advance the acting state.
-        for part, was in zip(agent._current_hidden, kept):
-            assert part is was is None or torch.equal(part, was)
+        assert all(map(torch.equal, agent._current_hidden, before))
     assert np.sum([step[3] & ~step[2] for step in world.log]) > 5
 
 
 @recurrent
 def test_the_state_goes_on_and_is_reset_per_stream(memory):
     """By hand: stream 1 is terminated at step 2, stream 2 truncated at step 4, the rollout ends after steps 3 and 6."""
-    agent = make_agent(memory, num_layers=2, rollout_length=3, batch_size=20)
+    agent = make_agent(memory, num_layers=2, rollout_length=3, sequence_length=3)
     rng = np.random.default_rng(0)
     for t in range(9):
         before = agent._get_hidden_state()
-        observations = {"x": rng.normal(size=(3, 3))}
+        observations = {"observation": rng.normal(size=(3, 3))}
         agent.act(observations)
-        _, after = agent.policy.step({"x": torch.from_numpy(observations["x"])}, before)
+        _, after = agent.policy.step({"observation": torch.from_numpy(observations["observation"])}, before)
         moved = agent._current_hidden
         assert torch.equal(moved.h, after.h)
         assert not moved.h.requires_grad
-        ended = np.array([False, t == 2, t == 4])
-        nobody = np.zeros(3, dtype=bool)
-        agent.record(np.ones(3), ended & (t == 2), ended & (t == 4), final_observations=observations)
-        for part, was in zip(agent._current_hidden, moved):
-            if was is None:
-                assert part is None
-                continue
+        terminated, truncated = np.array([[False, t == 2, False], [False, False, t == 4]])
+        ended = terminated | truncated
+        agent.record(np.ones(3), terminated, truncated, final_observations=observations)
+        for part, was in zip(agent._current_hidden, moved, strict=True):
             assert not part[:, ended].any()
             assert torch.equal(part[:, ~ended], was[:, ~ended])
             assert part[:, ~ended].all()
         if agent.rollout_is_ready:
-            carried = agent._current_hidden
+            carried = list(agent._current_hidden)
             agent.learn(observations)
-            for part, was in zip(agent._current_hidden, carried):
-                assert part is was is None or torch.equal(part, was)
-    assert not (nobody & ended).any()
+            assert all(map(torch.equal, agent._current_hidden, carried))
 
 
 @pytest.mark.parametrize("between", ["nothing", "state", "learn"])
@@ -326,50 +298,30 @@ class CountingMemory(MemoryCell):
         return h[0], RecurrentState(h)
 
     def plan(self, lengths, *, device, final_states=False):
-        return lay_out(lengths, block_cost=0.0, device=device)
-
-    def unroll(self, features, state, layout):
-        rows, finals, begin = [], [], 0
-        for num_segments, num_steps in layout.sizes:
-            first = state.h[0, begin : begin + num_segments]
-            rows += [first + t for t in range(1, num_steps + 1)]
-            finals.append(first + num_steps)
-            begin += num_segments
-        h = torch.cat(rows)
-        h = h if layout.real is None else h[layout.real]
-        self.testimony += zip(features[:, 0].tolist(), h.tolist())
-        return h, RecurrentState(torch.cat(finals)[None])
+        return super().plan(lengths, device=device, final_states=True)  # without padding, which it would count
 
 
 @pytest.mark.parametrize(
     ("state_refresh", "sequence_length", "burn_in"),
-    [
-        *(("once", 3, burn_in) for burn_in in (0, 2, 5, 11)),
-        *(("never", 3, burn_in) for burn_in in (0, 5)),
-        ("once", 1, 0),
-        ("once", 1, 5),
-        ("once", 16, 2),
-    ],
+    [("once", 3, n) for n in (0, 2, 5, 11)]
+    + [("never", 3, 0), ("never", 3, 5), ("once", 1, 0), ("once", 1, 5), ("once", 16, 2)],
 )
 def test_a_counting_core_always_knows_how_old_the_episode_is(burn_in, sequence_length, state_refresh):
     """Whenever the memory sees an observation, in acting, burn-in, refresh, drift, loss or bootstrap, it has counted
     exactly the steps of the episode up to it: every stored state belongs to its observation, over rollouts and resets.
     """
     num_streams, rng = 3, np.random.default_rng(0)
-    agent = DualHeadRecurrentPPO(
-        spaces.Box(-np.inf, np.inf, (1,), np.float64),
-        spaces.Discrete(3),
-        num_streams=num_streams,
-        config=spec_segments(
-            rollout_length=8,
-            sequence_length=sequence_length,
-            burn_in=burn_in,
-            batch_size=16,
-            num_epochs=3,
-            state_refresh=state_refresh,
-        ),
-        network=NetworkConfig.spec(memory="gru", hidden_size=4, encoder_sizes=()),
-        dtype=torch.float64,
+    agent = make_agent(
+        "gru",
+        observation_space=spaces.Box(-np.inf, np.inf, (1,), np.float64),
+        hidden_size=4,
+        encoder_sizes=(),
+        rollout_length=8,
+        sequence_length=sequence_length,
+        burn_in=burn_in,
+        batch_size=16,
+        num_epochs=3,
+        state_refresh=state_refresh,
     )
     counting = agent.policy.memory = CountingMemory()
     age_of = {}
@@ -410,10 +362,6 @@ def test_a_counting_core_always_knows_how_old_the_episode_is(burn_in, sequence_l
     assert len(counting.testimony) > 5 * 3 * 3 * num_streams
 
 
-def start_of_burn_in(segments, s):
-    return segments.start[s] - segments.burn_in[s]
-
-
 @torch.no_grad()
 def unroll_by_hand(policy, steps, state, stream):
     """The state after some steps of one stream, none of which is an episode's last but the last one."""
@@ -427,7 +375,7 @@ def unroll_by_hand(policy, steps, state, stream):
 def test_burn_in_warms_the_state_stored_before_it_by_today_s_weights(memory, burn_in, monkeypatch):
     """After the first minibatch every segment begins where a slow unroll by the moved weights ends: from the state
     stored `burn_in` steps earlier, in the tail where that lies before the rollout; no gradient flows there."""
-    agent = make_agent(memory, burn_in=burn_in, sequence_length=6, batch_size=30, num_epochs=1, learning_rate=0.05)
+    agent = make_agent(memory, burn_in=burn_in, batch_size=30, num_epochs=1, **FAST)
     world = World(rate=0.06)
     evaluate = agent.policy.evaluate
     checks = []
@@ -438,8 +386,7 @@ def test_burn_in_warms_the_state_stored_before_it_by_today_s_weights(memory, bur
         weights = copy.deepcopy(agent.policy)
         for part in batch.state:
             assert (part.requires_grad, part.grad_fn) == (False, None)
-        firsts = [(t, b) for t, b in where if (b, t) in segment_at]
-        assert batch.state.h.shape[1] == len(firsts)
+        assert batch.state.h.shape[1] == sum((b, t) in segment_at for t, b in where)
         # States come in the order of the layout's blocks, whose first rows are the segments' first steps.
         for s, (t, b) in enumerate(firsts_in_order(batch, where)):
             checks.append((weights, segment_at[b, t], batch.state.select(torch.tensor([s]))))
@@ -460,23 +407,22 @@ def test_burn_in_warms_the_state_stored_before_it_by_today_s_weights(memory, bur
         starts = rollout.episode_starts[burn_in:].numpy()
         segments = cut(starts, 6, burn_in=burn_in, tail_lengths=rollout.tail_lengths())
         segment_at = {(b, t): s for s, (b, t) in enumerate(zip(segments.stream.tolist(), segments.start.tolist()))}
-        stored_h, stored_c = (None if p is None else p.clone() for p in (rollout.h_states, rollout.c_states))
+        stored = {name: part.clone() for name, part in rollout.states.items()}
         checks.clear()
         agent.learn(world.now)
         moved = [check for check in checks if not same_weights(check[0], checks[0][0])]
         assert 0 < len(moved) < len(checks) == len(segments.start)
         for weights, s, given in moved:
             b, start = segments.stream[s], segments.start[s]
-            begin = start_of_burn_in(segments, s)
+            begin = start - segments.burn_in[s]
             num_tail += begin < 0
             row = burn_in + begin
-            kept = [part for part in (stored_h, stored_c) if part is not None]
-            from_there = RecurrentState(*(part[:, row, b : b + 1] for part in kept))
+            from_there = RecurrentState(**{name: part[:, row, b : b + 1] for name, part in stored.items()})
             warmed = unroll_by_hand(weights, world.log[20 * i + begin : 20 * i + start], from_there, b)
             for ours, theirs in zip(given, warmed):
                 assert (ours - theirs).abs().max() < 1e-10
             if segments.burn_in[s]:
-                assert (given.h - stored_h[:, burn_in + start, b : b + 1]).abs().max() > 1e-6
+                assert (given.h - stored["h"][:, burn_in + start, b : b + 1]).abs().max() > 1e-6
     assert num_tail > 2
 
 
@@ -495,9 +441,9 @@ def test_gradients_stop_at_the_segment_s_first_step(memory, monkeypatch):
     forward = encoder.forward
 
     def spy(observations):
-        x = observations["x"].clone().requires_grad_()
+        x = observations["observation"].clone().requires_grad_()
         asked.append((x, torch.is_grad_enabled()))
-        return forward({"x": x})
+        return forward({"observation": x})
 
     monkeypatch.setattr(encoder, "forward", spy)
     agent.learn(world.now)
@@ -509,24 +455,23 @@ def test_gradients_stop_at_the_segment_s_first_step(memory, monkeypatch):
     assert all(x.grad is None for x in without)
 
 
-class Refreshes:
-    """Weights, and the rollout's states before and after, of every refresh."""
+def states(rollout):
+    return [part.clone() for part in rollout.states.values()]
 
-    def __init__(self, monkeypatch):
-        self.seen = []
-        refresh = dualhead.learning.update.refresh
 
-        def spy(policy, rollout, segments, **settings):
-            weights, before = copy.deepcopy(policy), self.states(rollout)
-            metrics = refresh(policy, rollout, segments, **settings)
-            self.seen.append((weights, segments, before, self.states(rollout), metrics))
-            return metrics
+@pytest.fixture
+def refreshes(monkeypatch):
+    """Weights, segments, the rollout's states before and after, and metrics of every refresh."""
+    seen, refresh = [], dualhead.learning.update.refresh
 
-        monkeypatch.setattr(dualhead.learning.update, "refresh", spy)
+    def spy(policy, rollout, segments, **settings):
+        weights, before = copy.deepcopy(policy), states(rollout)
+        metrics = refresh(policy, rollout, segments, **settings)
+        seen.append((weights, segments, before, states(rollout), metrics))
+        return metrics
 
-    @staticmethod
-    def states(rollout):
-        return [part.clone() for part in (rollout.h_states, rollout.c_states) if part is not None]
+    monkeypatch.setattr(dualhead.learning.update, "refresh", spy)
+    return seen
 
 
 @pytest.mark.parametrize(
@@ -534,18 +479,16 @@ class Refreshes:
     [(1, 0, 6), (1, 0, 1), (1, 4, 6), (1, 6, 6), (1, 9, 6), (1, 3, 2), (2, 4, 6)],
 )
 @recurrent
-def test_refreshed_states_equal_a_slow_unroll(memory, num_layers, burn_in, sequence_length, monkeypatch):
+def test_refreshed_states_equal_a_slow_unroll(memory, num_layers, burn_in, sequence_length, refreshes):
     """Where segments and burn-ins begin, the state is what today's weights make of the run from its own beginning."""
-    agent = make_agent(
-        memory, num_layers=num_layers, burn_in=burn_in, sequence_length=sequence_length, learning_rate=0.05
-    )
+    changes = {"num_layers": num_layers, "burn_in": burn_in, "sequence_length": sequence_length}
+    agent = make_agent(memory, **FAST | changes)
     world = World(rate=0.06)
-    refreshes = Refreshes(monkeypatch)
     for i in range(2):
         world.play(agent)
         starts = agent.rollout_memory.episode_starts[burn_in:].numpy().copy()
         agent.learn(world.now)
-        (weights, segments, before, after, metrics) = refreshes.seen[i]
+        (weights, segments, before, after, metrics) = refreshes[i]
         expected = [part.clone() for part in before]
         with torch.no_grad():
             for b in range(3):
@@ -557,7 +500,7 @@ def test_refreshed_states_equal_a_slow_unroll(memory, num_layers, burn_in, seque
                         part[:, burn_in + t, b] = kept[:, 0]
                     _, state = weights.step(one(observations, b), state)
         for s in range(len(segments.start)):
-            for t in (segments.start[s], start_of_burn_in(segments, s)):
+            for t in (segments.start[s], segments.start[s] - segments.burn_in[s]):
                 row, b = burn_in + t, segments.stream[s]
                 for ours, theirs in zip(after, expected):
                     assert (ours[:, row, b] - theirs[:, row, b]).abs().max() < 1e-10
@@ -573,19 +516,18 @@ def test_refreshed_states_equal_a_slow_unroll(memory, num_layers, burn_in, seque
             f"state_drift/{what}_{place}" for what in ("value", "kl") for place in ("first", "last")
         }
         assert all(number > 1e-6 for number in metrics.values())
-    assert len(refreshes.seen) == 2
+    assert len(refreshes) == 2
 
 
 @recurrent
-def test_drift_is_how_far_values_and_distributions_move(memory, monkeypatch):
+def test_drift_is_how_far_values_and_distributions_move(memory, refreshes):
     """By a slow replay of every inner segment from its stored and from its refreshed state."""
-    agent = make_agent(memory, sequence_length=6, learning_rate=0.05)
+    agent = make_agent(memory, **FAST)
     world = World(rate=0.06)
-    refreshes = Refreshes(monkeypatch)
     world.play(agent)
     spread = agent.rollout_memory.values.std(unbiased=False).item()
     metrics = agent.learn(world.now)
-    weights, segments, before, after, _ = refreshes.seen[0]
+    weights, segments, before, after, _ = refreshes[0]
     squares, kls = {"first": [], "last": []}, {"first": [], "last": []}
     for s in np.flatnonzero(segments.offset > 0):
         b, start, length = segments.stream[s], segments.start[s], segments.length[s]
@@ -612,16 +554,15 @@ def test_drift_is_how_far_values_and_distributions_move(memory, monkeypatch):
 
 
 @pytest.mark.parametrize(("state_refresh", "num_times"), [("once", 1), ("every_epoch", 2), ("never", 0)])
-def test_states_are_refreshed_as_often_as_said(state_refresh, num_times, monkeypatch):
-    agent = make_agent(state_refresh=state_refresh, num_epochs=3, sequence_length=6, learning_rate=0.05)
+def test_states_are_refreshed_as_often_as_said(state_refresh, num_times, refreshes):
+    agent = make_agent(state_refresh=state_refresh, num_epochs=3, **FAST)
     world = World(rate=0.06)
-    refreshes = Refreshes(monkeypatch)
     world.play(agent)
     agent.learn(world.now)
-    wrote = [any(not torch.equal(*parts) for parts in zip(before, after)) for _, _, before, after, _ in refreshes.seen]
+    wrote = [any(not torch.equal(*parts) for parts in zip(before, after)) for _, _, before, after, _ in refreshes]
     assert wrote == [True] * num_times or (num_times == 0 and wrote == [False])
     if num_times == 2:  # the second has younger weights
-        assert not torch.equal(refreshes.seen[0][3][0], refreshes.seen[1][3][0])
+        assert not torch.equal(refreshes[0][3][0], refreshes[1][3][0])
 
 
 @pytest.mark.parametrize("burn_in", [0, 4])
@@ -631,9 +572,9 @@ def test_without_refresh_stored_states_stay_as_they_are(memory, state_refresh, n
     agent = make_agent(memory, state_refresh=state_refresh, num_epochs=num_epochs, burn_in=burn_in, learning_rate=0.05)
     world = World()
     world.play(agent)
-    before = Refreshes.states(agent.rollout_memory)
+    before = states(agent.rollout_memory)
     metrics = agent.learn(world.now)
-    for was, now in zip(before, Refreshes.states(agent.rollout_memory)):
+    for was, now in zip(before, states(agent.rollout_memory)):
         assert torch.equal(was[:, burn_in:], now[:, burn_in:])
     # Drift is measured all the same.
     assert metrics["state_drift/value_last"] > 1e-6
@@ -715,7 +656,7 @@ def test_permuting_streams_permutes_what_is_stored(memory, monkeypatch):
         agent = make_agent(memory)
         rng = np.random.default_rng(0)
         for _ in range(20):
-            observations = {"x": rng.normal(size=(3, 3))[streams]}
+            observations = {"observation": rng.normal(size=(3, 3))[streams]}
             agent.act(observations)
             ended, rewards = (rng.random(3) < 0.2)[streams], rng.normal(size=3)[streams]
             agent.record(rewards, ended, np.zeros(3, dtype=bool))

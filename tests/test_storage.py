@@ -17,18 +17,16 @@ import time
 import warnings
 import zipfile
 
+import agents
 import numpy as np
 import pytest
 import torch
 from full_disk import files_of_at_most
-from gymnasium import spaces
 from safetensors import safe_open
 from safetensors.torch import load, load_file, save
-from settings import spec_segments
 
-from dualhead import CheckpointError, DualHeadRecurrentPPO, NetworkConfig, NormConfig, NormEvents, RunConfig
+from dualhead import CheckpointError, NormConfig, NormEvents, RunConfig, RunError
 from dualhead.running.checkpoint import (
-    RunError,
     checkpoints,
     locked,
     new_run_dir,
@@ -49,17 +47,20 @@ def split(contents):
     return json.loads(contents[8 : 8 + size]), contents[8 + size :]
 
 
-def sealed(header, data):
-    """A file with the checksum that belongs to it, whatever else is wrong with it."""
+def joined(header, data):
     text = json.dumps(header, separators=(",", ":")).encode()
-    return reseal(struct.pack("<Q", len(text)) + text + data)
+    return struct.pack("<Q", len(text)) + text + data
 
 
 def reseal(contents):
-    """The same with the checksum that belongs to it."""
+    """The same file with the checksum that belongs to it, whatever else is wrong with it."""
     begin = contents.index(b'"checksum":"') + 12
     contents = contents[:begin] + b"0" * 64 + contents[begin + 64 :]
     return contents[:begin] + hashlib.sha256(contents).hexdigest().encode() + contents[begin + 64 :]
+
+
+def sealed(header, data):
+    return reseal(joined(header, data))
 
 
 def replace(path, contents):
@@ -201,11 +202,15 @@ def test_a_broken_best_is_said_and_replaced(tmp_path):
 # Killed processes, full disks, second processes.
 
 
+def fork():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # newer Pythons warn of forking beside threads; the child computes nothing
+        return os.fork()
+
+
 def in_child(work):
     """Runs `work` in a forked process and gives the signal that ended it, or 0."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # newer Pythons warn of forking beside threads; this child computes nothing
-        child = os.fork()
+    child = fork()
     if child == 0:
         try:
             work()
@@ -256,9 +261,7 @@ def test_a_disk_without_room_leaves_what_was_there(tmp_path):
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     large = {"large": torch.zeros(100_000)}
     with files_of_at_most(100_000):
-        with pytest.raises(
-            RunError, match=r"cannot write checkpoint .*-000000000300.*large; the newest .*-000000000200"
-        ):
+        with pytest.raises(RunError, match=r"cannot write checkpoint .*-0*300.*large; the newest .*-0*200"):
             save_checkpoint(tmp_path, large, {"num_steps": 300}, keep=2)
         with pytest.raises(RunError, match=r"cannot write checkpoint .*best.*large"):
             save_best(tmp_path, large, {"num_steps": 300}, score=2.0)
@@ -299,9 +302,7 @@ def test_a_forked_child_does_not_hold_the_lock_on(tmp_path):
     """Environments in processes of their own outlive a killed parent for a while."""
     reads, writes = os.pipe()
     with locked(tmp_path):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            child = os.fork()
+        child = fork()
         if child == 0:
             os.write(writes, b"!")
             time.sleep(60)
@@ -350,40 +351,21 @@ def test_two_runs_that_begin_at_once_get_a_directory_each(tmp_path, monkeypatch)
 # A thousand broken files.
 
 B = 2
-SPACE = spaces.Box(-np.inf, np.inf, (3,))
 
 
 def make_agent(memory, *, seed=0):
-    return DualHeadRecurrentPPO(
-        SPACE,
-        spaces.MultiDiscrete([3, 2]),
-        num_streams=B,
-        config=spec_segments(
-            rollout_length=4,
-            sequence_length=2,
-            batch_size=4,
-            num_epochs=1,
-            burn_in=2,
-            normalize_observations=True,
-            normalize_rewards=True,
-        ),
-        network=NetworkConfig.spec(memory=memory, hidden_size=4, encoder_sizes=(4,)),
-        norms=NormConfig(resources=("A", "B")),
-        seed=seed,
-    )
+    small = {"rollout_length": 4, "sequence_length": 2, "batch_size": 4, "num_epochs": 1, "burn_in": 2}
+    small |= {"num_streams": B, "hidden_size": 4, "encoder_sizes": (4,), "dtype": torch.float32}
+    scaled = {"normalize_observations": True, "normalize_rewards": True, "norms": NormConfig(resources=("A", "B"))}
+    return agents.make_agent(memory, seed=seed, **small, **scaled)
 
 
 def play(agent, num_steps, *, seed=0):
     rng = np.random.default_rng(seed)
     for _ in range(num_steps):
         agent.act(rng.normal(size=(B, 3)))
-        punished, collected = rng.random((2, B, 2)) < 0.5
-        agent.record(
-            rng.normal(size=B),
-            rng.random(B) < 0.2,
-            np.zeros(B, dtype=bool),
-            events=NormEvents(punished, collected),
-        )
+        events = NormEvents(*rng.random((2, B, 2)) < 0.5)
+        agent.record(rng.normal(size=B), rng.random(B) < 0.2, np.zeros(B, dtype=bool), events=events)
         if agent.rollout_is_ready:
             agent.learn(rng.normal(size=(B, 3)))
     return agent
@@ -434,18 +416,14 @@ def header_lies(contents):
 
 
 def foreign(rng):
-    packed = io.BytesIO()
+    packed, pickled = io.BytesIO(), io.BytesIO()
     with zipfile.ZipFile(packed, "w") as archive:
         archive.writestr("weights", b"x" * 100)
-    pickled = io.BytesIO()
     torch.save({"weight": torch.ones(3)}, pickled)
     yield from (b"", b"\0" * 5000, b"{}", b"\x89PNG\r\n\x1a\n" + rng.randbytes(500), packed.getvalue())
     yield from (pickle.dumps({"weight": [1.0]}), pickled.getvalue(), rng.randbytes(10_000), b"steps,loss\n1,2\n")
-    yield from (
-        save({"weight": torch.ones(3)}),
-        save({}, {"format": "pt"}),
-        save({"x": torch.ones(1)}, {"checksum": "0"}),
-    )
+    yield from (save({"weight": torch.ones(3)}), save({}, {"format": "pt"}))
+    yield save({"x": torch.ones(1)}, {"checksum": "0"})
 
 
 def other_entries(contents):
@@ -484,40 +462,27 @@ def other_metadata(contents):
     def with_json(text):
         return sealed({**header, "__metadata__": {**said, "json": text}}, data)
 
-    for name in metadata:
-        yield with_json(json.dumps({key: value for key, value in metadata.items() if key != name}))
-        for value in CONFUSIONS:
-            # Any count of steps may be, and a checkpoint from another device is taken with this one's generator.
-            if (
-                value != metadata[name]
-                and not (value == 10**30 and name.startswith("num_") and name != "num_streams")
-                and (name, value)
-                != (
-                    "device",
-                    "7",
-                )
-            ):
-                yield with_json(json.dumps({**metadata, name: value}))
+    def may_be(name, value):
+        """Any count of steps may be, and a checkpoint from another device is taken with this one's generator."""
+        return value == {"num_steps": 10**30, "num_updates": 10**30, "num_skipped": 10**30, "device": "7"}.get(
+            name, ...
+        )
+
+    confused = [{**metadata, name: v} for name in metadata for v in CONFUSIONS if not may_be(name, v)]
+    confused += [{key: value for key, value in metadata.items() if key != name} for name in metadata]
     for rollout in ([-1, 0], [0, -1], [5, 0], [0, 3], [0.0, 0], [True, 0], ["1", 0], [None, None], [0, 0, 0]):
-        yield with_json(json.dumps({**metadata, "rollout": rollout}))
-    for name in metadata["config"]:
-        if name in ("rollout_length", "burn_in", "normalize_observations", "normalize_rewards"):
-            for value in (*CONFUSIONS[2:], None, not metadata["config"][name]):
-                if value != metadata["config"][name]:
-                    yield with_json(json.dumps({**metadata, "config": {**metadata["config"], name: value}}))
+        confused.append({**metadata, "rollout": rollout})
+    for name in ("rollout_length", "burn_in", "normalize_observations", "normalize_rewards"):
+        for value in (*CONFUSIONS[2:], None, not metadata["config"][name]):
+            confused.append({**metadata, "config": {**metadata["config"], name: value}})
+    yield from (with_json(json.dumps(entries)) for entries in confused if entries != metadata)
     yield from map(with_json, ("", "{", "[]", "null", "7", '"text"', "[" * 200_000, "9" * 10_000, said["json"][:-1]))
-    for name, value in (
-        ("version", str(VERSION - 1)),
-        ("version", str(VERSION + 1)),
-        ("version", "one"),
-        ("version", ""),
-        ("format", "pt"),
-    ):
+    versions = (str(VERSION - 1), str(VERSION + 1), "one", "")
+    for name, value in (("format", "pt"), *(("version", version) for version in versions)):
         yield sealed({**header, "__metadata__": {**said, name: value}}, data)
     for name in said:
         short = {**header, "__metadata__": {key: value for key, value in said.items() if key != name}}
-        text = json.dumps(short, separators=(",", ":")).encode()
-        yield sealed(short, data) if name != "checksum" else struct.pack("<Q", len(text)) + text + data
+        yield joined(short, data) if name == "checksum" else sealed(short, data)
     yield contents.replace(said["checksum"].encode(), said["checksum"].upper().encode())
 
 
@@ -527,36 +492,15 @@ def header_confusions(contents):
     name = "policy/critic.weight"
     ours = header[name]
     begin, end = ours["data_offsets"]
-    for change in (
-        {"shape": [2**40]},
-        {"shape": [2**62, 2**62]},
-        {"shape": [2**64]},
-        {"shape": [-1, -4]},
-        {"shape": [1.5]},
-        {"shape": []},
-        {"shape": None},
-        {"shape": [0, 2**60]},
-        {"dtype": "F64"},
-        {"dtype": "F128"},
-        {"dtype": "O"},
-        {"dtype": 4},
-        {"dtype": "F8_E8M0"},
-        {"data_offsets": [begin, 2**62]},
-        {"data_offsets": [2**62, 2**62 + end - begin]},
-        {"data_offsets": [begin + 4, end + 4]},
-        {"data_offsets": [begin - 4, end - 4]},
-        {"data_offsets": [end, begin]},
-        {"data_offsets": [-1, 3]},
-        {"data_offsets": [0]},
-        {"data_offsets": "here"},
-    ):
-        yield sealed({**header, name: {**ours, **change}}, data)
-    for value in (None, [], "text", 3, {}):
-        yield sealed({**header, name: value}, data)
-    yield sealed(header, data[:-4])
-    yield sealed(header, data + bytes(4))
-    nothing = {"shape": [0], "dtype": "F32", "data_offsets": [0, 0]}
-    yield sealed({**header, "nothing": nothing}, data)
+    shapes = ([2**40], [2**62, 2**62], [2**64], [-1, -4], [1.5], [], None, [0, 2**60])
+    places = [[begin, 2**62], [2**62, 2**62 + end - begin], [begin + 4, end + 4], [begin - 4, end - 4], [end, begin]]
+    changes = [{"shape": shape} for shape in shapes]
+    changes += [{"dtype": dtype} for dtype in ("F64", "F128", "O", 4, "F8_E8M0")]
+    changes += [{"data_offsets": offsets} for offsets in (*places, [-1, 3], [0], "here")]
+    yield from (sealed({**header, name: {**ours, **change}}, data) for change in changes)
+    yield from (sealed({**header, name: value}, data) for value in (None, [], "text", 3, {}))
+    yield from (sealed(header, data[:-4]), sealed(header, data + bytes(4)))
+    yield sealed({**header, "nothing": {"shape": [0], "dtype": "F32", "data_offsets": [0, 0]}}, data)
 
 
 @contextlib.contextmanager
@@ -655,15 +599,8 @@ def test_nothing_executable_is_loaded(tmp_path, monkeypatch):
     def explode(*_, **__):
         raise AssertionError("something executable would have been loaded")
 
-    for name in (
-        "pickle.Unpickler",
-        "pickle.loads",
-        "pickle.load",
-        "pickle._Unpickler",
-        "pickle._loads",
-        "torch.load",
-        "torch.jit.load",
-    ):
+    pickles = ("Unpickler", "loads", "load", "_Unpickler", "_loads")
+    for name in ("torch.load", "torch.jit.load", *(f"pickle.{name}" for name in pickles)):
         monkeypatch.setattr(name, explode)
     newest, best, whole = read_newest(run), read_best(run), make_agent("gru", seed=9)
     whole.load(newest[0])

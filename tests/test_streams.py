@@ -1,20 +1,19 @@
 """Streams: SAME_STEP only, final observations where they belong, and the lean vector environment equals Gymnasium's."""
 
+import functools
+from contextlib import closing
+
 import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium import spaces
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorWrapper
 from gymnasium.wrappers.vector import RecordEpisodeStatistics
 
+from dualhead.errors import DataError
 from dualhead.worlds.registry import environment_ids
 from dualhead.worlds.replay_trial import legal_action
-from dualhead.worlds.streams import (
-    GymnasiumStreams,
-    UnavailableEnvironment,
-    make_env,
-    make_streams,
-)
+from dualhead.worlds.streams import GymnasiumStreams, UnavailableEnvironment, make_env, make_streams
 from dualhead.worlds.vectors import KeepsFinalObservation, LeanSyncVectorEnv
 
 
@@ -52,68 +51,62 @@ class Counter(gym.Env):
 def test_final_observation_is_the_one_before_the_reset():
     streams = GymnasiumStreams(LeanSyncVectorEnv([lambda: Counter(2), lambda: Counter(3, truncates=True)]))
     assert streams.reset(seed=0).tolist() == [[0], [0]]
-    step = streams.step(np.zeros(2, int))
-    assert step.final_observations is None
-    assert step.observations.tolist() == [[1], [1]]
-    step = streams.step(np.zeros(2, int))
-    assert step.observations.tolist() == [[0], [2]]
-    assert step.final_observations.tolist() == [[2], [2]]
-    assert step.terminated.tolist() == [True, False]
-    assert not step.truncated.any()
-    step = streams.step(np.zeros(2, int))
-    assert step.observations.tolist() == [[1], [0]]
-    assert step.final_observations.tolist() == [[1], [3]]
-    assert step.truncated.tolist() == [False, True]
+    for observations, final, terminated, truncated in (
+        ([[1], [1]], None, [False, False], [False, False]),
+        ([[0], [2]], [[2], [2]], [True, False], [False, False]),
+        ([[1], [0]], [[1], [3]], [False, False], [False, True]),
+    ):
+        step = streams.step(np.zeros(2, int))
+        assert step.observations.tolist() == observations
+        assert (None if step.final_observations is None else step.final_observations.tolist()) == final
+        assert (step.terminated.tolist(), step.truncated.tolist()) == (terminated, truncated)
     assert step.rewards.tolist() == [1.0, 3.0]
-
-
-@pytest.mark.parametrize("reuses", [False, True])
-def test_final_observations_of_one_stream_are_not_the_next_ones(reuses):
-    """An environment may write each observation to the same array; what was seen last is kept from the reset."""
-    streams = GymnasiumStreams(LeanSyncVectorEnv([lambda: Counter(2, reuses=reuses)] * 2))
-    streams.reset(seed=0)
-    streams.step(np.zeros(2, int))
-    step = streams.step(np.zeros(2, int))
-    assert step.final_observations.tolist() == [[2], [2]]
-    assert step.observations.tolist() == [[0], [0]]
-    streams.step(np.zeros(2, int))
-    assert step.final_observations.tolist() == [[2], [2]]
 
 
 def reusing():
     return Counter(2, reuses=True)
 
 
-@pytest.mark.parametrize("kind", ["ours async", "sync", "sync inside a wrapper", "async"])
-def test_an_environment_that_reuses_its_array_keeps_its_final_observation_in_every_vector_environment(kind):
-    if kind == "ours async":
-        gym.register("test/Reusing-v0", reusing)
-        streams = make_streams("test/Reusing-v0", 2, vectorization="async")
-    elif kind == "async":
-        wrapped = [lambda: KeepsFinalObservation(reusing())] * 2
-        streams = GymnasiumStreams(AsyncVectorEnv(wrapped, autoreset_mode=AutoresetMode.SAME_STEP))
-    else:
-        envs = SyncVectorEnv([reusing] * 2, autoreset_mode=AutoresetMode.SAME_STEP)
-        streams = GymnasiumStreams(RecordEpisodeStatistics(envs) if "wrapper" in kind else envs)
-    try:
+def same_step(*envs, kind=SyncVectorEnv):
+    return kind(envs, autoreset_mode=AutoresetMode.SAME_STEP)
+
+
+MAKERS = {
+    "ours": lambda: GymnasiumStreams(LeanSyncVectorEnv([lambda: Counter(2)] * 2)),
+    "ours, reusing": lambda: make_streams(reusing, 2),
+    "ours, reusing, async": lambda: make_streams(reusing, 2, vectorization="async"),
+    "sync": lambda: GymnasiumStreams(same_step(reusing, reusing)),
+    "sync inside a wrapper": lambda: GymnasiumStreams(RecordEpisodeStatistics(same_step(reusing, reusing))),
+    "async": lambda: GymnasiumStreams(same_step(*[lambda: KeepsFinalObservation(reusing())] * 2, kind=AsyncVectorEnv)),
+    "nested": lambda: make_streams(lambda: Counter(2, nested=True), 2),
+    "nested, reusing": lambda: make_streams(lambda: Counter(2, nested=True, reuses=True), 2),
+}
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_final_observations_are_not_the_next_ones_in_any_vector_environment(kind):
+    """An environment may write each observation to the same array; what was seen last is kept from the reset."""
+    with closing(MAKERS[kind]()) as streams:
         streams.reset(seed=0)
         streams.step(np.zeros(2, int))
         step = streams.step(np.zeros(2, int))
-        assert step.final_observations.tolist() == [[2], [2]]
-        assert step.observations.tolist() == [[0], [0]]
-    finally:
-        streams.close()
+        seen, final = step.observations, step.final_observations
+        if "nested" in kind:
+            assert (seen["pair"][1].tolist(), final["pair"][1].tolist()) == ([0, 0], [2, 2])
+            seen, final = seen["count"], final["count"]
+        assert seen.tolist() == [[0], [0]]
+        assert final.tolist() == [[2], [2]]
+        streams.step(np.zeros(2, int))
+        assert final.tolist() == [[2], [2]]
 
 
 def test_processes_whose_final_observations_would_be_overwritten_are_refused():
-    envs = AsyncVectorEnv([reusing] * 2, autoreset_mode=AutoresetMode.SAME_STEP)
-    try:
-        with pytest.raises(ValueError, match="KeepsFinalObservation"):
-            GymnasiumStreams(envs)
-    finally:
-        envs.close()
-    envs = AsyncVectorEnv([lambda: Counter(2)] * 2, autoreset_mode=AutoresetMode.SAME_STEP)
-    GymnasiumStreams(envs).close()
+    with (
+        closing(same_step(reusing, reusing, kind=AsyncVectorEnv)) as envs,
+        pytest.raises(ValueError, match="KeepsFinalObservation"),
+    ):
+        GymnasiumStreams(envs)
+    GymnasiumStreams(same_step(lambda: Counter(2), kind=AsyncVectorEnv)).close()
 
 
 @pytest.mark.parametrize(
@@ -138,21 +131,10 @@ def test_legal_actions_are_those_of_the_mask(space, mask, allowed):
     assert seen == allowed
 
 
-@pytest.mark.parametrize("reuses", [False, True])
-def test_nested_final_observations(reuses):
-    streams = GymnasiumStreams(LeanSyncVectorEnv([lambda: Counter(2, nested=True, reuses=reuses)] * 2))
-    streams.reset(seed=0)
-    streams.step(np.zeros(2, int))
-    step = streams.step(np.zeros(2, int))
-    assert step.observations["pair"][1].tolist() == [0, 0]
-    assert step.final_observations["count"].tolist() == [[2], [2]]
-    assert step.final_observations["pair"][1].tolist() == [2, 2]
-
-
 @pytest.mark.parametrize("env", ["dualhead/CartPoleNoVel-v1", "dualhead/RecallCue-v0", "popgym-RepeatPreviousEasy-v0"])
 def test_lean_vector_environment_equals_gymnasiums(env):
     ours = make_streams(env, 3)
-    theirs = SyncVectorEnv([lambda: make_env(env)] * 3, autoreset_mode=AutoresetMode.SAME_STEP)
+    theirs = same_step(*[lambda: make_env(env)] * 3)
     seeds = (np.random.SeedSequence(7).generate_state(3) >> 1).tolist()
     np.testing.assert_array_equal(ours.reset(seed=7), theirs.reset(seed=seeds)[0])
     theirs.action_space.seed(1)
@@ -172,39 +154,52 @@ def test_lean_vector_environment_equals_gymnasiums(env):
 
 
 def test_processes_give_what_this_process_gives():
-    here, there = (make_streams("dualhead/RecallCue-v0", 2, vectorization=v, delay=1) for v in ("sync", "async"))
-    try:
+    make = functools.partial(make_streams, "dualhead/RecallCue-v0", 2, delay=1)
+    with closing(make()) as here, closing(make(vectorization="async")) as there:
         np.testing.assert_array_equal(here.reset(seed=3), there.reset(seed=3))
         for _ in range(7):
             actions = {"where": np.array([0, 1]), "what": np.array([2, 3])}
-            one, other = here.step(actions), there.step(actions)
-            for got, expected in zip(one, other):
+            for got, expected in zip(here.step(actions), there.step(actions)):
                 if expected is not None:
                     np.testing.assert_array_equal(got, expected)
-    finally:
-        here.close()
-        there.close()
 
 
 @pytest.mark.parametrize("vectorization", ["sync", "async"])
 def test_two_seeds_have_no_environment_in_common(vectorization):
-    streams = make_streams("CartPole-v1", 4, vectorization=vectorization)
-    try:
+    with closing(make_streams("CartPole-v1", 4, vectorization=vectorization)) as streams:
         seen = [tuple(row) for seed in range(4) for row in streams.reset(seed=seed)]
         assert len(set(seen)) == len(seen)
-        again = [tuple(row) for row in streams.reset(seed=2)]
-    finally:
-        streams.close()
-    assert again == seen[8:12]
+        assert [tuple(row) for row in streams.reset(seed=2)] == seen[8:12]
 
 
 def test_filler_steps_are_refused():
-    with pytest.raises(ValueError, match="SAME_STEP") as refused:
+    with pytest.raises(ValueError, match=r"^CartPole-v1: .*SAME_STEP, got AutoresetMode.NEXT_STEP") as refused:
         GymnasiumStreams(gym.make_vec("CartPole-v1", 2))
     # The remedy that the message names works as it stands there.
     remedy = str(refused.value).partition("by ")[2].partition("or by ")[2]
     envs = eval(remedy, {"gym": gym, "id": "CartPole-v1", "num_envs": 2})
     assert GymnasiumStreams(envs).reset(seed=0).shape == (2, 4)
+
+
+class Forgetful(VectorWrapper):
+    """Drops what Gymnasium says of final observations, as a vector environment of one's own might."""
+
+    def step(self, actions):
+        return *self.env.step(actions)[:4], {"score": 1}
+
+
+@pytest.mark.parametrize("truncates", [True, False])
+def test_final_observations_must_come_where_an_episode_was_truncated(truncates):
+    envs = same_step(lambda: Counter(9), lambda: Counter(2, truncates=truncates))
+    streams = GymnasiumStreams(Forgetful(envs))
+    streams.reset(seed=0)
+    streams.step(np.zeros(2, int))
+    if truncates:
+        message = r"SyncVectorEnv.* environments \[1\]: expected .*final_obs.*\['score'\].*use"
+        with pytest.raises(DataError, match=message):
+            streams.step(np.zeros(2, int))
+    else:
+        assert streams.step(np.zeros(2, int)).final_observations is None  # nothing bootstraps from them
 
 
 @pytest.mark.parametrize("env", ["NoSuch-v0", "dualhead/NoSuch-v0", "CartPole-v99"])
@@ -225,18 +220,11 @@ def test_minigrid_comes_without_its_mission():
     assert observations["image"].shape == (2, 7, 7, 20)
     assert set(np.unique(observations["image"])) == {0, 1}
     assert sorted(streams.observation_space.keys()) == ["direction", "image"]
-    streams.close()
-
-
-def test_babyai_can_be_made_and_says_that_its_mission_is_left_out():
     with pytest.warns(UserWarning, match="BabyAI-GoToObj-v0 says in words what is to be done"):
         streams = make_streams("BabyAI-GoToObj-v0", 1)
     assert sorted(streams.reset(seed=0)) == ["direction", "image"]
-    assert "BabyAI-GoToObj-v0" in environment_ids()
 
 
 def test_listing_holds_ours_and_the_extras():
-    ids = environment_ids()
-    assert {"dualhead/CartPoleNoVel-v1", "popgym-RepeatPreviousEasy-v0", "MiniGrid-MemoryS7-v0", "CartPole-v1"} <= set(
-        ids
-    )
+    extras = {"popgym-RepeatPreviousEasy-v0", "MiniGrid-MemoryS7-v0", "BabyAI-GoToObj-v0"}
+    assert {"dualhead/CartPoleNoVel-v1", "CartPole-v1", *extras} <= set(environment_ids())

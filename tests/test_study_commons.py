@@ -8,17 +8,10 @@ import numpy as np
 import pytest
 
 from dualhead.running.results import Run, Table
-from dualhead.studies import commons_figures, figures, tables
-from dualhead.studies.commons_measures import (
-    closed_form,
-    closed_form_turn,
-    measures,
-    print_summary,
-    results,
-    spans,
-)
+from dualhead.studies import figures, tables
+from dualhead.studies.commons_measures import closed_form, fading, measure_commons, spans
 from dualhead.studies.config import StudyConfig
-from dualhead.studies.measures import Measured, summarise
+from dualhead.studies.measures import summarise
 
 PUNISHED_THEN_NOT = ({"mode": "fixed", "level": 9, "num_turns": 40}, {"mode": "off"})
 
@@ -50,8 +43,12 @@ def made_run(study, taken_a, condition="one", seed=0, **columns):
     return Run(Path("nowhere"), config, metrics, Table(steps[:0], {}), {"seconds": 2.0}, condition)
 
 
+def measured(study, run):
+    return measure_commons(study, run).values
+
+
 def summarised(study, runs):
-    return summarise([Measured(run, measures(study, run)) for run in runs])
+    return summarise([measure_commons(study, run) for run in runs])
 
 
 NAN = math.nan
@@ -60,34 +57,34 @@ NAN = math.nan
 # What is measured.
 
 
-def test_phases_become_spans_of_turns():
-    config = one_study().run("one", 0, "")
-    assert [(span.name, span.begin, span.end, span.punishes, span.level) for span in spans(config)] == [
-        ("punishment", 0, 40, True, 9),
-        ("no punishment", 40, 80, False, None),
-    ]
-    # 190 steps of 2 agents end in turn 95; the last phase, planned for 20 turns, stays until then.
-    phases = [{"num_turns": 30}, {"mode": "off", "num_turns": 30}, {"level": 3, "num_turns": 20}]
-    config = one_study(settings(phases=phases) | {"total_steps": 190}).run("one", 0, "")
-    assert [(span.name, span.begin, span.end) for span in spans(config)] == [
-        ("votes (1)", 0, 30),
-        ("no punishment", 30, 60),
-        ("votes (2)", 60, 95),
-    ]
-    # A phase that the run does not reach is none of it; a rollout that is begun is finished, so 81 steps are 41 turns.
-    config = one_study(settings() | {"total_steps": 80}).run("one", 0, "")
-    assert [(span.name, span.end) for span in spans(config)] == [("punishment", 40)]
-    config = one_study(settings() | {"total_steps": 81}).run("one", 0, "")
-    assert spans(config)[-1].end == 41
-    repeated = [{"mode": "off", "num_turns": 5}, {"num_turns": 5}]
-    config = one_study(settings(phases=repeated, repeat_phases=True)).run("one", 0, "")
-    assert [(span.name, span.begin, span.end) for span in spans(config)] == [("all phases", 0, 80)]
+THREE_PHASES = ({"num_turns": 30}, {"mode": "off", "num_turns": 30}, {"level": 3, "num_turns": 20})
+REPEATED = {"phases": ({"mode": "off", "num_turns": 5}, {"num_turns": 5}), "repeat_phases": True}
+
+
+@pytest.mark.parametrize(
+    ("rules", "total_steps", "expected"),
+    [
+        ({}, 160, [("punishment", 9, 0, 40, True), ("no punishment", None, 40, 80, False)]),
+        # 190 steps of 2 agents end in turn 95; the last phase, planned for 20 turns, stays until then.
+        (
+            {"phases": THREE_PHASES},
+            190,
+            [("votes (1)", None, 0, 30, True), ("no punishment", None, 30, 60, False), ("votes (2)", 3, 60, 95, True)],
+        ),
+        # A phase that the run does not reach is left out. A rollout is always finished, so 81 steps are 41 turns.
+        ({}, 80, [("punishment", 9, 0, 40, True)]),
+        ({}, 81, [("punishment", 9, 0, 40, True), ("no punishment", None, 40, 41, False)]),
+        (REPEATED, 160, [("all phases", None, 0, 80, True)]),
+    ],
+)
+def test_phases_become_spans_of_turns(rules, total_steps, expected):
+    assert spans(one_study(settings(**rules) | {"total_steps": total_steps}).run("one", 0, "")) == expected
 
 
 def test_shares_and_rewards_are_those_of_second_halves():
     """Punishment ends with turn 40, so its second half are the rollouts that end in turns 30 and 40."""
     study = one_study()
-    found = measures(study, made_run(study, [0.5, 0.4, 0.2, 0.1, 0.1, 0.3, 0.6, 0.8]))
+    found = measured(study, made_run(study, [0.5, 0.4, 0.2, 0.1, 0.1, 0.3, 0.6, 0.8]))
     assert found == pytest.approx(
         {
             "A share, punishment": 0.15,
@@ -98,13 +95,13 @@ def test_shares_and_rewards_are_those_of_second_halves():
         }
     )
     single = one_study(settings(phases=({"mode": "fixed", "level": 0},)))
-    assert measures(single, made_run(single, [0.0] * 4 + [0.25] * 4)) == {"A share": 0.25, "reward": 2.5}
+    assert measured(single, made_run(single, [0.0] * 4 + [0.25] * 4)) == {"A share": 0.25, "reward": 2.5}
 
 
 def test_where_nothing_is_taken_there_is_no_share():
     study = one_study()
     run = made_run(study, [0.0] * 8, commons__taken__B=[1, 1, 0, 0, 0, 0, 0, 1])
-    found = measures(study, run)
+    found = measured(study, run)
     assert "A share, punishment" not in found
     assert found["A share, no punishment"] == 0.0  # of one rollout; the other says nothing
     assert found["turns to relapse"] == math.inf
@@ -113,10 +110,10 @@ def test_where_nothing_is_taken_there_is_no_share():
 def test_relapse_needs_a_rollout_without_any_punishment():
     """The phase ends in turn 45: the rollout of turns 41 to 50 is still half punished."""
     study = one_study(settings(phases=({"mode": "fixed", "num_turns": 45}, {"mode": "off"})))
-    assert measures(study, made_run(study, [0, 0, 0, 0, 0.9, 0.1, 0.5, 0.6]))["turns to relapse"] == 80 - 45
-    assert measures(study, made_run(study, [0, 0, 0, 0, 0.9, 0.1, 0.5, 0.5]))["turns to relapse"] == math.inf
+    assert measured(study, made_run(study, [0, 0, 0, 0, 0.9, 0.1, 0.5, 0.6]))["turns to relapse"] == 80 - 45
+    assert measured(study, made_run(study, [0, 0, 0, 0, 0.9, 0.1, 0.5, 0.5]))["turns to relapse"] == math.inf
     never_off = one_study(settings(phases=({"mode": "off", "num_turns": 40}, {"mode": "fixed"})))
-    assert "turns to relapse" not in measures(never_off, made_run(never_off, [0.9] * 8))
+    assert "turns to relapse" not in measured(never_off, made_run(never_off, [0.9] * 8))
 
 
 def test_the_closed_form_stands_beside_the_relapse():
@@ -124,11 +121,12 @@ def test_the_closed_form_stands_beside_the_relapse():
     norms = {"intrinsic_scale": -10.0, "decay_rate": 0.99}
     study = one_study(settings() | {"enforce_norms": True, "norms": norms})
     run = made_run(study, [0.0] * 8, norms__strength__A=[2, 6, 9, 8, 7, 6, 5, 4])
-    found = measures(study, run)
+    found = measured(study, run)
     assert found["norm strength at the end of punishment"] == 8.0
     assert found["turns by the closed form"] == pytest.approx(28.62, abs=0.01)
-    assert closed_form_turn(study, run) == pytest.approx(68.62, abs=0.01)
-    assert "turns by the closed form" not in measures(study, made_run(study, [0.0] * 8))
+    assert fading(study, run).turn == 40
+    assert fading(study, run).lasts == pytest.approx(28.62, abs=0.01)
+    assert "turns by the closed form" not in measured(study, made_run(study, [0.0] * 8))
 
 
 @pytest.mark.parametrize(
@@ -161,7 +159,7 @@ def test_newcomers_and_incumbents_are_measured_apart():
         "incumbents__taken__A": [0.1] * 4 + [0.1, 0.1, 0.1, 0.3],
         "incumbents__taken__B": [0.9] * 4 + [0.9, 0.9, 0.9, 0.7],
     }
-    found = measures(study, made_run(study, [0.1] * 4 + [0.3, 0.35, 0.5, 0.6], **groups))
+    found = measured(study, made_run(study, [0.1] * 4 + [0.3, 0.35, 0.5, 0.6], **groups))
     assert found["A share of newcomers, no punishment"] == pytest.approx(0.9)
     assert found["A share of incumbents, no punishment"] == pytest.approx(0.2)
     assert "A share of incumbents, punishment" not in found  # there are no others yet
@@ -172,7 +170,7 @@ def test_newcomers_and_incumbents_are_measured_apart():
         "incumbents__taken__A": [0.1] * 4 + [NAN] * 4,
         "incumbents__taken__B": [0.9] * 4 + [NAN] * 4,
     }
-    found = measures(study, made_run(study, [0.1] * 8, **nobody_left))
+    found = measured(study, made_run(study, [0.1] * 8, **nobody_left))
     assert "turns to relapse, incumbents" not in found
     assert "A share of incumbents, no punishment" not in found
 
@@ -192,7 +190,7 @@ def test_the_summary_has_a_row_per_condition_and_measure(capsys):
     assert [share["ci95_low"], share["ci95_high"]] == pytest.approx([0.02 - 0.0248414, 0.02 + 0.0248414], abs=1e-6)
     relapse = by_name["one", "turns to relapse"]
     assert (relapse["min"], relapse["max"], relapse["seeds"]) == (30.0, math.inf, 3)
-    print_summary(study, rows)
+    tables.print_commons_table(study, rows)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].strip() == "Who relapses"
     assert max(map(len, lines)) <= 120
@@ -214,7 +212,7 @@ def test_results_of_the_commons_are_tidy(tmp_path):
     """The rollout of turns 41 to 50 begins in one phase and ends in the next: it counts to the one that it ends in."""
     study = one_study(settings(phases=({"mode": "fixed", "num_turns": 45}, {"mode": "off"})))
     runs = [made_run(study, [0.25] * 8), made_run(study, [0.5] * 8, guilt=[NAN, *[-1] * 7])]
-    tables.write_csv(tmp_path / "results.csv", *results(study, runs))
+    tables.write_csv(tmp_path / "results.csv", tables.results(study, runs, ()), without=("environment",))
     with (tmp_path / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 16
@@ -252,7 +250,7 @@ def test_the_overview_shows_means_phases_groups_and_the_closed_form():
     after |= {"norms__strength__A": [8.0] * 8}
     runs = [made_run(study, [0.2 + 0.2 * seed] * 8, "plain", seed) for seed in (0, 1)]
     runs += [made_run(study, [0.5] * 8, "new", seed, **after) for seed in (0, 1)]
-    figure = commons_figures._overview(study, runs)
+    figure = figures.overview(study, runs)
     blue, red = figures.COLOURS[:2]
     lines = drawn_lines(figure)
     assert lines.keys() == {(blue, "-"), (red, "-"), (red, ":"), (red, "--")}
@@ -274,10 +272,10 @@ def test_details_leave_out_what_has_nothing_to_show():
     study = one_study()
     votes = {"commons__votes__up": [0.1, 0.2] * 4, "commons__votes__down": [0.3] * 8, "commons__level": [1.0] * 8}
     runs = [made_run(study, [0.1, 0.2] * 4, **votes)]
-    titles = [axes.get_title(loc="left") for axes in commons_figures._details(study, runs).axes]
+    titles = [axes.get_title(loc="left") for axes in figures.details(study, runs).axes]
     assert titles == ["share of A among what is taken", "task reward per agent and turn"]
     voted = one_study(settings(phases=({"mode": "voted"},)))
-    figure = commons_figures._details(voted, [made_run(voted, [0.1, 0.2] * 4, **votes)])
+    figure = figures.details(voted, [made_run(voted, [0.1, 0.2] * 4, **votes)])
     assert "votes up less votes down, per agent and turn" in [axes.get_title(loc="left") for axes in figure.axes]
     np.testing.assert_allclose(next(iter(drawn_lines(figure, 1).values()))[:2], [[10, -0.2], [20, -0.1]])
 
@@ -285,7 +283,7 @@ def test_details_leave_out_what_has_nothing_to_show():
 def test_a_study_in_which_nothing_happens_is_drawn(tmp_path):
     study = one_study(settings(phases=({"mode": "fixed"},)))
     run = made_run(study, [0.0] * 8, commons__taken__B=[0.0] * 8)
-    for path in commons_figures.draw_figures(study, [run], tmp_path):
+    for path in figures.draw_figures(study, [measure_commons(study, run)], (), tmp_path):
         assert path.read_bytes().startswith(b"\x89PNG")
 
 
@@ -295,7 +293,7 @@ def test_repeated_phases_are_smoothed_over_whole_rounds():
     study = one_study(settings(phases=phases, repeat_phases=True) | {"total_steps": 600}, seeds=(0, 1))
     rewards = np.tile([1.0, 2.0, 6.0], 10)
     runs = [made_run(study, [0.5] * 30, seed=seed, rollout__task_reward=rewards + seed) for seed in (0, 1)]
-    figure = commons_figures._overview(study, runs)
+    figure = figures.overview(study, runs)
     points = next(iter(drawn_lines(figure).values()))
     np.testing.assert_allclose(points, [[turn, 3.5] for turn in range(30, 301, 10)])
     assert "rolling means over 30 turns" in figure.legends[0].get_title().get_text()

@@ -1,19 +1,30 @@
 """`dualhead.train` from Python: environments, parts, writers, hooks and schedules that a user hands over."""
 
-import csv
 import json
+import math
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from saved_runs import rows_of
 
 import dualhead
-from dualhead import Commons, CommonsConfig, DualHeadRecurrentPPO, NetworkConfig, PPOConfig, RunError, SettingsError
+from dualhead import (
+    Commons,
+    CommonsConfig,
+    DualHeadRecurrentPPO,
+    NetworkConfig,
+    PPOConfig,
+    RunError,
+    SettingsError,
+    StreamStep,
+)
 from dualhead.cli import main
 from dualhead.running.checkpoint import read_config
 from dualhead.running.config import planned
@@ -41,6 +52,20 @@ class MyCell(MemoryCell):
         h = self.cell(features, state.h[0])
         return h, RecurrentState(h=h[None])
 """
+OWN_WORLD = """
+from pydantic import Field
+from dualhead import CommonsConfig, Commons, WorldConfig, register_world
+
+class MyConfig(WorldConfig):
+    "A small commons."
+    num_agents: int = Field(default=2, description="Agents.")
+    payoff: float = Field(default=1.0, description="What A pays.")
+
+def open_mine(settings, *, num_worlds, device):
+    return Commons(CommonsConfig(form="bandit", num_agents=settings.num_agents), num_worlds=num_worlds, device=device)
+
+register_world("mine", MyConfig, open_mine)
+"""
 SMALL = {
     "total_steps": 200,
     "num_envs": 2,
@@ -49,15 +74,12 @@ SMALL = {
     "network": NetworkConfig(hidden_size=8, encoder_sizes=(8,)),
     "ppo": PPOConfig(rollout_length=25, batch_size=25, num_epochs=1, sequence_length=5),
 }
+STREAMS_SMALL = {name: value for name, value in SMALL.items() if name != "num_envs"}
+"""Streams say themselves how many they are."""
 
 
 def make_cue():
     return RecallCue(delay=3)
-
-
-def rows(run):
-    with (run / "metrics.csv").open() as file:
-        return list(csv.DictReader(file))
 
 
 def weights(result):
@@ -98,12 +120,12 @@ def test_a_callable_makes_environments_for_training_and_evaluation(tmp_path):
     assert dualhead.evaluate(run, env=make_cue, episodes=4).lengths == [5, 5, 5, 5]
     assert dualhead.resume(run, env=make_cue, total_steps=300, show_progress=False).summary["steps"] == 300
     dualhead.train("CartPole-v1", **SMALL, run_dir=str(tmp_path / "id"))
-    with pytest.raises(RunError, match="env: this run was begun without"):
+    with pytest.raises(RunError, match="env: this run began without"):
         dualhead.resume(tmp_path / "id", env=make_cue)
 
 
 def test_a_vector_environment_is_trained_in_and_stays_open(tmp_path):
-    settings = {name: value for name, value in SMALL.items() if name not in ("num_envs", "eval_episodes")}
+    settings = {name: value for name, value in STREAMS_SMALL.items() if name != "eval_episodes"}
     envs = SyncVectorEnv([make_cue] * 2, autoreset_mode=AutoresetMode.SAME_STEP)
     result = dualhead.train(envs, **settings, run_dir=str(tmp_path / "run"))
     same = dualhead.train(make_cue, **SMALL, run_dir=str(tmp_path / "same"))
@@ -112,10 +134,8 @@ def test_a_vector_environment_is_trained_in_and_stays_open(tmp_path):
     assert "evaluation" not in result.summary
     with pytest.raises(RunError, match="pass eval_env="):
         dualhead.train(envs, **settings, eval_episodes=2, run_dir=str(tmp_path / "other"))
-    evaluated = dualhead.train(
-        envs, **settings, eval_env=make_cue, eval_episodes=2, run_dir=str(tmp_path / "evaluated")
-    )
-    assert evaluated.summary["evaluation"]["episodes"] == 2
+    evaluation = {"eval_env": make_cue, "eval_episodes": 2, "run_dir": str(tmp_path / "evaluated")}
+    assert dualhead.train(envs, **settings, **evaluation).summary["evaluation"]["episodes"] == 2
     with pytest.raises(TypeError, match="num_envs: the environment that was given decides"):
         dualhead.train(envs, **settings, num_envs=2)
     with pytest.raises(ValueError, match="SAME_STEP"):
@@ -126,18 +146,16 @@ def test_streams_bring_their_agents_and_events(tmp_path):
     """The same commons by name and as an object."""
     rules = CommonsConfig(form="bandit", num_agents=3)
     ppo = PPOConfig(rollout_length=10, batch_size=20, num_epochs=1, sequence_length=5)
-    settings = {**SMALL, "ppo": ppo, "total_steps": 120, "policies": "independent", "enforce_norms": True}
-    named = dualhead.train("commons", world=rules, preset="default", **settings, run_dir=str(tmp_path / "named"))
-    del settings["num_envs"]
+    settings = {**STREAMS_SMALL, "ppo": ppo, "total_steps": 120, "policies": "independent", "enforce_norms": True}
+    by_name = {"world": rules, "preset": "default", "num_envs": 2}
+    named = dualhead.train("commons", **by_name, **settings, run_dir=str(tmp_path / "named"))
     given = dualhead.train(Commons(rules, num_worlds=2), **settings, run_dir=str(tmp_path / "given"))
     config = read_config(tmp_path / "given")
     assert (config.env, config.env_from, config.num_envs, config.num_streams) == ("Commons", "streams", 2, 6)
     assert config.world.resources == rules.resources
     torch.testing.assert_close(weights(given), weights(named), rtol=0, atol=0)
-    going_on = dualhead.resume(
-        tmp_path / "given", env=Commons(rules, num_worlds=2), total_steps=180, show_progress=False
-    )
-    assert going_on.summary["steps"] == 180
+    again = {"env": Commons(rules, num_worlds=2), "total_steps": 180, "show_progress": False}
+    assert dualhead.resume(tmp_path / "given", **again).summary["steps"] == 180
 
 
 @pytest.mark.parametrize("env", [None, 3, gym.make("CartPole-v1")])
@@ -186,7 +204,7 @@ def test_numbers_of_episodes_are_logged(tmp_path, how):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Judged|VectorWrapper")  # cannot be resumed exactly
         dualhead.train(env, **settings, run_dir=str(tmp_path / "run"))
-    first, second = rows(tmp_path / "run")
+    first, second = rows_of(tmp_path / "run")
     assert [float(first[f"episode/{name}"]) for name in ("success", "score", "lives")] == [0.5, 15.0, 2.0]
     assert [float(second[f"episode/{name}"]) for name in ("success", "score", "only_first")] == [0.6, 30.0, 7.0]
     logged = {name for name in first if name.startswith("episode/")}
@@ -194,17 +212,10 @@ def test_numbers_of_episodes_are_logged(tmp_path, how):
     assert logged == ours | {f"episode/{name}" for name in ("success", "score", "lives", "only_first")}
 
 
-def test_a_world_that_lacks_something_is_told_what(tmp_path):
-    class World:
-        num_streams = 2
-        observation_space, action_space = gym.spaces.Box(-1, 1, (2,)), gym.spaces.Discrete(2)
-
-        def reset(self, *, seed=None): ...
-
-        def step(self, actions): ...
-
-    with pytest.raises(TypeError, match="World lacks resumable, statistics, close of"):
-        dualhead.train(World(), **{name: SMALL[name] for name in ("total_steps", "ppo")})
+def test_a_world_that_lacks_something_is_told_what():
+    world = SimpleNamespace(num_streams=2, observation_space=None, action_space=None, reset=None, step=None)
+    with pytest.raises(TypeError, match="SimpleNamespace lacks resumable, statistics, close of"):
+        dualhead.train(world, **STREAMS_SMALL)
 
 
 class Notes:
@@ -228,25 +239,21 @@ def test_writers_and_a_hook_that_stops_the_run(tmp_path):
         session.learning_rate = 1e-4
         return session.learner.num_steps >= 100
 
-    summary = dualhead.train(
-        "CartPole-v1", **SMALL | {"eval_episodes": 1}, run_dir=str(run), writers=[notes], on_update=on_update
-    ).summary
+    settings = SMALL | {"eval_episodes": 1, "run_dir": str(run)}
+    summary = dualhead.train("CartPole-v1", **settings, writers=[notes], on_update=on_update).summary
     assert (summary["steps"], summary["stopped_early"], summary["evaluation"]["episodes"]) == (100, True, 1)
     assert [steps for steps, _ in notes.written] == [50, 100]
-    assert [float(row["mine/answer"]) for row in rows(run)] == [42.0, 42.0]
+    assert [float(row["mine/answer"]) for row in rows_of(run)] == [42.0, 42.0]
     assert [metrics["update/learning_rate"] for _, metrics in notes.written] == [PPOConfig().learning_rate, 1e-4]
     assert notes.num_closed == 1
     # What the hook had set holds on without it.
     assert dualhead.resume(run, show_progress=False).summary["metrics"]["update/learning_rate"] == 1e-4
-    with pytest.raises(TypeError, match="expected a writer"):
-        dualhead.train("CartPole-v1", **SMALL, writers=[Notes])
-
-
-def test_a_writer_is_closed_where_the_hook_fails(tmp_path):
-    notes = Notes()
+    for wrong in (Notes, print, "metrics.csv"):
+        with pytest.raises(TypeError, match=r"expected a writer.*write\(num_steps, metrics\) and close\(\)"):
+            dualhead.train("CartPole-v1", **SMALL, writers=[notes, wrong])
     with pytest.raises(ZeroDivisionError):
-        dualhead.train("CartPole-v1", **SMALL, run_dir=str(tmp_path), writers=[notes], on_update=lambda *_: 1 / 0)
-    assert notes.num_closed == 1
+        dualhead.train("CartPole-v1", **SMALL, run_dir=f"{run}2", writers=[notes], on_update=lambda *_: 1 / 0)
+    assert notes.num_closed == 2
 
 
 def test_a_schedule_sets_the_learning_rate(tmp_path):
@@ -256,16 +263,20 @@ def test_a_schedule_sets_the_learning_rate(tmp_path):
     def schedule(progress):
         return 1e-3 * (1 - progress) ** 2
 
+    refused = r"learning_rate: expected a schedule.*got 0\.001.*ppo="
+    with pytest.raises(TypeError, match=refused):
+        dualhead.train("CartPole-v1", **SMALL, run_dir=str(run), learning_rate=1e-3)
+    assert not run.exists()
     dualhead.train("CartPole-v1", **SMALL, run_dir=str(run), learning_rate=schedule)
-    rates = [float(row["update/learning_rate"]) for row in rows(run)]
+    rates = [float(row["update/learning_rate"]) for row in rows_of(run)]
     assert rates == pytest.approx([1e-3, 5.625e-4, 2.5e-4, 6.25e-5])
     assert json.loads((run / "config.json").read_text())["learning_rate_from"] == "callable"
     with pytest.raises(RunError, match=r"learning_rate=\.\.\."):
         dualhead.resume(run, total_steps=250)
-    with pytest.raises(RunError, match="expected the schedule to give a number of at least 0, got -1"):
-        dualhead.resume(run, total_steps=250, learning_rate=lambda progress: -1, show_progress=False)
+    with pytest.raises(TypeError, match=refused):
+        dualhead.resume(run, total_steps=250, learning_rate=1e-3)
     dualhead.resume(run, total_steps=250, learning_rate=schedule, show_progress=False)
-    assert float(rows(run)[-1]["update/learning_rate"]) == pytest.approx(1e-3 * 0.2**2)
+    assert float(rows_of(run)[-1]["update/learning_rate"]) == pytest.approx(1e-3 * 0.2**2)
 
 
 def test_own_parts_by_name_and_as_objects(tmp_path, capsys, monkeypatch):
@@ -287,36 +298,18 @@ def test_own_parts_by_name_and_as_objects(tmp_path, capsys, monkeypatch):
     assert main(["eval", "run", "--episodes", "1", *parts]) == 0
     assert main(["resume", "run", "--total-steps", "250", *parts]) == 0
     mine = sys.modules["mine"]
-    again = dualhead.train(
-        "CartPole-v1",
-        **{name: SMALL[name] for name in ("total_steps", "num_envs", "show_progress")},
-        ppo={"rollout_length": 25, "batch_size": 25, "num_epochs": 1},
-        eval_episodes=1,
-        encoder=mine.MyEncoder,
-        memory=mine.MyCell,
-        run_dir=str(tmp_path / "again"),
-    )
+    objects = {"encoder": mine.MyEncoder, "memory": mine.MyCell}
+    again = dualhead.train("CartPole-v1", **SMALL, **objects, run_dir=str(tmp_path / "again"))
     assert read_config(tmp_path / "again").encoder == "mine:MyEncoder"
-    player = dualhead.load_policy(tmp_path / "again", encoder=mine.MyEncoder, memory=mine.MyCell)
+    player = dualhead.load_policy(tmp_path / "again", **objects)
     assert torch.equal(torch.nn.utils.parameters_to_vector(player.policy.parameters()), weights(again))
     for wrong, message in (("mine", "MODULE:NAME"), ("nowhere:X", "cannot import 'nowhere'"), ("mine:X", "has no X")):
         assert main(["train", "CartPole-v1", "--encoder", wrong]) == 1
         assert message in capsys.readouterr().err
 
 
-def test_an_imported_module_brings_a_world_and_its_options(tmp_path, capsys, monkeypatch):
-    (tmp_path / "my_world.py").write_text(
-        "from pydantic import Field\n"
-        "from dualhead import CommonsConfig, Commons, WorldConfig, register_world\n"
-        "class MyConfig(WorldConfig):\n"
-        "    '''A small commons.'''\n"
-        "    num_agents: int = Field(default=2, description='Agents.')\n"
-        "    payoff: float = Field(default=1.0, description='What A pays.')\n"
-        "def open_mine(settings, *, num_worlds, device):\n"
-        "    rules = CommonsConfig(form='bandit', num_agents=settings.num_agents)\n"
-        "    return Commons(rules, num_worlds=num_worlds, device=device)\n"
-        "register_world('mine', MyConfig, open_mine)\n"
-    )
+def test_an_imported_module_brings_a_world_and_its_options(tmp_path):
+    (tmp_path / "my_world.py").write_text(OWN_WORLD)
     command = [sys.executable, "-m", "dualhead", "train", "mine", "--import", "my_world"]
     said = subprocess.run([*command, "--help"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     assert "--world.payoff FLOAT" in said
@@ -325,3 +318,101 @@ def test_an_imported_module_brings_a_world_and_its_options(tmp_path, capsys, mon
     subprocess.run([*command, *options.split(), "--run-dir", "run"], cwd=tmp_path, capture_output=True, check=True)
     world = json.loads((tmp_path / "run" / "config.json").read_text())["world"]
     assert world == {"num_agents": 2, "resources": [], "payoff": 3.0}
+
+
+class Points:
+    """Own streams: two of them, whose episodes are cut off after four steps."""
+
+    num_streams, resumable = 2, "it keeps count"
+    observation_space, action_space = gym.spaces.Box(-1, 1, (2,)), gym.spaces.Discrete(2)
+
+    def __init__(self, **given):
+        self.time, self.given = 0, {"final_observations": np.zeros((2, 2), np.float32)} | given
+
+    def reset(self, *, seed=None):
+        return np.zeros((2, 2), np.float32)
+
+    def step(self, actions):
+        self.time += 1
+        ended = np.full(2, self.time % 4 == 0)
+        return StreamStep(self.reset(), np.ones(2), np.zeros(2, bool), ended, **self.given)
+
+    def statistics(self):
+        return {"points/numpy": np.float32(0.5), "points/tensor": torch.tensor(1.5), "points/count": np.int64(3)}
+
+    def close(self): ...
+
+
+@pytest.mark.filterwarnings("ignore:Points")  # it cannot be resumed exactly
+def test_metrics_of_every_number_type_are_saved(tmp_path):
+    def on_update(session, metrics):
+        metrics |= {"mine/array": np.array(0.25), "mine/flag": np.bool_(True), "mine/tensor": torch.tensor([7])}
+        session.learning_rate = np.float32(0.125)
+
+    run = tmp_path / "run"
+    dualhead.train(Points(), **STREAMS_SMALL, run_dir=str(run), on_update=on_update)
+    expected = {"points/numpy": 0.5, "points/tensor": 1.5, "points/count": 3.0, "mine/array": 0.25, "mine/flag": 1.0}
+    expected |= {"mine/tensor": 7.0, "update/learning_rate": 0.125}
+    assert {name: float(rows_of(run)[-1][name]) for name in expected} == expected
+    saved = json.loads((run / "summary.json").read_text())["metrics"]
+    assert {name: saved[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("mine/word", "high"), ("mine/array", np.ones(2)), ("mine/none", None), ("steps", 1.0)]
+)
+def test_what_is_no_metric_is_refused_by_name_at_the_first_update(tmp_path, name, value):
+    notes = Notes()
+
+    def on_update(session, metrics):
+        metrics[name] = value
+
+    with pytest.raises(RunError, match=f"'{name}'"):
+        dualhead.train("CartPole-v1", **SMALL, run_dir=str(tmp_path), writers=[notes], on_update=on_update)
+    assert (notes.written, notes.num_closed) == ([], 1)
+
+
+@pytest.mark.parametrize("rate", [-1, math.nan, math.inf, "1e-3", np.float32(-1), torch.ones(2)])
+def test_an_impossible_learning_rate_is_refused(tmp_path, rate):
+    def on_update(session, metrics):
+        session.learning_rate = rate
+
+    for number, given in enumerate(({"on_update": on_update}, {"learning_rate": lambda progress: rate})):
+        with pytest.raises(RunError, match=r"learning_rate: expected a (finite )?number"):
+            dualhead.train("CartPole-v1", **SMALL, run_dir=str(tmp_path / str(number)), **given)
+
+
+@pytest.mark.parametrize(
+    ("eval_env", "message"),
+    [
+        (gym.make("CartPole-v1"), "expected an environment id, a callable"),
+        (3, "expected an environment id, a callable"),
+        (SyncVectorEnv([make_cue] * 2), ".*SAME_STEP"),
+        (lambda: 3, "expected a callable that makes one Gymnasium environment"),
+        ("Nothing-v0", "unknown environment 'Nothing-v0'"),
+        ("CartPole-v1", "expected the observation_space"),
+    ],
+)
+def test_a_wrong_evaluation_environment_is_refused_at_the_start(tmp_path, eval_env, message):
+    run = tmp_path / "run"
+    with pytest.raises(RunError, match=f"^eval_env: {message}"):
+        dualhead.train(make_cue, **SMALL | {"eval_episodes": 1}, run_dir=str(run), eval_env=eval_env)
+    assert not run.exists()
+    dualhead.train(make_cue, **SMALL, run_dir=str(run))
+    before = (run / "config.json").read_bytes()
+    with pytest.raises(RunError, match=f"^eval_env: {message}"):
+        dualhead.resume(run, env=make_cue, total_steps=300, eval_env=eval_env)
+    assert (run / "config.json").read_bytes() == before
+
+
+@pytest.mark.filterwarnings("ignore:Points")
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"final_observations": None}, r"6 steps \(3 of each stream\): streams \[0, 1\] were truncated"),
+        ({"numbers": {"score": [1.0]}}, r"8 steps \(4 of each stream\): 'score'"),
+    ],
+)
+def test_a_step_of_own_streams_that_lacks_something_names_environment_and_step(tmp_path, given, message):
+    with pytest.raises(RunError, match=rf"^Points after {message}"):
+        dualhead.train(Points(**given), **STREAMS_SMALL, run_dir=str(tmp_path))

@@ -56,10 +56,8 @@ gym.register("test/Unseen-v0", Unseen)
 
 def gif_frames(path):
     """Grey level and milliseconds of each picture of a GIF."""
-    return [
-        (int(frame.mean().round()), imageio.immeta(path, index=i)["duration"])
-        for i, frame in enumerate(imageio.imiter(path))
-    ]
+    levels = [int(frame.mean().round()) for frame in imageio.imiter(path)]
+    return [(level, imageio.immeta(path, index=i)["duration"]) for i, level in enumerate(levels)]
 
 
 def mp4(path):
@@ -148,25 +146,26 @@ def test_an_epoch_of_the_commons(tmp_path):
     assert np.abs(imageio.imread(out)[0].astype(int) - worlds.frame()).max() <= 1
 
 
-def test_what_cannot_be_filmed_is_said(tmp_path, monkeypatch):
-    run, unseen = save_run(tmp_path / "run"), save_run(tmp_path / "unseen", "test/Unseen-v0")
-    with pytest.raises(RunError, match=r"ends in \.mp4 or \.gif, got '\.avi'"):
-        record_video(run, tmp_path / "video.avi")
-    with pytest.raises(RunError, match=r"test/Unseen-v0 cannot be filmed: its render modes are \['human'\]"):
-        record_video(unseen, tmp_path / "video.gif")
-    with pytest.raises(RunError, match="max_steps: expected at least 1, got 0"):
-        record_video(run, tmp_path / "video.gif", max_steps=0)
-    with pytest.raises(RunError, match="holds no run"):
-        record_video(tmp_path / "nowhere", tmp_path / "video.gif")
+@pytest.mark.parametrize(
+    ("name", "out", "steps", "missing", "message"),
+    [
+        ("run", "video.avi", 9, None, r"ends in \.mp4 or \.gif, got '\.avi'"),
+        ("unseen", "video.gif", 9, None, r"test/Unseen-v0 cannot be filmed: its render modes are \['human'\]"),
+        ("run", "video.gif", 0, None, "max_steps: expected at least 1, got 0"),
+        ("nowhere", "video.gif", 9, None, "holds no run"),
+        ("run", "file/video.gif", 9, None, "cannot write video"),
+        ("run", "video.mp4", 9, "imageio_ffmpeg", r"needs the package imageio_ffmpeg: pip install -e '\.\[video\]'"),
+        ("run", "video.gif", 9, "imageio.v3", r"a \.gif video needs the package imageio"),
+    ],
+)
+def test_what_cannot_be_filmed_is_said(tmp_path, monkeypatch, name, out, steps, missing, message):
+    save_run(tmp_path / "run")
+    save_run(tmp_path / "unseen", "test/Unseen-v0")
     (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(RunError, match="cannot write video"):
-        record_video(run, tmp_path / "file" / "video.gif")
-    monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
-    with pytest.raises(RunError, match=r"needs the package imageio_ffmpeg: pip install -e '\.\[video\]'"):
-        record_video(run, tmp_path / "video.mp4")
-    monkeypatch.setitem(sys.modules, "imageio.v3", None)
-    with pytest.raises(RunError, match=r"a \.gif video needs the package imageio"):
-        record_video(run, tmp_path / "video.gif")
+    if missing is not None:
+        monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(RunError, match=message):
+        record_video(tmp_path / name, tmp_path / out, max_steps=steps)
     assert not list(tmp_path.glob("*video*"))
 
 

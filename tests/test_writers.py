@@ -1,26 +1,33 @@
 """Where metrics go: files that a killed run can go on with, full disks, and services that are optional."""
 
-import csv
-import importlib
 import json
 import math
 import os
 import sys
 import warnings
+from unittest.mock import MagicMock, call
 
 import numpy as np
 import pytest
 from full_disk import files_of_at_most
+from saved_runs import rows_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import dualhead
 from dualhead import RunConfig
 from dualhead.running.checkpoint import RunError
 from dualhead.running.episodes import EpisodeTracker
-from dualhead.running.writers import CSVWriter, TensorBoardWriter, expect_writers, make_writers, require_packages
+from dualhead.running.writers import CSVWriter, TensorBoardWriter, make_writers
 from dualhead.worlds.streams import StreamStep
 
 CONFIG = RunConfig(env="CartPole-v1", preset="spec", num_envs=8, total_steps=800, seed=3)
 LOGGED = {"time/steps_per_s": 10.0, "episode/mean_return": 1.5, "loss/value": math.nan}
+
+
+def write_row(run_dir, num_steps, metrics, **settings):
+    writer = CSVWriter(run_dir, **settings)
+    writer.write(num_steps, metrics)
+    writer.close()
 
 
 @pytest.mark.parametrize(
@@ -44,18 +51,14 @@ def test_a_resumed_run_goes_on_with_its_rows(there, expected, tmp_path):
     """Up to 20 steps: later rows go, and what was cut off; what was not there is begun."""
     if there is not None:
         (tmp_path / "evaluations.csv").write_bytes(there.encode())
-    writer = CSVWriter(tmp_path, name="evaluations.csv", resume_at=20)
-    writer.write(25, {"a": 9.5})
-    writer.close()
+    write_row(tmp_path, 25, {"a": 9.5}, name="evaluations.csv", resume_at=20)
     assert (tmp_path / "evaluations.csv").read_text().split() == expected.split()
     assert os.listdir(tmp_path) == ["evaluations.csv"]
 
 
 def test_a_new_run_begins_its_rows_anew(tmp_path):
     (tmp_path / "metrics.csv").write_text("steps,old\n1,2\n")
-    writer = CSVWriter(tmp_path)
-    writer.write(5, {"a": 1})
-    writer.close()
+    write_row(tmp_path, 5, {"a": 1})
     assert (tmp_path / "metrics.csv").read_text().split() == ["steps,a", "5,1"]
 
 
@@ -84,7 +87,7 @@ def test_rows_are_whole_or_not_there_where_the_disk_is_full(tmp_path):
             step += 1
 
     with files_of_at_most(1000):
-        with pytest.raises(RunError, match=r"cannot write .*metrics.csv: File too large; the rows before"):
+        with pytest.raises(RunError, match=r"cannot write .*metrics.csv: File too large"):
             write_on()
         # A column more is a new file: also that one there is no room for.
         before = (tmp_path / "metrics.csv").read_bytes()
@@ -93,13 +96,9 @@ def test_rows_are_whole_or_not_there_where_the_disk_is_full(tmp_path):
     writer.close()
     assert (tmp_path / "metrics.csv").read_bytes() == before
     assert os.listdir(tmp_path) == ["metrics.csv"]
-    with (tmp_path / "metrics.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
     assert len(before) > 950
-    assert rows == [{"steps": str(n), "a": str(n / 7), "b": "1.0"} for n in range(step)]
-    again = CSVWriter(tmp_path, resume_at=step - 1)
-    again.write(step, {"a": 0.5, "b": 2.0})
-    again.close()
+    assert rows_of(tmp_path) == [{"steps": str(n), "a": str(n / 7), "b": "1.0"} for n in range(step)]
+    write_row(tmp_path, step, {"a": 0.5, "b": 2.0}, resume_at=step - 1)
     assert (tmp_path / "metrics.csv").read_bytes() == before + f"{step},0.5,2.0\r\n".encode()
 
 
@@ -143,96 +142,19 @@ def test_tensorboard_on_a_full_disk(tmp_path):
         TensorBoardWriter(tmp_path / "nowhere")
 
 
-FAKE_WANDB = """
-calls = []
-
-class Run:
-    def define_metric(self, name, step_metric=None):
-        calls.append(("define_metric", name, step_metric))
-
-    def log(self, values):
-        if "refused" in values:
-            raise OSError("no line")
-        calls.append(("log", values))
-
-    def finish(self, exit_code):
-        calls.append(("finish", exit_code))
-
-def init(**settings):
-    if settings["config"]["env"] == "refused":
-        raise ValueError("No API key configured.")
-    calls.append(("init", settings))
-    return Run()
-"""
-
-FAKE_MLFLOW = """
-from types import SimpleNamespace as Record
-
-runs = {}
-
-class MlflowClient:
-    def __init__(self, tracking_uri):
-        self.uri = tracking_uri
-
-    def get_experiment_by_name(self, name):
-        return Record(experiment_id="7") if name == "known" else None
-
-    def create_experiment(self, name):
-        return "new " + name
-
-    def create_run(self, experiment_id, run_name):
-        run_id = f"run{len(runs)}"
-        runs[run_id] = Record(experiment=experiment_id, name=run_name, uri=self.uri, params={}, metrics=[], status="")
-        return Record(info=Record(run_id=run_id))
-
-    def update_run(self, run_id, status):
-        runs[run_id].status = status
-
-    def log_batch(self, run_id, metrics=(), params=()):
-        assert len(params) <= 100
-        if any(metric[0] == "refused" for metric in metrics):
-            raise ConnectionError("no line")
-        runs[run_id].metrics += [(name, value, step) for name, value, _, step in metrics]
-        runs[run_id].params.update(params)
-
-    def set_terminated(self, run_id, status):
-        runs[run_id].status = status
-"""
-
-FAKE_ENTITIES = """
-def Metric(name, value, timestamp, step):
-    assert timestamp > 1_600_000_000_000, "milliseconds"
-    return (name, value, timestamp, step)
-
-def Param(name, value):
-    assert isinstance(value, str)
-    return (name, value)
-"""
-
-
 @pytest.fixture
-def fakes(tmp_path, monkeypatch):
-    """Packages `wandb` and `mlflow` that remember what they were told."""
-
-    def forget():
-        names = [name for name in sys.modules if name.split(".")[0] in ("wandb", "mlflow")]
-        return {name: sys.modules.pop(name) for name in names}
-
-    packages = tmp_path / "packages"
-    for name, source in (
-        ("wandb/__init__.py", FAKE_WANDB),
-        ("mlflow/__init__.py", FAKE_MLFLOW),
-        ("mlflow/entities.py", FAKE_ENTITIES),
-    ):
-        (packages / name).parent.mkdir(parents=True, exist_ok=True)
-        (packages / name).write_text(source)
+def services(monkeypatch):
+    """Records the calls of `wandb`, and of the `MlflowClient` of `mlflow`, in the place of both packages."""
     for name in ("WANDB_PROJECT", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
         monkeypatch.delenv(name, raising=False)
-    real = forget()
-    monkeypatch.syspath_prepend(packages)
-    yield importlib.import_module("wandb").calls, importlib.import_module("mlflow").runs
-    forget()
-    sys.modules.update(real)
+    wandb, mlflow, entities = MagicMock(), MagicMock(), MagicMock(Metric=lambda *metric: metric, Param=lambda *p: p)
+    for name, module in (("wandb", wandb), ("mlflow", mlflow), ("mlflow.entities", entities)):
+        monkeypatch.setitem(sys.modules, name, module)
+    client = mlflow.MlflowClient.return_value
+    client.get_experiment_by_name.side_effect = lambda name: MagicMock(experiment_id="7") if name == "known" else None
+    client.create_experiment.return_value = "8"
+    client.create_run.return_value.info.run_id = "run0"
+    return wandb, mlflow.MlflowClient
 
 
 def with_log_to(*names, **changes):
@@ -258,76 +180,82 @@ def test_a_run_writes_csv_tensorboard_and_progress(tmp_path, capsys):
     assert "steps       150 / 800" in capsys.readouterr().err
 
 
-def test_wandb_is_told_once_and_goes_on(fakes, tmp_path):
-    calls, _ = fakes
+def test_wandb_gets_metrics_and_a_resumed_run_continues_there(services, tmp_path):
+    wandb, _ = services
     write_and_close(tmp_path, with_log_to("wandb"), 100)
-    (_, settings), *rest = calls
-    assert settings["project"] == "dualhead"
-    assert settings["name"] == "CartPole-v1 lstm-seed3"
-    assert settings["dir"] == str(tmp_path)
-    assert settings["config"]["ppo"]["gamma"] == 0.99
-    assert rest == [
-        ("define_metric", "steps", None),
-        ("define_metric", "*", "steps"),
-        ("log", {"steps": 100, "time/steps_per_s": 10.0, "episode/mean_return": 1.5}),
-        ("finish", 0),
+    settings, run = wandb.init.call_args.kwargs, wandb.init.return_value
+    assert (settings["project"], settings["name"]) == ("dualhead", "CartPole-v1 lstm-seed3")
+    assert (settings["dir"], settings["config"]["ppo"]["gamma"]) == (str(tmp_path), 0.99)
+    assert run.mock_calls == [
+        call.define_metric("steps"),
+        call.define_metric("*", step_metric="steps"),
+        call.log({"steps": 100, "time/steps_per_s": 10.0, "episode/mean_return": 1.5}),
+        call.finish(exit_code=0),
     ]
-    calls.clear()
     write_and_close(tmp_path, with_log_to("wandb"), 200, resume_at=100)
-    assert (calls[0][1]["id"], calls[0][1]["resume"]) == (settings["id"], "allow")
-    calls.clear()
+    resumed = wandb.init.call_args.kwargs
+    assert (resumed["id"], resumed["resume"]) == (settings["id"], "allow")
     (tmp_path / "other").mkdir()
     write_and_close(tmp_path / "other", with_log_to("wandb"), 100)
-    assert calls[0][1]["id"] != settings["id"]
+    assert wandb.init.call_args.kwargs["id"] != settings["id"]
 
 
-def test_mlflow_is_told_once_and_goes_on(fakes, tmp_path, monkeypatch):
-    _, runs = fakes
+def test_mlflow_gets_metrics_and_a_resumed_run_continues_there(services, tmp_path, monkeypatch):
+    _, make_client = services
+    client = make_client.return_value
     write_and_close(tmp_path, with_log_to("mlflow"), 100, logged={**LOGGED, "entropy/Wo? (x)": 2.0})
-    (run,) = runs.values()
-    assert run.uri == f"sqlite:///{tmp_path}/mlflow.db"
-    assert (run.experiment, run.name, run.status) == ("new dualhead", "CartPole-v1 lstm-seed3", "FINISHED")
-    assert run.params["ppo.gamma"] == "0.99"
-    assert run.params["network.memory"] == "lstm"
-    assert run.metrics == [
-        ("time/steps_per_s", 10.0, 100),
-        ("episode/mean_return", 1.5, 100),
-        ("entropy/Wo_ _x_", 2.0, 100),
-    ]
+    assert make_client.call_args == call(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
+    assert client.create_run.call_args_list == [call("8", run_name="CartPole-v1 lstm-seed3")]
+    *parameters, logged = client.log_batch.call_args_list
+    assert all(len(given.kwargs["params"]) <= 100 for given in parameters)
+    pairs = [pair for given in parameters for pair in given.kwargs["params"]]
+    assert {("ppo.gamma", "0.99"), ("network.memory", "lstm")} <= set(pairs)
+    metrics = {name: (value, step) for name, value, _, step in logged.kwargs["metrics"]}
+    assert metrics == {"time/steps_per_s": (10, 100), "episode/mean_return": (1.5, 100), "entropy/Wo_ _x_": (2, 100)}
+    assert all(when > 1_600_000_000_000 for _, _, when, _ in logged.kwargs["metrics"])  # milliseconds
+    assert client.set_terminated.call_args == call("run0", status="FINISHED")
     write_and_close(tmp_path, with_log_to("mlflow"), 200, resume_at=100)
-    assert list(runs) == ["run0"]
-    assert run.metrics[-1] == ("episode/mean_return", 1.5, 200)
+    assert client.create_run.call_count == 1
+    assert client.update_run.call_args == call("run0", status="RUNNING")
+    assert client.log_batch.call_args.args == ("run0",)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://elsewhere")
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "known")
     write_and_close(tmp_path, with_log_to("mlflow"), 300, resume_at=200)
-    assert (runs["run1"].uri, runs["run1"].experiment) == ("https://elsewhere", "7")
+    assert make_client.call_args == call(tracking_uri="https://elsewhere")
+    assert client.create_run.call_args.args == ("7",)
 
 
-def test_a_failed_run_is_a_failed_run_there_too(fakes, tmp_path):
-    calls, runs = fakes
-    with pytest.raises(KeyError, match="time/steps_per_s"):  # the progress line wants it
+def test_a_failed_run_is_a_failed_run_there_too(services, tmp_path):
+    wandb, make_client = services
+    with pytest.raises(KeyError, match="time/steps_per_s"):  # the progress line needs it
         write_and_close(tmp_path, with_log_to("wandb", "mlflow"), 100, logged={"a": 1.0})
-    assert calls[-1] == ("finish", 1)
-    assert runs["run0"].status == "FAILED"
+    assert wandb.init.return_value.finish.call_args == call(exit_code=1)
+    assert make_client.return_value.set_terminated.call_args == call("run0", status="FAILED")
 
 
-def test_a_service_that_fails_is_warned_of_once_and_ends_no_run(fakes, tmp_path):
+def test_a_service_that_fails_is_warned_of_once_and_ends_no_run(services, tmp_path):
+    wandb, make_client = services
     writers = make_writers(with_log_to("wandb", "mlflow"), tmp_path)
+    for refusing in (wandb.init.return_value.log, make_client.return_value.log_batch):
+        refusing.side_effect = ConnectionError("no line")
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         for step in range(100, 400, 100):
             for writer in writers:
-                writer.write(step, {**LOGGED, "refused": 1.0})
-    for writer in writers:
-        writer.close()
+                writer.write(step, LOGGED)
+        wandb.init.return_value.finish.side_effect = ConnectionError("no line")
+        for writer in writers:
+            writer.close()
     said = [str(warning.message) for warning in warned]
-    assert said == ["W&B took no metrics: no line", "MLflow took no metrics: no line"]
+    refused = ["W&B refused metrics: no line", "MLflow refused metrics: no line"]
+    assert said == [*refused, "W&B could not end its run: no line"]
     assert len((tmp_path / "metrics.csv").read_text().split()) == 4
 
 
-def test_a_service_that_refuses_says_so_before_the_run(fakes, tmp_path):
-    with pytest.raises(RunError, match=r"cannot begin a W&B run: No API key configured.*WANDB_MODE=offline"):
-        make_writers(with_log_to("wandb", env="refused"), tmp_path)
+def test_a_service_that_refuses_says_so_before_the_run(services, tmp_path):
+    services[0].init.side_effect = ValueError("No API key configured.")
+    with pytest.raises(RunError, match=r"cannot begin a run of W&B: No API key configured.*WANDB_MODE=offline"):
+        make_writers(with_log_to("wandb"), tmp_path)
     (tmp_path / "wandb.json").write_text("{")
     with pytest.raises(RunError, match=r"cannot read .*wandb.json"):
         make_writers(with_log_to("wandb"), tmp_path, resume_at=100)
@@ -337,9 +265,7 @@ def test_a_service_that_refuses_says_so_before_the_run(fakes, tmp_path):
 def test_a_missing_package_is_said_with_how_to_install_it(name, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda asked: None if asked == name else object())
     with pytest.raises(RunError, match=rf"log_to='{name}' needs .*pip install -e '\.\[{name}\]'"):
-        require_packages(with_log_to(name))
-    with pytest.raises(RunError, match="pip install"):
-        make_writers(with_log_to(name), tmp_path)
+        dualhead.train(with_log_to(name, run_dir=str(tmp_path / "run")))
     assert os.listdir(tmp_path) == []
 
 
@@ -369,24 +295,12 @@ def test_the_real_mlflow_in_the_run_directory(tmp_path, monkeypatch):
     assert sorted((metric.step, metric.value) for metric in history) == [(100, 1.5), (200, 1.5)]
 
 
-def test_any_object_with_two_methods_is_a_writer(tmp_path):
-    class Mine:
-        def write(self, num_steps, metrics): ...
-        def close(self): ...
-
-    mine = Mine()
-    assert expect_writers([mine]) == [mine]
-    for wrong in (Mine, print, "metrics.csv", tmp_path.open):
-        with pytest.raises(TypeError, match=r"expected a writer.*write\(num_steps, metrics\) and close\(\)"):
-            expect_writers([mine, wrong])
-
-
 def test_numbers_of_episodes_by_hand():
     """Only ended episodes count; NaN means that an episode has none; they outlive a resume."""
     tracker = EpisodeTracker(3)
 
     def step(ended, **numbers):
-        tracker.step(StreamStep(None, np.ones(3), np.array(ended), np.zeros(3, bool), None), numbers)
+        tracker.step(StreamStep(None, np.ones(3), np.array(ended), np.zeros(3, bool), None, numbers=numbers))
 
     step([False, False, False], success=[9, 9, 9])
     step([True, False, True], success=[True, True, False], score=[math.nan, 7, math.nan])

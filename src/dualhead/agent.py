@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dualhead import snapshot
 from dualhead.config import NetworkConfig, NormConfig, PPOConfig
+from dualhead.errors import DataError
 from dualhead.learning.advantages import RewardScale, generalized_advantages
 from dualhead.learning.rollout import Rollout
 from dualhead.learning.update import ppo_update
@@ -20,18 +21,9 @@ from dualhead.networks.encoders import EncoderFactory
 from dualhead.networks.memory import MemoryFactory
 from dualhead.networks.policy import RecurrentPolicy
 from dualhead.norms import NormEnforcer, NormEvents
-from dualhead.spaces import (
-    ActionSpec,
-    ObservationSpec,
-    all_finite,
-    as_tensor,
-    check_leaf,
-    holds_tensors,
-    non_finite_message,
-    torch_dtype,
-)
+from dualhead.spaces import ActionSpec, ObservationSpec, as_tensor, check_finite, check_leaf, holds_tensors, torch_dtype
 from dualhead.storage import write_tensors
-from dualhead.types import ActionSample, DataError, Observations, RecurrentState, on_device
+from dualhead.types import ActionSample, Observations, RecurrentState, on_device
 
 
 class DualHeadRecurrentPPO:
@@ -52,8 +44,8 @@ class DualHeadRecurrentPPO:
         config: PPO settings.
         network: shape of the policy.
         norms: add NormEnforcer's guilt to recorded rewards.
-        encoder: a module of your own in place of the one that `network` describes, or a function of the observation
-            space that makes one; see `Encoder`.
+        encoder: your own module in place of the one that `network` describes, or a function of the observation space
+            that makes one; see `Encoder`.
         memory: likewise a recurrent core, or a function of its input size and `network.hidden_size`; see `Memory` and
             `MemoryCell`. Both become part of the policy: they are moved to `device` and `dtype`, and whatever of them
             requires gradients learns.
@@ -82,19 +74,14 @@ class DualHeadRecurrentPPO:
     ) -> None:
         if num_streams < 1:
             raise ValueError(f"num_streams: expected at least 1, got {num_streams}")
-        for name, given, kind in (
-            ("config", config, PPOConfig),
-            ("network", network, NetworkConfig),
-            ("norms", norms, NormConfig),
-        ):
+        settings = {"config": config, "network": network, "norms": norms}
+        for (name, given), kind in zip(settings.items(), (PPOConfig, NetworkConfig, NormConfig)):
             if given is not None and not isinstance(given, kind):
                 raise TypeError(f"{name}: expected {kind.__name__}(...), got {type(given).__name__} {given!r}")
-        self.config = config or PPOConfig()
-        self.network = network or NetworkConfig()
+        self.config, self.network, self.norm_config = config or PPOConfig(), network or NetworkConfig(), norms
         self.num_streams = num_streams
         self.device = torch.device(device)
-        self.observation_spec = ObservationSpec(observation_space)
-        self.action_spec = ActionSpec(action_space)
+        self.observation_spec, self.action_spec = ObservationSpec(observation_space), ActionSpec(action_space)
         if self.config.learning_rate_schedule == "linear" and self.config.learning_rate_decay_steps is None:
             raise ValueError("learning_rate_schedule='linear' needs learning_rate_decay_steps")
         self._coefs(0)  # refuses a wrong number of entropy coefficients now, not at the first update
@@ -108,36 +95,39 @@ class DualHeadRecurrentPPO:
                 normalize_observations=self.config.normalize_observations,
                 encoder=encoder,
                 memory=memory,
-            ).to(self.device, dtype)
+            )
+        snapshot.check_savable(self.policy)
+        self.policy.to(self.device, dtype)
+        # All parameters, whether they learn now or later: Adam skips those without a gradient.
         self.optimizer = torch.optim.Adam(
-            self.policy.trainable().values(), lr=self.config.learning_rate, eps=self.config.adam_eps, fused=True
+            self.policy.parameters(), lr=self.config.learning_rate, eps=self.config.adam_eps, fused=True
         )
-        self.reward_scale = (
-            RewardScale(num_streams, gamma=self.config.gamma).to(self.device) if self.config.normalize_rewards else None
-        )
-        self.norms, self.norm_config = None, norms
+        self.reward_scale = self.norms = None
+        if self.config.normalize_rewards:
+            self.reward_scale = RewardScale(num_streams, gamma=self.config.gamma).to(self.device)
         if norms is not None:
             self.norms = NormEnforcer(num_streams, **norms.model_dump()).to(self.device)
         self._sampling = torch.Generator(self.device).manual_seed(seed)
         self._shuffling = torch.Generator("cpu").manual_seed(seed)
 
-        self.num_steps = 0
-        self.num_updates = 0
+        self.num_steps = self.num_updates = 0
         self._num_skipped = 0  # optimiser steps in a row, up to now
         self._current_hidden: RecurrentState | None = None
         self._step_is_pending = False
         self._episode_starts = torch.ones(num_streams, dtype=torch.bool, device=self.device)
         # What the policy is shown of the step before; blanked where an episode starts, when it is shown.
         self._previous = self.policy.previous.nothing(num_streams, device=self.device, dtype=dtype)
+        # Observations are kept in their own dtype, floats in the policy's.
+        dtypes = [torch_dtype(leaf.space.dtype) for leaf in self.observation_spec.leaves]
+        observations = {
+            leaf.name: (leaf.space.shape or (), dtype if own.is_floating_point else own)
+            for leaf, own in zip(self.observation_spec.leaves, dtypes)
+        }
         self.rollout_memory = Rollout(
             self.config.rollout_length,
             num_streams,
             burn_in=self.config.burn_in,
-            observations={
-                leaf.name: (leaf.space.shape or (), _storage_dtype(leaf.space, dtype))
-                for leaf in self.observation_spec.leaves
-            }
-            | self.policy.previous.shapes(dtype),
+            observations=observations | self.policy.previous.shapes(dtype),
             state=self.policy.initial_state(1),
             num_action_columns=self.action_spec.num_columns,
             action_dtype=dtype if self.action_spec.is_continuous else torch.int64,
@@ -179,21 +169,13 @@ class DualHeadRecurrentPPO:
             self.reward_scale.returns.zero_()
 
     def restart_streams(self, streams: Tensor) -> None:
-        """Gives some streams to new individuals: sets their recurrent states and norm strengths to zero.
-
-        Args:
-            streams: [B] bool.
+        """Gives some streams [B] bool to new individuals: sets their recurrent states and norm strengths to zero.
 
         Raises:
             RuntimeError: the rollout holds steps of the individuals that leave.
         """
-        self._expect_no_pending("restart_streams()")
-        if self.rollout_memory.length:
-            raise RuntimeError(
-                f"restart_streams() with {self.rollout_memory.length} steps recorded: call learn(...) before it"
-            )
-        streams = self._stream_tensor(streams, "streams", torch.bool)
-        streams = on_device(streams, self.device)
+        self._expect_all_learned("restart_streams()")
+        streams = on_device(self._stream_tensor(streams, "streams", torch.bool), self.device)
         self._update_hidden_state(self._get_hidden_state().reset_where(streams))
         self._episode_starts = self._episode_starts | streams
         if self.reward_scale is not None:
@@ -207,11 +189,11 @@ class DualHeadRecurrentPPO:
         For a resumed run whose environments could not be restored.
         """
         self._expect_no_pending("abandon_rollout()")
-        forgotten = self.rollout_memory.length * self.num_streams
-        self.num_steps -= forgotten
+        dropped = self.rollout_memory.length * self.num_streams
+        self.num_steps -= dropped
         self.rollout_memory.length = self.rollout_memory.tail_length = 0
         self.reset_state()
-        return forgotten
+        return dropped
 
     def act(self, observations: Any) -> Any:
         """Samples actions for all streams and advances the recurrent state. To play without learning: `Player`.
@@ -243,9 +225,8 @@ class DualHeadRecurrentPPO:
         state = self._get_hidden_state()
         tensors = tensors | self._previous_inputs()
         output, next_state = self.policy.step(tensors, state)
-        distribution = output.distribution
-        actions = distribution.sample(self._sampling)
-        sample = ActionSample(actions, distribution.log_probs(actions), output.values)
+        actions = output.distribution.sample(self._sampling)
+        sample = ActionSample(actions, output.distribution.log_probs(actions), output.values)
         self.rollout_memory.put_step(tensors, state, sample, self._episode_starts)
         self._step_is_pending = True
         self._update_hidden_state(next_state)
@@ -266,8 +247,7 @@ class DualHeadRecurrentPPO:
             rewards: [B] task rewards.
             terminated, truncated: [B] bool, the episode ended by the task's rules, or was cut off.
             final_observations: [B, ...] what was seen after the step and before any reset; read only where an
-                episode was truncated, to bootstrap from. Gymnasium's `infos["final_obs"]`, an array of objects, is
-                taken as it is.
+                episode was truncated, to bootstrap from. Gymnasium's `infos["final_obs"]` fits as it is.
             events: punishments and collected resources, where norms are enforced.
 
         Raises:
@@ -290,17 +270,15 @@ class DualHeadRecurrentPPO:
         # Evaluated on the device that the data came from: data from the host causes no host-device sync.
         some_ended = bool((terminated | truncated).any())
         cut_off = (truncated & ~terminated).nonzero()[:, 0] if some_ended else None
-        if task_rewards.device.type == "cpu" and not all_finite(task_rewards):
-            raise DataError(non_finite_message("reward", task_rewards))
+        if task_rewards.device.type == "cpu":
+            check_finite(task_rewards, "reward")
         task_rewards, terminated, truncated = (
             on_device(tensor, self.device) for tensor in (task_rewards, terminated, truncated)
         )
-        if (self.norms is None) != (events is None):
-            raise ValueError(
-                "events without norms: construct the agent with norms=NormConfig(...)"
-                if self.norms is None
-                else "norms are enforced but no events came: record(..., events=NormEvents(punished, collected))"
-            )
+        if self.norms is None and events is not None:
+            raise ValueError("events without norms: construct the agent with norms=NormConfig(...)")
+        if self.norms is not None and events is None:
+            raise ValueError("norms are enforced but no events came: record(..., events=NormEvents(...))")
         previous = self.policy.previous.after(memory.actions[memory.length], task_rewards)
         final_values = None
         if cut_off is not None and len(cut_off):
@@ -320,10 +298,9 @@ class DualHeadRecurrentPPO:
             self._previous = previous
             self._step_is_pending = False
             self.num_steps += self.num_streams
-            ended = terminated | truncated
-            self._episode_starts = ended
+            self._episode_starts = terminated | truncated
             if self._current_hidden is not None and some_ended:
-                self._update_hidden_state(self._current_hidden.reset_where(ended))
+                self._update_hidden_state(self._current_hidden.reset_where(self._episode_starts))
 
         return complete
 
@@ -349,30 +326,30 @@ class DualHeadRecurrentPPO:
         Raises:
             RuntimeError: the last step is not recorded, nothing is, or too little is.
             ValueError: missing next_observations, or non-finite numbers in the rollout.
+            DivergedError: losses or gradients stayed non-finite.
         """
         self._expect_no_pending("learn()")
         memory = self.rollout_memory
-        if memory.length == 0:
+        T = memory.length
+        if T == 0:
             raise RuntimeError("learn() with nothing recorded: act() and record() come first")
         if not self.rollout_is_ready and not partial:
             raise RuntimeError(
-                f"learn() after {memory.length} of rollout_length={memory.rollout_length} steps: record more, or call "
+                f"learn() after {T} of rollout_length={memory.rollout_length} steps: record more, or call "
                 f"learn(..., partial=True)"
             )
         if self.device.type != "cpu":
             self._check_finite()
-        T = memory.length
-        ended = memory.terminated[:T] | memory.truncated[:T]
-        rewards = memory.rewards[:T]
+        rewards, terminated, truncated = memory.rewards[:T], memory.terminated[:T], memory.truncated[:T]
         next_values = self._next_values(next_observations)
         if self.reward_scale is not None:
-            rewards = self.reward_scale(rewards, ended)
+            rewards = self.reward_scale(rewards, terminated | truncated)
         advantages = generalized_advantages(
             rewards,
             memory.values[:T],
             next_values,
-            memory.terminated[:T],
-            memory.truncated[:T],
+            terminated,
+            truncated,
             gamma=self.config.gamma,
             gae_lambda=self.config.gae_lambda,
         )
@@ -392,19 +369,16 @@ class DualHeadRecurrentPPO:
             num_skipped=self._num_skipped,
         )
         self._num_skipped = int(metrics.pop("skipped_in_a_row"))
-        metrics |= {
-            "rollout/task_reward": memory.task_rewards[:T].mean().item(),
-            "rollout/value": memory.values[:T].mean().item(),
-            "update/learning_rate": rate,
-        }
+        metrics["rollout/task_reward"] = memory.task_rewards[:T].mean().item()
+        metrics["rollout/value"] = memory.values[:T].mean().item()
+        metrics["update/learning_rate"] = rate
         metrics |= {f"update/entropy_coef/{name}": coef for name, coef in zip(self.action_spec.names, coefs)}
         if self.norms is not None:
             metrics["rollout/guilt"] = memory.guilt[:T].mean().item()
             metrics |= self.norms.metrics()
         if self.config.normalize_observations:
-            seen = memory.observations
-            names = self.policy.normalizer.names
-            self.policy.normalizer.update({name: seen[name][memory.max_tail :][:T].flatten(0, 1) for name in names})
+            seen = {name: memory.observations[name][memory.max_tail :][:T] for name in self.policy.normalizer.names}
+            self.policy.normalizer.update({name: leaf.flatten(0, 1) for name, leaf in seen.items()})
         memory.clear()
         self.num_updates += 1
         return metrics
@@ -414,21 +388,19 @@ class DualHeadRecurrentPPO:
         """V(s_{t+1}) [T, B]: the next step's value, the final observation's at truncations, 0 after terminations."""
         memory = self.rollout_memory
         T = memory.length
-        running = ~(memory.terminated[T - 1] | memory.truncated[T - 1])
+        terminated, truncated = memory.terminated[:T], memory.truncated[:T]
         next_values = torch.zeros_like(memory.values[:T])
         next_values[:-1] = memory.values[1:T]
-        if self.config.bootstrap_last and running.any():
+        if self.config.bootstrap_last and not (terminated[-1] | truncated[-1]).all():
             if next_observations is None:
                 raise ValueError(
                     "learn() needs next_observations: the last step ended no episode, and its value is bootstrapped "
                     "from them (or set bootstrap_last=False)"
                 )
-            # The value pass looks at the acting state and leaves it as it is.
-            state = self._get_hidden_state()
+            state = self._get_hidden_state()  # begins episodes where it was set to None, so before the previous inputs
             tensors = self._tensors(next_observations) | self._previous_inputs()
             next_values[-1] = self.policy.values(tensors, state)
-        cut_off = memory.truncated[:T] & ~memory.terminated[:T]
-        return torch.where(cut_off, memory.final_values[:T], next_values)
+        return torch.where(truncated & ~terminated, memory.final_values[:T], next_values)
 
     def _previous_inputs(self) -> Observations:
         """What the policy is shown of the step before, [B, ...]: nothing where an episode starts."""
@@ -440,9 +412,9 @@ class DualHeadRecurrentPPO:
         `previous` [B, ...] is that last step, as the policy's input.
         """
         if final_observations is None:
-            raise ValueError(
-                f"streams {streams.tolist()[:8]} were truncated: record(..., final_observations=...) is needed to "
-                f"bootstrap from what they saw last (the observation before the reset)"
+            raise DataError(
+                f"streams {streams.tolist()[:8]} were truncated: expected final_observations, what they saw before "
+                f"their reset, got None; pass record(..., final_observations=...), or StreamStep(final_observations=)"
             )
         assert self._current_hidden is not None
         if isinstance(final_observations, np.ndarray) and final_observations.dtype == object:
@@ -457,28 +429,28 @@ class DualHeadRecurrentPPO:
 
     def _coefs(self, num_updates: int) -> tuple[float, ...]:
         """Entropy weight per head after a number of updates: linear from start to end, then constant."""
-        start = self._per_head(self.config.entropy_coef, "entropy_coef")
-        end = start
-        if self.config.entropy_coef_end is not None:
-            end = self._per_head(self.config.entropy_coef_end, "entropy_coef_end")
-        done = min(1.0, num_updates / self.config.entropy_decay_steps) if self.config.entropy_decay_steps else 1.0
-        return tuple(a + (b - a) * done for a, b in zip(start, end))
+        config, heads = self.config, self.action_spec.names
 
-    def _per_head(self, coef: float | tuple[float, ...], name: str) -> tuple[float, ...]:
-        heads = self.action_spec.names
-        if not isinstance(coef, tuple):
-            return (coef,) * len(heads)
-        if len(coef) != len(heads):
-            raise ValueError(f"{name}: expected one number or {len(heads)}, one per head {heads}, got {coef}")
-        return coef
+        def per_head(name: str) -> tuple[float, ...]:
+            coef = getattr(config, name)
+            coef = coef if isinstance(coef, tuple) else (coef,) * len(heads)
+            if len(coef) != len(heads):
+                raise ValueError(f"{name}: expected one number or {len(heads)}, one per head {heads}, got {coef}")
+            return coef
+
+        start = per_head("entropy_coef")
+        if config.entropy_coef_end is None:
+            return start
+        done = min(1.0, num_updates / config.entropy_decay_steps)
+        return tuple(a + (b - a) * done for a, b in zip(start, per_head("entropy_coef_end")))
 
     def _learning_rate(self) -> float:
         """Step size of this update, by the environment steps taken before its rollout."""
-        if self.config.learning_rate_schedule == "constant":
+        decay_steps = self.config.learning_rate_decay_steps
+        if self.config.learning_rate_schedule == "constant" or decay_steps is None:
             return self.config.learning_rate
-        assert self.config.learning_rate_decay_steps is not None
         before = self.num_steps - self.rollout_memory.length * self.num_streams
-        return self.config.learning_rate * max(0.0, 1 - before / self.config.learning_rate_decay_steps)
+        return self.config.learning_rate * max(0.0, 1 - before / decay_steps)
 
     def _tensors(self, observations: Any, streams: Tensor | None = None) -> Observations:
         """Checked observations of all streams, or of the chosen ones."""
@@ -491,6 +463,7 @@ class DualHeadRecurrentPPO:
         return {name: on_device(tensor, self.device) for name, tensor in tensors.items()}
 
     def _stream_tensor(self, values: Any, name: str, dtype: torch.dtype) -> Tensor:
+        """One number or flag per stream, checked, on the device that it came from."""
         tensor = as_tensor(values, name)
         if tensor.dim() == 0 and self.num_streams == 1:
             tensor = tensor[None]
@@ -501,35 +474,35 @@ class DualHeadRecurrentPPO:
         return tensor.to(dtype)
 
     def _check_finite(self) -> None:
-        """Finds bad numbers and masks that came from an accelerator, once per rollout.
+        """Refuses bad numbers and masks that came from an accelerator: checking those at every step would sync."""
+        memory, leaves = self.rollout_memory, self.observation_spec.leaves
 
-        The rollout is copied to the CPU only where there are some.
-        """
-        memory = self.rollout_memory
-        T, leaves = memory.length, self.observation_spec.leaves
-        observations = {leaf.name: memory.observations[leaf.name][memory.max_tail :][:T] for leaf in leaves}
-        streams = torch.arange(self.num_streams).repeat(T)
-        try:
+        def check(steps: slice) -> None:
+            seen = {
+                leaf.name: memory.observations[leaf.name][memory.max_tail :][steps].flatten(0, 1) for leaf in leaves
+            }
             for leaf in leaves:
-                check_leaf(leaf, observations[leaf.name].flatten(0, 1), streams)
-            self.policy.heads.check_mask({name: leaf.flatten(0, 1) for name, leaf in observations.items()})
-            if all_finite(memory.rewards[:T]):
-                return
+                check_leaf(leaf, seen[leaf.name])
+            self.policy.heads.check_mask(seen)
+            check_finite(memory.rewards[steps].flatten(), "reward")
+
+        try:
+            check(slice(memory.length))
         except DataError:
-            pass  # said below, with its step
-        for t in range(T):
-            try:
-                for leaf in leaves:
-                    check_leaf(leaf, observations[leaf.name][t].cpu())
-                self.policy.heads.check_mask({name: leaf[t].cpu() for name, leaf in observations.items()})
-                if not all_finite(memory.rewards[t]):
-                    raise DataError(non_finite_message("reward", memory.rewards[t].cpu()))
-            except DataError as error:
-                raise DataError(f"step {t + 1} of this rollout of {T}: {error}") from None
+            for t in range(memory.length):
+                try:
+                    check(slice(t, t + 1))
+                except DataError as error:
+                    raise DataError(f"step {t + 1} of this rollout of {memory.length}: {error}") from None
 
     def _expect_no_pending(self, call: str) -> None:
         if self._step_is_pending:
             raise RuntimeError(f"{call} before the last step is complete: call record(rewards, terminated, truncated)")
+
+    def _expect_all_learned(self, call: str) -> None:
+        self._expect_no_pending(call)
+        if self.rollout_memory.length:
+            raise RuntimeError(f"{call} with {self.rollout_memory.length} steps recorded: call learn(...) before it")
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything the agent is: tensors by name, and JSON metadata. `restore` takes them back.
@@ -541,12 +514,7 @@ class DualHeadRecurrentPPO:
         return snapshot.take(self)
 
     def check(self, tensors: dict[str, Tensor], metadata: dict[str, Any], *, source: str = "checkpoint") -> None:
-        """Whether `restore` would take this; the agent stays as it is.
-
-        Raises:
-            CheckpointError: it was made by another architecture, for other spaces or another number of streams, or
-                something is missing in it or of the wrong kind.
-        """
+        """Raises what `restore` would raise; the agent stays as it is."""
         snapshot.check(self, tensors, metadata, source=source)
 
     def restore(self, tensors: dict[str, Tensor], metadata: dict[str, Any], *, source: str = "checkpoint") -> None:
@@ -555,10 +523,10 @@ class DualHeadRecurrentPPO:
         On another kind of device than it was saved on, actions are sampled from this agent's own generator.
 
         Raises:
-            CheckpointError: as `check`.
+            CheckpointError: it was made by another architecture, for other spaces or another number of streams, or
+                something is missing in it or of the wrong kind.
         """
         snapshot.restore(self, tensors, metadata, source=source)
-        self._step_is_pending = False
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one checkpoint file, whole or not at all.
@@ -588,11 +556,7 @@ class DualHeadRecurrentPPO:
             CheckpointError: unreadable, truncated, or of another network or other spaces; the agent is unchanged.
             RuntimeError: steps are recorded and not learned from yet: other weights chose their actions.
         """
-        self._expect_no_pending("warm_start()")
-        if self.rollout_memory.length:
-            raise RuntimeError(
-                f"warm_start() with {self.rollout_memory.length} steps recorded: call learn(...) before it"
-            )
+        self._expect_all_learned("warm_start()")
         snapshot.warm_start(self, *snapshot.read(path), source=str(path))
 
     @classmethod
@@ -608,32 +572,23 @@ class DualHeadRecurrentPPO:
 
         Args:
             path: of `save`, or a checkpoint of a run with one agent.
-            encoder, memory: the parts of its own that the agent was made with. A file names them; it holds no code.
+            encoder, memory: your own parts that the agent was made with. A file names them; it holds no code.
             device: where it lives now.
 
         Raises:
             CheckpointError: unreadable, truncated, or a part is missing.
         """
         tensors, metadata = snapshot.read(path)
-        made = cls(
-            **snapshot.arguments(metadata, source=str(path)),
-            **snapshot.foreign_arguments(metadata, encoder=encoder, memory=memory, source=str(path)),
-            device=device,
-        )
+        arguments = snapshot.arguments(metadata, source=str(path))
+        parts = snapshot.foreign_arguments(metadata, encoder=encoder, memory=memory, source=str(path))
+        made = cls(**arguments, **parts, device=device)
         made.restore(tensors, metadata, source=str(path))
         return made
 
     def __repr__(self) -> str:
-        policy = self.policy
-        parts = [f"{name}={getattr(policy, name).__class__.__name__}" for name in policy.foreign_parts]
-        parts += [f"memory={self.network.memory!r}"] if "memory" not in policy.foreign_parts else []
+        parts = {"memory": self.network.memory} | self.policy.foreign_parts
         return (
             f"{type(self).__name__}({self.observation_spec.space}, {self.action_spec.space}, "
-            f"num_streams={self.num_streams}, {', '.join(parts)}, num_steps={self.num_steps})"
+            f"num_streams={self.num_streams}, {', '.join(f'{name}={part!r}' for name, part in parts.items())}, "
+            f"num_steps={self.num_steps})"
         )
-
-
-def _storage_dtype(space: gym.Space, dtype: torch.dtype) -> torch.dtype:
-    """Observations are kept in their own dtype, floats in the policy's."""
-    own = torch_dtype(space.dtype)
-    return dtype if own.is_floating_point else own

@@ -1,96 +1,142 @@
-"""The command line: one function for each command, and options made from the settings classes."""
+"""The command line: one function for each command; tyro makes its options from the signature and from the settings."""
 
-from __future__ import annotations
-
-import argparse
-import difflib
 import errno
 import importlib.metadata
-import inspect
 import json
 import math
 import os
 import re
 import select
 import sys
-import types
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, TextIO, Union, get_args, get_origin
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypedDict, Union, get_args, get_origin
 
+import tyro
+from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
+from tyro.constructors import PrimitiveConstructorSpec
+
+from dualhead.config import SEED_LIMIT, Config, NetworkConfig, flat, merged
 from dualhead.errors import CheckpointError, RunError, SettingsError, UnavailableEnvironment
+from dualhead.running.config import (
+    EVAL_EPISODES,
+    EVALUATION_SEED,
+    RunConfig,
+    default_settings,
+    planned,
+    preset_settings,
+    tuned_settings,
+    usual_preset,
+)
+from dualhead.running.parts import find_part, import_module
+from dualhead.studies.files import copy_study, study_names
+from dualhead.worlds.registry import WORLDS, environment_ids
 
-if TYPE_CHECKING:  # what a command needs it imports itself: `--help` is quick
-    from dualhead.config import Config
-    from dualhead.running.config import RunConfig
+# Modules that load torch are imported by the commands that need them: `--help` is quick.
 
-_BY_THEMSELVES = ("network", "ppo")
-"""Settings within settings whose options have no prefix: `--hidden-size`, not `--network.hidden-size`."""
-_OF_AGENTS = ("policies", "enforce_norms", "norms", "turnover")
-"""Only for worlds of several agents, or worlds that give events."""
+Modules = Annotated[
+    tuple[str, ...],
+    arg(
+        name="import",
+        metavar="MODULE",
+        help="Import a module of your own first, for example one that registers environments or worlds. Repeatable.",
+    ),
+    UseAppendAction,
+]
+Run = Positional[Annotated[str, arg(metavar="RUN", help="The run directory.")]]
+RunOrCheckpoint = Positional[Annotated[str, arg(metavar="RUN", help="The run directory, or a checkpoint file of it.")]]
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Runs one command; errors that a user can mend come as one message and exit status 1 or 2."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+@dataclass(frozen=True)
+class OwnParts:
+    """What a run's files name and never import by themselves."""
+
+    encoder: Annotated[str | None, arg(metavar="MODULE:NAME", help="The run's own encoder, where it has one.")] = None
+    memory: Annotated[str | None, arg(metavar="MODULE:NAME", help="The run's own memory, where it has one.")] = None
+    modules: Modules = ()
+
+    def found(self) -> dict[str, Any]:
+        return {part: find_part(getattr(self, part), what=f"--{part}") for part in ("encoder", "memory")}
+
+
+Own = Annotated[OwnParts, arg(name="")]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; errors that a user can mend give one message and exit status 1 or 2."""
     try:
         try:
-            return _main(arguments)
+            return _main(sys.argv[1:] if arguments is None else list(arguments))
         finally:
             sys.stdout.flush()
-    except BrokenPipeError:
-        if _has_reader(sys.stdout):
-            raise  # it was another pipe
-        _drop_output()  # `dualhead envs | head` has seen enough
-        return 141
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        is_unread = error.errno == errno.EPIPE and not _has_reader()
+        if not is_unread and error.errno != errno.ENOSPC:
             raise
+        # What is left in the buffer must not fail again at the exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if is_unread:
+            return 141  # `dualhead envs | head` has seen enough
         print(f"error: cannot write the output: {error.strerror}", file=sys.stderr)
-        _drop_output()
         return 1
 
 
-def _drop_output() -> None:
-    """What is still in the buffer must not fail once more at the exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _has_reader(stream: TextIO) -> bool:
-    """Whether somebody is at the other end of a pipe; True where the system cannot tell."""
+def _has_reader() -> bool:
+    """Whether something reads standard output: another pipe broke then. True where the system cannot tell."""
     if not hasattr(select, "poll"):  # Windows
         return True
     poll = select.poll()
-    poll.register(stream, 0)
+    poll.register(sys.stdout, 0)
     return not any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _main(arguments: list[str]) -> int:
-    name = arguments[0] if arguments else ""
-    if name not in _COMMANDS:
-        _without_command(arguments)
+    version = f"dualhead {importlib.metadata.version('dualhead')}"
+    if arguments == ["--version"]:
+        print(version)
+        return 0
     with warnings.catch_warnings():
         warnings.simplefilter("default")
         warnings.showwarning = _warn
-        run = _COMMANDS[name]
         try:
-            return run(_Parser(prog=f"dualhead {name}", description=inspect.getdoc(run)), arguments[1:])
+            # Worlds bring options: they must be registered before the other options are read.
+            tyro.cli(_import, args=arguments, add_help=False, return_unknown_args=True)
+            named = [world.settings for name, world in WORLDS.items() if name in arguments]
+            if arguments[:1] == ["train"]:
+                words = [word for word in arguments[1:] if word not in ("-h", "--help")]
+                found = _read_train(words, named)
+                if len(words) < len(arguments) - 1:
+                    _show_help_of_train(found, named)
+                if found is not None:
+                    return _train(*found)
+            return tyro.extras.subcommand_cli_from_dict(
+                {
+                    "train": _reader(named),  # says what is wrong
+                    "resume": resume,
+                    "eval": evaluate,
+                    "study": study,
+                    "report": report,
+                    "export": export,
+                    "envs": envs,
+                },
+                args=arguments,
+                prog="dualhead",
+                description=f"Recurrent PPO: train agents that remember. This is {version}.",
+            )
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130
-        except (RunError, CheckpointError, UnavailableEnvironment) as error:
+        except (RunError, SettingsError, CheckpointError, UnavailableEnvironment) as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
 
 
-def _without_command(arguments: list[str]) -> NoReturn:
-    parser = _Parser(prog="dualhead", description="Recurrent PPO: train agents that remember, and all that follows.")
-    parser.add_argument("--version", action="version", version=f"dualhead {importlib.metadata.version('dualhead')}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True, title="commands, each with a --help of its own")
-    for name, run in _COMMANDS.items():
-        commands.add_parser(name, help=(inspect.getdoc(run) or "").partition("\n")[0])
-    parser.parse_args(arguments)
-    raise AssertionError("an unknown command was parsed")
+def _import(modules: Modules = ()) -> None:
+    for module in modules:
+        import_module(module, what="--import")
 
 
 def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
@@ -98,260 +144,116 @@ def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
     print(f"warning: {plain.removeprefix('WARN: ')}", file=sys.stderr)
 
 
-class _Parser(argparse.ArgumentParser):
-    """Options may be written with `-` or `_`, and only in full."""
-
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        words = [re.sub(r"^--[^=]*", lambda option: option[0].replace("_", "-"), word) for word in args or []]
-        return super().parse_known_args(words, namespace)
-
-    def refuse(self, word: str) -> NoReturn:
-        """Ends with a usage error about an option that does not exist."""
-        option = word.partition("=")[0]
-        near = difflib.get_close_matches(option, self._option_string_actions, n=3)
-        self.error(f"unknown option {option}" + (f": did you mean {' or '.join(near)}?" if near else ""))
+_OF_AGENTS = ["world", "policies", "enforce_norms", "norms", "turnover"]
+"""Only for worlds of several agents, or worlds that give events."""
 
 
-def _train(parser: _Parser, arguments: list[str]) -> int:
-    """Train an agent."""
-    config = parse_train(arguments, description=parser.description)
-    print(_say_settings(config))
-    from dualhead.running.trainer import train
-
-    return _tell(train(config).summary)
-
-
-def parse_train(arguments: list[str], *, description: str | None = None) -> RunConfig:
-    """Settings of the run that `dualhead train ARGUMENTS` asks for.
-
-    Raises:
-        RunError: they are not possible.
-        SystemExit: the arguments are no such command, or ask for help.
-    """
-    from dualhead.running.config import planned
-    from dualhead.worlds.registry import worlds
-
-    _import_modules(arguments)
-    known, words = worlds(), [word for word in arguments if word not in ("-h", "--help")]
-    env, _ = _Options(known.values()).read(words)
-    # Once more, now that it is known whose world's options are meant.
-    options = _Options([known[env]] if env in known else [], description=description)
-    if len(words) < len(arguments):
-        options.print_help(env, known)
-    env, settings = options.read(words, are_all=True)
-    if env is None:
-        options.parser.error("expected an environment: dualhead train ENV ...; `dualhead envs` lists them")
-    # One option for both: a core of ours by its name, or one of the user's own as MODULE:NAME.
-    if ":" in settings.get("network", {}).get("memory", ""):
-        settings["memory"] = settings["network"].pop("memory")
-    try:
-        return planned(env, **settings)
-    except SettingsError as error:
-        raise RunError(str(error)) from None
-
-
-class _Options:
-    """Options of `train`, one for each setting: they hold what was given and nothing else.
-
-    Args:
-        worlds: classes of worlds' own settings.
-        description: of the command.
-    """
-
-    def __init__(self, worlds: Iterable[type[Config]], *, description: str | None = None) -> None:
-        from dualhead.running.config import RunConfig
-
-        env = RunConfig.model_fields["env"].description
-        self.parser = _Parser(prog="dualhead train", description=description)
-        self.parser.usage = f"dualhead train ENV [options]\n\nENV: {env}"
-        self._types: dict[str, Any] = {}
-        self._actions: dict[str, argparse.Action] = {}
-        _add_import(self.parser)
-        self._add(self.parser.add_argument_group("the run"), RunConfig, "")
-        for name, field in RunConfig.model_fields.items():
-            if name != "world" and _is_nested(field.annotation):
-                self._add(self.parser.add_argument_group(name, field.description), field.annotation, f"{name}.")
-        for world in worlds:
-            about = (world.__doc__ or "").partition("\n")[0]
-            self._add(self.parser.add_argument_group("world", about), world, "world.")
-
-    def _add(self, group: Any, settings: Any, below: str) -> None:
-        for name, field in settings.model_fields.items():
-            place, kind = f"{below}{name}", field.annotation
-            if place in ("env", "env_from", "learning_rate_from", "memory", *self._types) or _is_nested(kind):
-                continue
-            self._types[place] = kind
-            option = "--" + (name if below[:-1] in _BY_THEMSELVES else place).replace("_", "-")
-            described: dict[str, Any] = {"dest": place, "help": _help(field)}
-            if kind is bool:
-                described["action"] = argparse.BooleanOptionalAction
-            else:
-                described |= {"metavar": _metavar(kind)} | ({"nargs": "*"} if _is_list(kind) else {})
-            self._actions[place] = group.add_argument(option, **described)
-
-    def read(self, arguments: list[str], *, are_all: bool = False) -> tuple[str | None, dict[str, Any]]:
-        """The environment, and the settings that were given, nested as RunConfig is.
-
-        Args:
-            arguments: of the command.
-            are_all: there is no other option than these.
-        """
-        given, rest = self.parser.parse_known_args(arguments)
-        unknown = [word for word in rest if word.startswith("-")]
-        if unknown and are_all:
-            self.parser.refuse(unknown[0])
-        settings: dict[str, Any] = {}
-        for place, value in vars(given).items():
-            if place not in self._types:
-                continue
-            # `--head-sizes 6 6 ENV`: what is no number is the environment.
-            if not rest and isinstance(value, list) and value and not _fits(self._types[place], value[-1]):
-                rest = [value.pop()]
-            *outer, name = place.split(".")
-            inner = settings
-            for part in outer:
-                inner = inner.setdefault(part, {})
-            inner[name] = _value(self._types[place], value)
-        if len(rest) > 1 and are_all:
-            self.parser.error(f"expected one environment, got {' '.join(rest)}")
-        return (rest[0] if rest else None), settings
-
-    def print_help(self, env: str | None, worlds: Mapping[str, type[Config]]) -> NoReturn:
-        """Without what this environment has no use for; and exits."""
-        if env is not None and env not in worlds:
-            for place, action in self._actions.items():
-                if place.partition(".")[0] in _OF_AGENTS:
-                    action.help = argparse.SUPPRESS
-            for group in self.parser._action_groups:
-                if group.title in _OF_AGENTS:
-                    group.title = group.description = None
-        if env is None:
-            names = ", ".join(f"`dualhead train {name} --help`" for name in worlds)
-            self.parser.epilog = f"Worlds with settings of their own: {names}"
-        self.parser.print_help()
-        self.parser.exit()
-
-
-def _is_nested(kind: Any) -> bool:
-    return inspect.isclass(kind) and hasattr(kind, "model_fields")
-
-
-def _members(kind: Any) -> list[Any]:
-    """The types that a value may have."""
-    if hasattr(kind, "__metadata__"):  # Annotated
-        return _members(get_args(kind)[0])
-    if get_origin(kind) in (Union, types.UnionType):
-        return [member for part in get_args(kind) for member in _members(part)]
-    return [kind]
-
-
-def _elements(kind: Any) -> list[Any]:
-    """The types of a list's elements; empty where a value is none, or one of tables."""
-    for member in _members(kind):
-        if get_origin(member) is tuple:
-            elements = _members(get_args(member)[0])
-            return [] if any(map(_is_nested, elements)) else elements
-    return []
-
-
-def _is_list(kind: Any) -> bool:
-    return bool(_elements(kind))
-
-
-def _fits(kind: Any, word: str) -> bool:
-    """Whether a word can be an element of a list."""
-    elements = _elements(kind)
-    literals = [choice for element in elements if get_origin(element) is Literal for choice in get_args(element)]
-    return str in elements or word in literals or (not literals and not isinstance(_word(elements, word), str))
-
-
-def _value(kind: Any, given: Any) -> Any:
-    """What an option's words mean; whether that is possible the settings say."""
-    if isinstance(given, list):
-        values = [_word(_elements(kind), word) for word in given]
-        is_one = len(values) == 1 and any(get_origin(member) is not tuple for member in _members(kind))
-        return values[0] if is_one else values
-    return _word(_members(kind), given) if isinstance(given, str) else given
-
-
-def _word(members: list[Any], word: str) -> Any:
-    if word == "None" and types.NoneType in members:
-        return None
-    if str in members:
-        return word
-    try:
-        return json.loads(word)
-    except ValueError:
-        return word
-
-
-def _metavar(kind: Any) -> str:
-    names = []
-    for member in _members(kind):
-        if get_origin(member) is Literal:
-            names.append("{" + ",".join(map(str, get_args(member))) + "}")
-        elif get_origin(member) is tuple and _is_list(member):
-            names.append(_metavar(get_args(member)[0]))  # argparse shows that there may be several
-        elif member in (int, float, str):
-            names.append({int: "INT", float: "FLOAT", str: "TEXT"}[member])
-        else:
-            names.append("None" if member is types.NoneType else "JSON")
-    return "|".join(dict.fromkeys(names))
-
-
-def _help(field: Any) -> str:
-    default = field.get_default(call_default_factory=True)
-    shown = " ".join(map(str, default)) if isinstance(default, tuple) else "" if default is None else str(default)
-    said = f" (default: {shown})" if shown and len(shown) < 80 else ""
-    return f"{field.description}{said}".replace("%", "%%")
-
-
-def _add_import(parser: _Parser) -> None:
-    parser.add_argument(
-        "--import",
-        dest="modules",
-        metavar="MODULE",
-        action="append",
-        help="import a module of your own, which registers environments or worlds, say; may be given several times",
+def _spec(metavar: str, read: Callable[[str], Any], write: Callable[[Any], str]) -> PrimitiveConstructorSpec[Any]:
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=metavar,
+        instance_from_str=lambda words: read(words[0]),
+        is_instance=lambda _: True,
+        str_from_instance=lambda value: [write(value)],
     )
 
 
-def _import_modules(arguments: list[str]) -> None:
-    """Imports what `--import` names, before anything else is read: worlds bring options."""
-    parser = _Parser(add_help=False)
-    _add_import(parser)
-    modules = vars(parser.parse_known_args(arguments)[0]).get("modules", [])
-    if modules:
-        from dualhead.running.parts import import_module
-
-        for module in modules:
-            import_module(module, what="--import")
+_INT = _spec("INT", lambda word: float(word) if "e" in word.lower() else int(word), str)  # 1e6 is a whole number too
+_JSON = _spec("JSON", json.loads, json.dumps)
 
 
-def _add_own_parts(parser: _Parser) -> None:
-    """What a run's directory names and never imports by itself."""
-    _add_import(parser)
-    for part in ("encoder", "memory"):
-        parser.add_argument(f"--{part}", metavar="MODULE:NAME", help=f"the run's own {part}, where it has one")
+def _is_plain(kind: Any, *, lists: tuple[type, ...] = (tuple, list)) -> bool:
+    """Whether tyro reads it from words: scalars, choices, lists of these. Anything else is given as JSON."""
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return _is_plain(parts[0], lists=lists)
+    if origin in (Union, UnionType) or origin in lists:
+        return all(_is_plain(part, lists=() if origin in lists else lists) for part in parts)
+    return origin is Literal or kind in (int, float, str, bool, NoneType, ...)
 
 
-def _own_parts(given: Any) -> dict[str, Any]:
-    from dualhead.running.parts import find_part
+def _options(*classes: type[Config], hidden: Iterable[str] = (), worlds: Sequence[type[Config]] = ()) -> Any:
+    """A TypedDict of the settings that may be given, none of them required.
 
-    return {part: find_part(getattr(given, part, None), what=f"--{part}") for part in ("encoder", "memory")}
+    Args:
+        classes: of the settings.
+        hidden: fields without an option.
+        worlds: classes that the field `world` may have.
+    """
+    kinds: dict[str, Any] = {}
+    for name, field in [field for settings in classes for field in settings.model_fields.items()]:
+        kind: Any = field.annotation
+        if name in hidden:
+            continue
+        if isinstance(kind, type) and issubclass(kind, Config):
+            kind = _options(*(worlds if name == "world" else [kind]))
+            if name in ("network", "ppo"):
+                kind = OmitArgPrefixes[kind]  # type: ignore[misc]  # `--hidden-size`, not `--network.hidden-size`
+        elif field is NetworkConfig.model_fields["memory"]:
+            kind = str  # one of ours, or MODULE:NAME
+        elif not _is_plain(kind):
+            kind = Annotated[object, _JSON]
+        elif kind is int:
+            kind = Annotated[kind, _INT]
+        kinds[name] = Annotated[kind, arg(help=field.description)]
+    return TypedDict("Settings", kinds, total=False)  # type: ignore[operator]
 
 
-def _say_settings(config: RunConfig) -> str:
+def _read_train(words: Sequence[str], named: Sequence[type[Config]]) -> tuple[str, dict[str, Any]] | None:
+    """The environment and the settings that were given; None for wrong usage."""
+    # Behind a list ENV is taken for an element of it, `--head-sizes 6 6 ENV --seed 1`: try each word as ENV.
+    places = [place for place, word in enumerate(words) if re.match(r"[^\W\d]", word)]
+    for order in [words, *([words[place], *words[:place], *words[place + 1 :]] for place in reversed(places))]:
+        with suppress(SystemExit):
+            return tyro.cli(_reader(named), args=order, console_outputs=False)
+    return None
+
+
+def _show_help_of_train(found: tuple[str, dict[str, Any]] | None, named: Sequence[type[Config]]) -> None:
+    """Shows the settings of the environment that was found, if one was; and exits."""
+    env, given = found or ("", {})
+    hidden = [] if env in WORLDS else _OF_AGENTS if env else ["world"]
+    preset, independent = given.get("preset", usual_preset(env)), given.get("policies") == "independent"
+    defaults = merged(default_settings(env), preset_settings(preset, env, independent=independent))
+    shown = _reader(named, hidden=hidden, defaults=defaults | {"preset": preset})
+    tyro.cli(shown, args=["--help"], prog="dualhead train")
+
+
+def _reader(
+    worlds: Sequence[type[Config]], *, hidden: Iterable[str] = (), defaults: dict[str, Any] | None = None
+) -> Callable[..., tuple[str, dict[str, Any]]]:
+    """`train` as a function for tyro, which returns what was given."""
+    hidden = ("env", "env_from", "learning_rate_from", "memory", *hidden)
+    settings_of_a_run = _options(RunConfig, hidden=hidden, worlds=worlds)
+    about_env = RunConfig.model_fields["env"].description
+    shown = {name: value for name, value in (defaults or {}).items() if name not in hidden} or tyro.MISSING
+
+    def train(
+        env: Positional[Annotated[str, arg(metavar="ENV", help=about_env)]],
+        settings: Annotated[settings_of_a_run, arg(name="")] = shown,  # type: ignore[valid-type]
+        modules: Modules = (),
+    ) -> tuple[str, dict[str, Any]]:
+        """Train an agent. `dualhead train ENV --help` shows the settings of an environment."""
+        return env, settings
+
+    return train
+
+
+def _train(env: str, settings: dict[str, Any]) -> int:
+    # One option for both: a core of ours by its name, or one of the user's own as MODULE:NAME.
+    if ":" in settings["network"].get("memory", ""):
+        settings["memory"] = settings["network"].pop("memory")
+    config = planned(env, **settings)
+    print(_describe_settings(config))
+    from dualhead.running.trainer import train
+
+    return _describe_run(train(config).summary)
+
+
+def _describe_settings(config: RunConfig) -> str:
     """Which settings come from where."""
-    from dualhead.config import flat
-    from dualhead.running.config import RunConfig, preset_settings
-
-    independent = config.policies == "independent"
-    chosen, default = (flat(dict(of.model_dump())) for of in (config, RunConfig(env=config.env)))
-    preset = flat(preset_settings(config.preset, config.env, independent=independent))
+    chosen, default = flat(config.model_dump()), flat(default_settings(config.env))
+    preset = flat(preset_settings(config.preset, config.env, independent=config.policies == "independent"))
     where = {
         "default": "defaults for any environment (docs/settings.md)",
         "tuned": f"tuned for {config.env}",
@@ -363,94 +265,76 @@ def _say_settings(config: RunConfig) -> str:
         for name, value in chosen.items()
         if value != preset.get(name, default.get(name)) and name not in ("env", "preset", "run_dir")
     ]
+    parts = [f"settings: {where[config.preset]}", *(["; given"] if given else [])]
+    for names, at in ((used, 0), (given, -1)):
+        if names:
+            parts[at] += ": " + " ".join(f"{name.rpartition('.')[2]}={chosen[name]}" for name in names)
+    return "".join(parts)
 
-    def listed(names: list[str]) -> str:
-        return " ".join(f"{name.rpartition('.')[2]}={chosen[name]}" for name in names)
 
-    said = f"settings: {where[config.preset]}" + (f": {listed(used)}" if used else "")
-    return said + (f"; given: {listed(given)}" if given else "")
+def resume(run: Run, own: Own, total_steps: int | None = None) -> int:
+    """Resume a run that was stopped, exactly where its newest checkpoint left it.
 
-
-def _resume(parser: _Parser, arguments: list[str]) -> int:
-    """Go on with a run that was stopped, exactly where its newest checkpoint left it."""
-    parser.add_argument("run", help="the run directory")
-    parser.add_argument(
-        "--total-steps",
-        type=int,
-        metavar="INT",
-        default=None,
-        help="train to another end than was asked for at first; a learning rate that falls over the run falls to it",
-    )
-    _add_own_parts(parser)
-    given = parser.parse_args(arguments)
-    _import_modules(arguments)
+    Args:
+        total_steps: New end of the run. A learning rate that falls over the run falls to the new end.
+    """
     from dualhead.running.trainer import resume
 
-    return _tell(resume(given.run, total_steps=given.total_steps, **_own_parts(given)).summary)
+    return _describe_run(resume(run, total_steps=total_steps, **own.found()).summary)
 
 
-def _tell(summary: dict[str, Any]) -> int:
+def _describe_run(summary: dict[str, Any]) -> int:
     if summary["stopped_early"]:
         print(f"stopped after {summary['steps']:,} steps; checkpoint: {summary['checkpoint']}")
         print(f"go on with: dualhead resume {summary['run_dir']}")
         return 130
     print(f"{summary['steps']:,} steps in {summary['seconds']:.0f} s, {summary['steps_per_s']:,.0f} steps/s")
     if "evaluation" in summary:
-        print(_describe(summary["evaluation"]))
+        print(_describe_returns(summary["evaluation"]))
     print(f"results: {summary['run_dir']}")
     return 0
 
 
-def _eval(parser: _Parser, arguments: list[str]) -> int:
-    """Play the newest checkpoint of a run."""
-    from dualhead.running.config import EVAL_EPISODES, EVALUATION_SEED
+def evaluate(
+    run: RunOrCheckpoint,
+    own: Own,
+    episodes: int = EVAL_EPISODES,
+    seed: int = EVALUATION_SEED,
+    sample: bool = False,
+    json_: Annotated[bool, arg(name="json")] = False,
+    video: str | None = None,
+) -> int:
+    """Play the newest checkpoint of a run.
 
-    parser.add_argument("run", help="the run directory, or one of its checkpoint files")
-    parser.add_argument(
-        "--episodes", type=int, metavar="INT", default=EVAL_EPISODES, help=f"to play (default: {EVAL_EPISODES})"
-    )
-    parser.add_argument(
-        "--seed",
-        type=int,
-        metavar="INT",
-        default=EVALUATION_SEED,
-        help=f"of the environments and of sampled actions (default: {EVALUATION_SEED})",
-    )
-    for option, default, text in (
-        ("--sample", False, "sample actions instead of taking the likeliest"),
-        (
-            "--json",
-            False,
-            "print mean, 95%% interval, deviation, mean length, single returns and lengths as JSON",
-        ),
-    ):
-        parser.add_argument(option, action=argparse.BooleanOptionalAction, default=default, help=text)
-    parser.add_argument("--video", default=None, metavar="FILE", help="also film one episode: .mp4 or .gif")
-    _add_own_parts(parser)
-    given = parser.parse_args(arguments)
-    _import_modules(arguments)
-    if given.seed < 0:
-        raise RunError(f"seed: expected at least 0, got {given.seed}")
+    Args:
+        episodes: How many to play.
+        seed: Of the environments and of sampled actions.
+        sample: Sample actions instead of taking the likeliest.
+        json_: Print mean, 95% interval, deviation, mean length, and every return and length as JSON.
+        video: Also film one episode into this file, .mp4 or .gif.
+    """
+    if not 0 <= seed < SEED_LIMIT:
+        raise RunError(f"seed: expected at least 0 and less than 2**64, got {seed}")
     from dualhead.running.evaluation import evaluate
     from dualhead.running.video import record_video
 
-    how = {"seed": given.seed, "deterministic": not given.sample, **_own_parts(given)}
+    how = {"seed": seed, "deterministic": not sample, **own.found()}
     # The video first: what is wrong with it shows at once.
-    video = given.video and record_video(given.run, given.video, **how)
-    played = evaluate(given.run, episodes=given.episodes, **how)
+    filmed = video and str(record_video(run, video, **how))
+    played = evaluate(run, episodes=episodes, **how)
     result = played.summary()
-    if given.json:
+    if json_:
         numbers = {name: value if math.isfinite(value) else None for name, value in result.items()}
-        print(json.dumps(numbers | played._asdict() | ({"video": str(video)} if video else {})))
+        print(json.dumps(numbers | played._asdict() | ({"video": filmed} if filmed else {})))
         return 0
     print("returns " + " ".join(f"{value:.6g}" for value in played.returns))
-    print(_describe(result))
-    if video:
-        print(f"video: {video}")
+    print(_describe_returns(result))
+    if filmed:
+        print(f"video: {filmed}")
     return 0
 
 
-def _describe(result: dict[str, float]) -> str:
+def _describe_returns(result: dict[str, float]) -> str:
     interval = f"95% interval {result['ci95_low']:.2f} to {result['ci95_high']:.2f}, " if result["episodes"] > 1 else ""
     return (
         f"return {result['mean_return']:.2f} ± {result['std_return']:.2f} over {result['episodes']} episodes "
@@ -458,47 +342,43 @@ def _describe(result: dict[str, float]) -> str:
     )
 
 
-def _study(parser: _Parser, arguments: list[str]) -> int:
-    """Run a study: conditions x environments x seeds, tables with intervals, figures.
+def study(
+    study: Positional[
+        Annotated[str, arg(help=f"A TOML file, or one that comes with dualhead: {', '.join(study_names())}.")]
+    ],
+    out: str | None = None,
+    jobs: int | None = None,
+    copy: str | None = None,
+    modules: Modules = (),
+) -> int:
+    """Run a study: conditions x environments x seeds, tables with intervals, figures. Skips finished runs.
 
-    Finished runs are not repeated."""
-    from dualhead.studies.files import copy_study, study_names
-
-    parser.add_argument("study", help=f"a TOML file, or one that comes with dualhead: {', '.join(study_names())}")
-    parser.add_argument("--out", default=None, metavar="FOLDER", help="its directory; default runs/study-NAME")
-    parser.add_argument(
-        "--jobs",
-        type=int,
-        metavar="INT",
-        default=None,
-        help="runs side by side, one thread each; default: as many as there are cores",
-    )
-    parser.add_argument("--copy", default=None, metavar="FILE", help="write the study's file there, and run nothing")
-    given = parser.parse_args(arguments)
-    if given.copy is not None:
-        copy_study(given.study, given.copy)
-        print(f"{given.copy}: change it and run `dualhead study {given.copy}`")
+    Args:
+        out: Its directory; by default runs/study-NAME.
+        jobs: Runs side by side, one thread each; by default as many as there are cores.
+        copy: Write the study's file here, and run nothing.
+    """
+    if copy is not None:
+        copy_study(study, copy)
+        print(f"{copy}: change it and run `dualhead study {copy}`")
         return 0
     from dualhead.studies.study import run_study
 
-    print(f"results: {run_study(given.study, out=given.out, jobs=given.jobs)}")
+    print(f"results: {run_study(study, out=out, jobs=jobs, modules=modules)}")
     return 0
 
 
-def _export(parser: _Parser, arguments: list[str]) -> int:
-    """Write the policy of a run as an ONNX file, and a JSON file that says how to use it."""
-    parser.add_argument("run", help="the run directory, or one of its checkpoint files")
-    parser.add_argument(
-        "--out", default="policy.onnx", metavar="FILE", help="the JSON file takes the same name (default: policy.onnx)"
-    )
-    _add_own_parts(parser)
-    given = parser.parse_args(arguments)
-    _import_modules(arguments)
+def export(run: RunOrCheckpoint, own: Own, out: str = "policy.onnx") -> int:
+    """Write the policy of a run as an ONNX file, and a JSON file that says how to use it.
+
+    Args:
+        out: The ONNX file; the JSON file takes the same name.
+    """
     from dualhead.running.export import export
 
-    written = export(given.run, given.out, **_own_parts(given))
-    run, verified = written["run"], written["verified"]
-    print(f"{given.out}: {written['memory']} policy of {run['env']} after {run['steps']:,} steps")
+    written = export(run, out, **own.found())
+    trained, verified = written["run"], written["verified"]
+    print(f"{out}: {written['memory']} policy of {trained['env']} after {trained['steps']:,} steps")
     if verified:
         print(
             f"checked: ONNX Runtime {verified['onnxruntime']} and the policy differ by at most "
@@ -509,50 +389,27 @@ def _export(parser: _Parser, arguments: list[str]) -> int:
     return 0
 
 
-def _report(parser: _Parser, arguments: list[str]) -> int:
-    """Write runs as one HTML page with curves, settings and a replay; it needs no network."""
-    parser.add_argument(
-        "runs", nargs="+", help="run directories; those that differ only in the seed are shown as one line with a band"
-    )
-    parser.add_argument(
-        "--out", default=None, metavar="FILE", help="default RUN/report.html, or report.html here for several runs"
-    )
-    parser.add_argument(
-        "--replay",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="show an episode, where the environment renders",
-    )
-    _add_own_parts(parser)
-    given = parser.parse_args(arguments)
-    _import_modules(arguments)
+def report(runs: Positional[tuple[str, ...]], own: Own, out: str | None = None, replay: bool = True) -> int:
+    """Write runs as one HTML page with curves, settings and a replay; it needs no network.
+
+    Args:
+        runs: Run directories; those that differ only in the seed are shown as one line with a band.
+        out: By default RUN/report.html, or report.html here for several runs.
+        replay: Show an episode, where the environment renders.
+    """
     from dualhead.running.report import write_report
 
-    print(write_report(given.runs, given.out, replay=given.replay, **_own_parts(given)))
+    print(write_report(runs, out, replay=replay, **own.found()))
     return 0
 
 
-def _envs(parser: _Parser, arguments: list[str]) -> int:
-    """List what can be trained here."""
-    parser.add_argument("containing", nargs="?", default="", help="only ids that contain this")
-    _add_import(parser)
-    given = parser.parse_args(arguments)
-    _import_modules(arguments)
-    from dualhead.running.config import tuned_settings
-    from dualhead.worlds.registry import environment_ids
+def envs(containing: Positional[str] = "", modules: Modules = ()) -> int:
+    """List what can be trained here.
 
+    Args:
+        containing: Only ids that contain this.
+    """
     for name in environment_ids():
-        if given.containing in name:
+        if containing in name:
             print(f"{name}  (tuned settings)" if tuned_settings(name) else name)
     return 0
-
-
-_COMMANDS: dict[str, Callable[[_Parser, list[str]], int]] = {
-    "train": _train,
-    "resume": _resume,
-    "eval": _eval,
-    "study": _study,
-    "report": _report,
-    "export": _export,
-    "envs": _envs,
-}

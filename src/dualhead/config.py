@@ -6,6 +6,7 @@ Help texts and docs are read from the fields. Those of a run are in `running/con
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
@@ -19,71 +20,49 @@ PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+SEED_LIMIT = 2**64
+Seed = Annotated[int, Field(ge=0, lt=SEED_LIMIT)]
 FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
 
 SPEC: dict[str, dict[str, Any]] = {
-    "network": {
-        "memory": "lstm",
-        "hidden_size": 256,
-        "num_layers": 1,
-        "encoder_sizes": (256,),
-        "activation": "relu",
-        "previous_action": False,
-        "previous_reward": False,
-        "critic_memory": "shared",
-        "head_sizes": (),
-        "head_gain": 2**0.5,
-        "forget_bias": 0.0,
-        "orthogonal_per_gate": False,
-    },
+    "network": {"hidden_size": 256, "encoder_sizes": (256,), "head_gain": 2**0.5},
     "ppo": {
         "learning_rate": 3e-4,
-        "learning_rate_schedule": "constant",
-        "adam_eps": 1e-5,
-        "gamma": 0.99,
-        "gae_lambda": 0.95,
-        "clip_coef": 0.2,
-        "value_clip": None,
         "num_epochs": 4,
         "batch_size": 64,
-        "entropy_coef": 0.01,
-        "max_grad_norm": 0.5,
-        "value_coef": 0.5,
-        "ratio": "per_head",
-        "target_kl": None,
         "normalize_advantages": "rollout",
         "normalize_observations": False,
         "normalize_rewards": False,
         "rollout_length": 100,
         "sequence_length": 1,
-        "burn_in": 0,
         "state_refresh": "never",
         "bootstrap_last": False,
     },
 }
-"""The specification's class, for `NetworkConfig.spec()`, `PPOConfig.spec()` and `--preset spec`. docs/spec.md."""
+"""What the specification's class (docs/spec.md) sets differently from our defaults: `--preset spec` and the methods
+`NetworkConfig.spec()` and `PPOConfig.spec()`."""
 
 
 class Config(BaseModel):
     """Base of every settings class: frozen, unknown names refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     def __init__(self, **settings: Any) -> None:
         try:
             super().__init__(**settings)
         except ValidationError as error:
-            raise SettingsError(problems(error)) from None
+            raise SettingsError(problems(error, of=type(self))) from None
 
     @classmethod
     def __pydantic_init_subclass__(cls, **_: Any) -> None:
         """Lists the fields in the docstring, for `help`."""
-        fields = "".join(
-            f"\n    {name}: {field.description}"
-            + ("" if field.is_required() else f" Default: {field.get_default(call_default_factory=True)!r}.")
-            for name, field in cls.model_fields.items()
-        )
-        cls.__doc__ = f"{inspect.cleandoc(cls.__doc__ or '')}\n\nArgs:{fields}"
+        lines = [inspect.cleandoc(cls.__doc__ or ""), "", "Args:"]
+        for name, field in cls.model_fields.items():
+            field.description = " ".join((field.description or "").split())
+            default = "" if field.is_required() else f" Default: {field.get_default(call_default_factory=True)!r}."
+            lines.append(f"    {name}: {field.description}{default}")
+        cls.__doc__ = "\n".join(lines)
 
     def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
         """Only what differs from the defaults."""
@@ -96,58 +75,45 @@ class Config(BaseModel):
 class WorldConfig(Config):
     """What a run must know of its world. A world with settings of its own, such as its rules, derives a class."""
 
-    num_agents: PositiveInt = Field(default=1, description="Agents of one world; each is a stream.")
-    resources: tuple[str, ...] = Field(
-        default=(), description="Resource kinds that the events of its steps are about; none: it gives no events."
-    )
+    num_agents: PositiveInt = 1
+    """Agents of one world; each is a stream."""
+    resources: tuple[str, ...] = ()
+    """Resource kinds that the events of its steps are about; none: it gives no events."""
 
 
 class NetworkConfig(Config):
     """Shape of the policy: encoder, memory, heads."""
 
-    memory: Literal["lstm", "gru", "mingru", "lru", "none"] = Field(
-        default="lstm",
-        description="Recurrent core; `none` is the memoryless control. `dualhead train --memory MODULE:NAME` takes one "
-        "of your own.",
-    )
-    hidden_size: PositiveInt = Field(default=128, description="Units of the memory, H.")
-    num_layers: PositiveInt = Field(default=1, description="Stacked recurrent layers, L.")
-    encoder_sizes: tuple[PositiveInt, ...] = Field(
-        default=(64,), description="Widths of the layers between the flattened observation and the memory."
-    )
-    image_encoder: Literal["auto", "small", "nature", "flat"] = Field(
-        default="auto",
-        description="Convolutions for images (Boxes of three axes, or of two as uint8): `small` (two 3x3), `nature` "
-        "(8x8, 4x4, 3x3 with strides); `auto` takes `nature` from 36 pixels on. `flat`: none, images are vectors.",
-    )
-    image_layout: Literal["auto", "chw", "hwc"] = Field(
-        default="auto",
-        description="Which axis of an image holds the channels; `auto`: two equal neighbours are the pixels.",
-    )
-    activation: Literal["relu", "tanh"] = Field(
-        default="relu", description="After the layers of `encoder_sizes` and `head_sizes`; convolutions keep ReLU."
-    )
-    previous_action: bool = Field(
-        default=False,
-        description="Show the policy its action of the step before (R2D2): one-hot per head, zero at a start.",
-    )
-    previous_reward: bool = Field(
-        default=False, description="Show the policy the reward of the step before (R2D2), zero at an episode's start."
-    )
-    critic_memory: Literal["shared", "lstm", "gru", "mingru", "lru", "none"] = Field(
-        default="shared",
-        description="Memory of the critic: the policy's, an own one of the same size, or none (a layer in its place).",
-    )
-    head_sizes: tuple[PositiveInt, ...] = Field(
-        default=(), description="Widths of the layers between memory and action heads, and between memory and critic."
-    )
-    head_gain: PositiveFloat = Field(default=1.0, description="Gain of the action heads' orthogonal initialisation.")
-    forget_bias: float = Field(
-        default=0.0, description="Initial bias of the gate that keeps the past: LSTM's forget gate, GRU's update gate."
-    )
-    orthogonal_per_gate: bool = Field(
-        default=False, description="Orthogonal initialisation of each gate's matrix instead of the stacked one."
-    )
+    memory: Literal["lstm", "gru", "mingru", "lru", "none"] = "lstm"
+    """Recurrent core: LSTM, GRU, minGRU or LRU (docs/memories.md); `none` is the memoryless control. `dualhead train`
+    also takes MODULE:NAME of one of yours."""
+    hidden_size: PositiveInt = 128
+    """Units of the memory, H."""
+    num_layers: PositiveInt = 1
+    """Stacked recurrent layers, L."""
+    encoder_sizes: tuple[PositiveInt, ...] = (64,)
+    """Widths of the layers between the flattened observation and the memory."""
+    image_encoder: Literal["auto", "small", "nature", "flat"] = "auto"
+    """Convolutions for images (Boxes of three axes, or of two as uint8): `small` (two 3x3), `nature` (8x8, 4x4, 3x3
+    with strides); `auto` takes `nature` from 36 pixels on. `flat`: none, images are vectors."""
+    image_layout: Literal["auto", "chw", "hwc"] = "auto"
+    """Which axis of an image holds the channels; `auto`: two equal neighbours are the pixels."""
+    activation: Literal["relu", "tanh"] = "relu"
+    """After the layers of `encoder_sizes` and `head_sizes`; convolutions keep ReLU."""
+    previous_action: bool = False
+    """Show the policy its action of the step before (R2D2): one-hot per head, zero at a start."""
+    previous_reward: bool = False
+    """Show the policy the reward of the step before (R2D2), zero at an episode's start."""
+    critic_memory: Literal["shared", "lstm", "gru", "mingru", "lru", "none"] = "shared"
+    """Memory of the critic: the policy's, an own one of the same size, or none (a layer in its place)."""
+    head_sizes: tuple[PositiveInt, ...] = ()
+    """Widths of the layers between memory and action heads, and between memory and critic."""
+    head_gain: PositiveFloat = 1.0
+    """Gain of the action heads' orthogonal initialisation."""
+    forget_bias: float = 0.0
+    """Added to the initial bias of the gate that keeps the past: LSTM's forget, GRU's update gate, minGRU's 1 - z."""
+    orthogonal_per_gate: bool = False
+    """Orthogonal initialisation of each gate's matrix instead of the stacked one."""
 
     @classmethod
     def spec(cls, **changes: Any) -> NetworkConfig:
@@ -158,73 +124,62 @@ class NetworkConfig(Config):
 class PPOConfig(Config):
     """Everything the update needs to know."""
 
-    learning_rate: PositiveFloat = Field(default=1e-3, description="Adam step size.")
-    learning_rate_schedule: Literal["constant", "linear"] = Field(
-        default="constant", description="`linear` falls to zero over `learning_rate_decay_steps`."
-    )
-    learning_rate_decay_steps: PositiveInt | None = Field(
-        default=None, description="Environment steps of the linear schedule; None: the run's total steps."
-    )
-    adam_eps: PositiveFloat = Field(default=1e-5, description="Adam's epsilon.")
-    gamma: Fraction = Field(default=0.99, description="Discount per step.")
-    gae_lambda: Fraction = Field(default=0.95, description="Trace decay per step of GAE.")
-    clip_coef: PositiveFloat = Field(default=0.2, description="Clip range of the probability ratio.")
-    value_clip: PositiveFloat | None = Field(
-        default=None, description="Clip range of the value change in the value loss; None: no clipping."
-    )
-    num_epochs: PositiveInt = Field(default=6, description="Passes over each rollout.")
-    batch_size: PositiveInt = Field(default=256, description="Time steps per minibatch (whole segments, so about).")
-    entropy_coef: NonNegativeFloat | tuple[NonNegativeFloat, ...] = Field(
-        default=0.01, description="Weight of the entropy bonus: one number, or one per head."
-    )
-    entropy_coef_end: NonNegativeFloat | tuple[NonNegativeFloat, ...] | None = Field(
-        default=None, description="Weight after `entropy_decay_steps`; None: it stays."
-    )
-    entropy_decay_steps: NonNegativeInt = Field(
-        default=0, description="Number of learn() calls over which the entropy weight moves linearly to its end."
-    )
-    max_grad_norm: PositiveFloat | None = Field(default=0.5, description="Gradient norm is clipped to this.")
-    max_skipped_steps: PositiveInt = Field(
-        default=20, description="Optimiser steps in a row that may be skipped for a non-finite loss or gradient."
-    )
-    value_coef: NonNegativeFloat = Field(default=0.5, description="Weight of the value loss.")
-    ratio: Literal["per_head", "joint"] = Field(
-        default="per_head", description="Clip each head's ratio and sum the surrogates, or clip the product."
-    )
-    target_kl: PositiveFloat | None = Field(
-        default=None, description="Stop an update when approx_kl of a minibatch exceeds this."
-    )
-    normalize_advantages: Literal["rollout", "minibatch", "none"] = Field(
-        default="minibatch", description="Over which steps advantages are brought to mean 0 and deviation 1."
-    )
-    normalize_observations: bool = Field(
-        default=True, description="Scale vector observations by running mean and deviation."
-    )
-    normalize_rewards: bool = Field(
-        default=True, description="Divide rewards by the running deviation of the discounted return."
-    )
-    rollout_length: PositiveInt = Field(default=128, description="Steps per stream between updates, T.")
-    sequence_length: PositiveInt | Literal["rollout"] = Field(
-        default="rollout",
-        description="Longest run of steps that gradients flow through: a number, or `rollout` for whole episodes, as "
-        "far as the rollout holds them; 1 is the specification's slicing.",
-    )
-    burn_in: NonNegativeInt = Field(
-        default=0, description="Preceding steps unrolled without gradient to warm a segment's state (R2D2)."
-    )
-    state_refresh: Literal["once", "every_epoch", "never"] = Field(
-        default="once",
-        description="Recompute stored states with today's weights before the second epoch, before every epoch but the "
-        "first, or never.",
-    )
-    precision: Literal["fp32", "bf16"] = Field(
-        default="fp32",
-        description="Encoder and memory of the update in bf16; acting, losses and optimiser stay as they are.",
-    )
-    bootstrap_last: bool = Field(
-        default=True,
-        description="Value of the observation after the rollout; off: zero, as the specification's class.",
-    )
+    learning_rate: PositiveFloat = 1e-3
+    """Adam step size."""
+    learning_rate_schedule: Literal["constant", "linear"] = "constant"
+    """`linear` falls to zero over `learning_rate_decay_steps`."""
+    learning_rate_decay_steps: PositiveInt | None = None
+    """Environment steps of the linear schedule; None: the run's total steps."""
+    adam_eps: PositiveFloat = 1e-5
+    """Adam's epsilon."""
+    gamma: Fraction = 0.99
+    """Discount per step."""
+    gae_lambda: Fraction = 0.95
+    """Trace decay per step of GAE."""
+    clip_coef: PositiveFloat = 0.2
+    """Clip range of the probability ratio."""
+    value_clip: PositiveFloat | None = None
+    """Clip range of the value change in the value loss; None: no clipping."""
+    num_epochs: PositiveInt = 6
+    """Passes over each rollout."""
+    batch_size: PositiveInt = 256
+    """Time steps per minibatch (whole segments, so about)."""
+    entropy_coef: NonNegativeFloat | tuple[NonNegativeFloat, ...] = 0.01
+    """Weight of the entropy bonus: one number, or one per head."""
+    entropy_coef_end: NonNegativeFloat | tuple[NonNegativeFloat, ...] | None = None
+    """Weight after `entropy_decay_steps`; None: it stays."""
+    entropy_decay_steps: NonNegativeInt = 0
+    """Number of learn() calls over which the entropy weight moves linearly to its end."""
+    max_grad_norm: PositiveFloat | None = 0.5
+    """Gradient norm is clipped to this."""
+    max_skipped_steps: PositiveInt = 20
+    """Optimiser steps in a row that may be skipped for a non-finite loss or gradient."""
+    value_coef: NonNegativeFloat = 0.5
+    """Weight of the value loss."""
+    ratio: Literal["per_head", "joint"] = "per_head"
+    """Clip each head's ratio and sum the surrogates, or clip the product."""
+    target_kl: PositiveFloat | None = None
+    """Stop an update when approx_kl of a minibatch exceeds this."""
+    normalize_advantages: Literal["rollout", "minibatch", "none"] = "minibatch"
+    """Over which steps advantages are brought to mean 0 and deviation 1."""
+    normalize_observations: bool = True
+    """Scale vector observations by running mean and deviation."""
+    normalize_rewards: bool = True
+    """Divide rewards by the running deviation of the discounted return."""
+    rollout_length: PositiveInt = 128
+    """Steps per stream between updates, T."""
+    sequence_length: PositiveInt | Literal["rollout"] = "rollout"
+    """Longest run of steps that gradients flow through: a number, or `rollout` for whole episodes, as far as the
+    rollout holds them; 1 is the specification's slicing."""
+    burn_in: NonNegativeInt = 0
+    """Preceding steps unrolled without gradient to warm a segment's state (R2D2)."""
+    state_refresh: Literal["once", "every_epoch", "never"] = "once"
+    """When to recompute stored states with the current weights: before the second epoch, before every epoch but the
+    first, or never."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Encoder and memory of the update in bf16; acting, losses and optimiser stay as they are."""
+    bootstrap_last: bool = True
+    """Value of the observation after the rollout; off: zero, as the specification's class."""
 
     @classmethod
     def spec(cls, **changes: Any) -> PPOConfig:
@@ -253,22 +208,22 @@ class PPOConfig(Config):
 class NormConfig(Config):
     """NormEnforcer: how fast norms form, fade and weigh."""
 
-    mode: Literal["resource", "action"] = Field(
-        default="resource", description="A strength per resource kind, or one for a harmful action."
-    )
-    resources: tuple[str, ...] = Field(
-        default=("resource",), description="Names of the resource kinds; in a run always its world's."
-    )
-    harmful_action: NonNegativeInt | None = Field(
-        default=None, description="Action index that guilt attaches to (action mode)."
-    )
-    harmful_head: NonNegativeInt = Field(default=0, description="Head that `harmful_action` belongs to.")
-    decay_rate: Fraction = Field(default=0.995, description="What is left of a strength after one step.")
-    internalization_threshold: NonNegativeFloat = Field(default=5.0, description="Strength above which guilt is felt.")
-    max_norm_strength: PositiveFloat = Field(default=10.0, description="Cap of a strength.")
-    intrinsic_scale: Annotated[float, Field(le=0.0, allow_inf_nan=False)] = Field(
-        default=-0.5, description="Reward per unit of strength above the threshold."
-    )
+    mode: Literal["resource", "action"] = "resource"
+    """A strength per resource kind, or one for a harmful action."""
+    resources: tuple[str, ...] = ("resource",)
+    """Names of the resource kinds; in a run always its world's."""
+    harmful_action: NonNegativeInt | None = None
+    """Action index that guilt attaches to (action mode)."""
+    harmful_head: NonNegativeInt = 0
+    """Head that `harmful_action` belongs to."""
+    decay_rate: Fraction = 0.995
+    """What is left of a strength after one step."""
+    internalization_threshold: NonNegativeFloat = 5.0
+    """Strength above which guilt is felt."""
+    max_norm_strength: PositiveFloat = 10.0
+    """Cap of a strength."""
+    intrinsic_scale: Annotated[float, Field(le=0.0, allow_inf_nan=False)] = -0.5
+    """Reward per unit of strength above the threshold."""
 
     @model_validator(mode="after")
     def _settings_fit(self) -> NormConfig:
@@ -286,19 +241,16 @@ class NormConfig(Config):
 class TurnoverConfig(Config):
     """Newcomers who take the places of agents: when, and whose."""
 
-    first_turn: PositiveInt | None = Field(
-        default=None,
-        description="Turn of the first replacement (at the end of the rollout that is running then); None: never.",
-    )
-    every_turns: PositiveInt | None = Field(
-        default=None, description="Turns between replacements; None: there is only one."
-    )
-    num_times: PositiveInt | None = Field(default=None, description="How often; None: to the end of the run.")
-    num_agents: PositiveInt = Field(default=1, description="Agents replaced each time.")
-    selection: Literal["first_n", "random", "tenure"] = Field(
-        default="random",
-        description="Whom: those with the lowest numbers, anybody, or those who have been there longest.",
-    )
+    first_turn: PositiveInt | None = None
+    """Turn of the first replacement (at the end of the rollout that is running then); None: never."""
+    every_turns: PositiveInt | None = None
+    """Turns between replacements; None: there is only one."""
+    num_times: PositiveInt | None = None
+    """How often; None: to the end of the run."""
+    num_agents: PositiveInt = 1
+    """Agents replaced each time."""
+    selection: Literal["first_n", "random", "tenure"] = "random"
+    """Whom: those with the lowest numbers, anybody, or those who have been there longest."""
 
     @model_validator(mode="after")
     def _schedule_fits(self) -> TurnoverConfig:
@@ -326,8 +278,13 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return result
 
 
-def problems(error: ValidationError) -> list[tuple[str, str]]:
-    """Wrong settings: which, and what is wrong with it and what was given."""
+def problems(error: ValidationError, *, of: type[BaseModel] | None = None) -> list[tuple[str, str]]:
+    """Wrong settings: which, what is wrong with it, and what was given.
+
+    Args:
+        error: from pydantic.
+        of: the settings class, whose fields are suggested for unknown names.
+    """
     found, errors = [], error.errors()
     around = {problem["loc"][:depth] for problem in errors for depth in range(len(problem["loc"]))}
     for problem in errors:
@@ -338,10 +295,18 @@ def problems(error: ValidationError) -> list[tuple[str, str]]:
         )
         inner = problem.get("ctx", {}).get("error")
         if isinstance(inner, SettingsError):  # of settings within settings
-            found += [
-                (f"{name}.{below}" if name and below else below or name, message) for below, message in inner.problems
-            ]
+            found += [(f"{name}.{below}".strip("."), message) for below, message in inner.problems]
             continue
         given = "" if problem["type"] == "value_error" else f", got {problem['input']!r}"
-        found.append((name, problem["msg"].removeprefix("Value error, ") + given))
+        near = difflib.get_close_matches(name, _names(of), n=1) if problem["type"] == "extra_forbidden" and of else []
+        meant = f"; did you mean {near[0]}?" if near else ""
+        found.append((name, problem["msg"].removeprefix("Value error, ") + given + meant))
     return found
+
+
+def _names(settings: type[BaseModel]) -> list[str]:
+    """Of all fields; those of settings within settings have the prefix that is needed there."""
+    names = list(settings.model_fields)
+    for name, field in settings.model_fields.items():
+        names += [f"{name}.{below}" for below in getattr(field.annotation, "model_fields", ())]
+    return names

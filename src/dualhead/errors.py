@@ -1,4 +1,4 @@
-"""What can go wrong, by name; each message says what was expected, what came, and what to do."""
+"""All errors of our own. Each message says what was expected, what came, and what to do."""
 
 from __future__ import annotations
 
@@ -20,8 +20,16 @@ class SettingsError(ValueError):
         return "\n".join(f"{name}: {message}" if name else message for name, message in self.problems)
 
 
+class DataError(ValueError):
+    """An environment gave data that nothing can be learned from: wrong shape, missing part, NaN or infinity."""
+
+
+class DivergedError(RuntimeError):
+    """Losses or gradients stayed non-finite for too many optimiser steps in a row."""
+
+
 class RunError(RuntimeError):
-    """A run that cannot go on or be read; the message says why and what to do."""
+    """A run cannot continue or be read; the message says why and what to do."""
 
 
 class RunInUseError(RunError):
@@ -29,8 +37,8 @@ class RunInUseError(RunError):
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be read, or does not fit what it is loaded into."""
+    """A checkpoint cannot be read, or does not fit what it is loaded into."""
 
 
 class UnavailableEnvironment(RuntimeError):
-    """An environment that is unknown, not installed, or cannot be made; the message says what to do."""
+    """An environment is unknown, not installed, or cannot be made; the message says what to do."""

@@ -11,19 +11,18 @@ import torch
 from torch import Tensor
 
 from dualhead.config import NormConfig
+from dualhead.spaces import as_tensor
 from dualhead.types import on_device
 
 Mode = Literal["resource", "action"]
 
 
 class NormEvents(NamedTuple):
-    """What happened to each stream in one step, as far as norms are concerned.
-
-    NumPy arrays and 0/1 numbers are accepted in place of bool tensors.
+    """What happened to each stream in one step. Arrays and numbers 0 and 1 are accepted in place of bool tensors.
 
     Fields:
         punished: [B, R] bool, the stream was punished for the resource; action mode: [B] or [B, 1].
-        collected: [B, R] bool, the stream collected the resource; action mode does not look at it.
+        collected: [B, R] bool, the stream collected the resource; action mode ignores it.
     """
 
     punished: Tensor
@@ -34,7 +33,7 @@ class Guilt(NamedTuple):
     """What one step's guilt adds to the rewards: zero or negative, in task-reward units.
 
     Fields:
-        total: [B], the sum over resources; add it to the rewards of the step.
+        total: [B], the sum over resources.
         per_resource: [B, R]; action mode [B, 1].
     """
 
@@ -43,139 +42,91 @@ class Guilt(NamedTuple):
 
 
 class NormEnforcer(torch.nn.Module):
-    """Norm strengths of B streams and the guilt they cause. Dynamics, not a network: nothing here is learned.
+    """Norm strengths of B streams and the guilt they cause. Nothing is learned. Closed forms: docs/norms.md.
 
-    Resource mode, for each stream and resource r, once per step:
+        s ← min(max_norm_strength, s · decay_rate + punished)
+        guilt = intrinsic_scale · max(0, s − internalization_threshold)      if the resource was collected, else 0
 
-        s_r ← s_r · decay_rate
-        s_r ← min(max_norm_strength, s_r + 1)                         if punished for r
-        guilt_r = intrinsic_scale · max(0, s_r − threshold)           if r was collected, else 0
-
-    Action mode keeps one strength per stream, and punishment takes the place of that step's decay:
-
-        s ← min(max_norm_strength, s + 1)  if punished, else  s · decay_rate
-        guilt = intrinsic_scale · max(0, s − threshold)               if the harmful action was chosen, else 0
-
-    Guilt uses the strength *after* the step's update: the punishment that crosses the threshold already causes
-    guilt. Strengths persist across episodes; only `reset` clears them. With threshold ≥ max_norm_strength there
-    is never any guilt (a control condition).
+    Guilt uses the strength *after* the step's update. Resource mode has one strength s per stream and resource. Action
+    mode has one per stream: it does not decay in a step with a punishment, and the harmful action takes the place of
+    collecting. Strengths persist across episodes; only `reset` clears them.
 
     Args:
         num_streams: B.
-        resources: R distinct names in the column order of the events, for `metrics`; a bare string is one
-            name. Action mode takes exactly one.
-        mode: a strength per resource, or one for a harmful action.
-        decay_rate: what is left of a strength after one step, in [0, 1].
-        internalization_threshold: strength above which guilt is felt, at least 0.
-        max_norm_strength: cap of a strength, above 0. Strengths count undecayed punishments.
-        intrinsic_scale: task reward per unit of strength above the threshold, at most 0.
-        harmful_action: index of the harmful action within its head; action mode only, and required there.
-        harmful_head: column of `actions` that `harmful_action` belongs to.
+        settings: fields of `NormConfig`; `resources` are in the column order of the events, a string is one name.
 
     Attributes:
-        strengths: [B, R] buffer (action mode [B, 1]), updated in place: clone it to keep it. Moves with
-            `.to()` and travels in `state_dict`. Keep float32 or wider: bfloat16 rounds slow decays away.
+        config: all settings.
+        strengths: [B, R] buffer, updated in place: clone it to keep it. Keep float32 or wider: bfloat16 rounds slow
+            decays away.
 
     Raises:
         ValueError: a setting is outside its range, or does not belong to the mode.
-
-    Source: dualhead design. `steps_until`, `guilt_outweighs_until` and `holding_rate` are its closed forms.
     """
 
     strengths: Tensor
     _guilt_sums: Tensor
     _num_steps: Tensor
 
-    def __init__(
-        self,
-        num_streams: int,
-        *,
-        resources: Sequence[str],
-        mode: Mode = "resource",
-        decay_rate: float,
-        internalization_threshold: float,
-        max_norm_strength: float,
-        intrinsic_scale: float,
-        harmful_action: int | None = None,
-        harmful_head: int = 0,
-    ) -> None:
+    def __init__(self, num_streams: int, **settings: Any) -> None:
         super().__init__()
         if num_streams < 1:
-            raise ValueError(f"num_streams must be at least 1, got {num_streams}")
-        settings = NormConfig(
-            mode=mode,
-            resources=(resources,) if isinstance(resources, str) else tuple(resources),
-            decay_rate=decay_rate,
-            internalization_threshold=internalization_threshold,
-            max_norm_strength=max_norm_strength,
-            intrinsic_scale=intrinsic_scale,
-            harmful_action=harmful_action,
-            harmful_head=harmful_head,
-        )
-        self.num_streams = num_streams
-        self.resources = names = settings.resources
-        self.mode = settings.mode
-        self.decay_rate = settings.decay_rate
-        self.internalization_threshold = settings.internalization_threshold
-        self.max_norm_strength = settings.max_norm_strength
-        self.intrinsic_scale = settings.intrinsic_scale
-        self.harmful_action = settings.harmful_action
-        self.harmful_head = settings.harmful_head
-        self.register_buffer("strengths", torch.zeros(num_streams, len(names)))
-        self.register_buffer("_guilt_sums", torch.zeros(len(names)))
+            raise ValueError(f"num_streams: expected at least 1, got {num_streams}")
+        if isinstance(settings.get("resources"), str):
+            settings["resources"] = (settings["resources"],)
+        self.config = NormConfig(**settings)
+        self.mode, self.resources = self.config.mode, self.config.resources
+        self.register_buffer("strengths", torch.zeros(num_streams, len(self.resources)))
+        self.register_buffer("_guilt_sums", torch.zeros(len(self.resources)))
         self.register_buffer("_num_steps", torch.zeros((), dtype=torch.int64))
 
     def update(self, events: NormEvents, actions: Tensor | None = None) -> Guilt:
-        """Advance all strengths by one step and return the guilt of that step.
+        """Advances all strengths by one step, and returns the step's guilt.
 
         Args:
             events: what happened in the step. Resource mode needs both fields.
-            actions: [B, K] integers, the action index of each head; only action mode needs and reads them.
-
-        Returns:
-            Guilt in the dtype and on the device of `strengths`.
+            actions: [B, K] integers, the action index of each head; only action mode needs them.
 
         Raises:
-            ValueError: an event or `actions` is missing, has another shape, or holds other values than 0 and
-                1 (events) or integers (actions). Strengths are then as they were.
+            ValueError: events or actions are missing, or have another shape or kind. Strengths are then unchanged.
         """
         return self.advance(self.check(events, actions))
 
     def check(self, events: NormEvents, actions: Tensor | None = None) -> NormEvents:
-        """The events of a step as [B, R] bool on our device, for `advance`; strengths stay as they are.
-
-        In action mode `collected` says who chose the harmful action.
-
-        Raises:
-            ValueError: as `update` does.
-        """
-        shape = (self.num_streams, len(self.resources))
-        if self.mode == "action":
-            punished = self._flags("punished", events.punished, (self.num_streams,), shape).reshape(shape)
-            return NormEvents(punished, self._harmful(actions))
-        punished = self._flags("punished", events.punished, shape)
-        return NormEvents(punished, self._flags("collected", events.collected, shape))
+        """The events as [B, R] bool on our device, for `advance`; `collected` says who collected, or chose the harmful
+        action. Raises as `update`, and changes nothing."""
+        punished = self._flags("punished", events.punished)
+        if self.mode == "resource":
+            return NormEvents(punished, self._flags("collected", events.collected))
+        if actions is None:
+            raise ValueError("actions are missing: action mode needs them")
+        chosen, head = as_tensor(actions, "actions"), self.config.harmful_head
+        if chosen.ndim != 2 or len(chosen) != len(self.strengths) or chosen.shape[1] <= head:
+            raise ValueError(
+                f"actions: expected shape ({len(self.strengths)}, K) with K > harmful_head={head}, "
+                f"got {tuple(chosen.shape)}"
+            )
+        if not _holds_integers(chosen):
+            raise ValueError(f"actions: expected integers, the index chosen by each head, got {chosen.dtype}")
+        assert self.config.harmful_action is not None
+        return NormEvents(punished, (chosen[:, head, None] == self.config.harmful_action).to(self.strengths.device))
 
     def advance(self, checked: NormEvents) -> Guilt:
         """`update` with what `check` gave."""
         punished, transgressed = checked
         assert transgressed is not None
+        decayed = self.strengths * self.config.decay_rate
         if self.mode == "action":
-            rises = (self.strengths + 1.0).clamp(max=self.max_norm_strength)
-            self.strengths.copy_(torch.where(punished, rises, self.strengths * self.decay_rate))
-        else:
-            self.strengths.mul_(self.decay_rate).add_(punished).clamp_(max=self.max_norm_strength)
-
-        excess = self.strengths - self.internalization_threshold
-        per_resource = torch.where(transgressed & (excess > 0.0), self.intrinsic_scale * excess, 0.0)
+            decayed = torch.where(punished, self.strengths, decayed)
+        self.strengths.copy_((decayed + punished).clamp_(max=self.config.max_norm_strength))
+        excess = self.strengths - self.config.internalization_threshold
+        per_resource = torch.where(transgressed & (excess > 0.0), self.config.intrinsic_scale * excess, 0.0)
         self._guilt_sums += per_resource.sum(dim=0)
         self._num_steps += 1
         return Guilt(total=per_resource.sum(dim=1), per_resource=per_resource)
 
     def reset(self, streams: Sequence[int] | Tensor | np.ndarray | None = None) -> None:
-        """Zero the strengths of all streams, or of those that newcomers take over.
-
-        What `metrics` has gathered since the last call stays.
+        """Zeroes the strengths of all streams, or of those that newcomers take over. Sums for `metrics` stay.
 
         Args:
             streams: stream indices, or a [B] bool mask; None for all.
@@ -183,25 +134,17 @@ class NormEnforcer(torch.nn.Module):
         Raises:
             ValueError: an index outside [0, B), a mask of another length, or neither indices nor a mask.
         """
-        if streams is None:
-            self.strengths.zero_()
-            return
-        chosen = _as_tensor("streams", streams)
-        if chosen.dtype == torch.bool:
-            if tuple(chosen.shape) != (self.num_streams,):
-                raise ValueError(f"streams as a mask must have shape ({self.num_streams},), got {tuple(chosen.shape)}")
-        else:
-            # An empty list arrives as floats. uint8 may be meant as a mask: as indices it is streams 0 and 1.
-            integers = chosen.numel() == 0 or (_holds_integers(chosen) and chosen.dtype != torch.uint8)
-            if chosen.ndim != 1 or not integers:
-                raise ValueError(
-                    f"streams must be a one-dimensional list of indices or a bool mask, got {chosen.dtype} "
-                    f"of shape {tuple(chosen.shape)}"
-                )
-            chosen = chosen.long()
-            if bool(((chosen < 0) | (chosen >= self.num_streams)).any()):
-                raise ValueError(f"streams must be indices in [0, {self.num_streams}), got {chosen.tolist()}")
-        self.strengths[chosen.to(self.strengths.device)] = 0.0
+        num_streams = len(self.strengths)
+        mask = torch.ones(num_streams, dtype=torch.bool) if streams is None else as_tensor(streams, "streams")
+        # uint8 may be meant as a mask: as indices it is streams 0 and 1. An empty list arrives as floats.
+        if (_holds_integers(mask) and mask.dtype != torch.uint8 and mask.ndim == 1) or not mask.numel():
+            indices, mask = mask.long(), torch.zeros(num_streams, dtype=torch.bool, device=mask.device)
+            if ((indices < 0) | (indices >= num_streams)).any():
+                raise ValueError(f"streams: expected indices in [0, {num_streams}), got {indices.tolist()}")
+            mask[indices] = True
+        if mask.dtype != torch.bool or mask.shape != (num_streams,):
+            raise ValueError(f"streams: expected a list of indices or {num_streams} bools, got {mask}")
+        self.strengths.masked_fill_(on_device(mask, self.strengths.device)[:, None], 0.0)
 
     def metrics(self) -> dict[str, float]:
         """Numbers for the log; reading them starts the next interval.
@@ -210,64 +153,44 @@ class NormEnforcer(torch.nn.Module):
             `norms/strength/<resource>`: mean over streams, now.
             `norms/guilt/<resource>`: mean per stream and step since the last call; 0 if there was no step.
         """
-        steps = max(int(self._num_steps), 1) * self.num_streams
-        strengths, guilt = torch.stack([self.strengths.mean(dim=0), self._guilt_sums / steps]).tolist()
+        num_terms = max(int(self._num_steps), 1) * len(self.strengths)
+        means = torch.stack([self.strengths.mean(dim=0), self._guilt_sums / num_terms]).tolist()
         self._guilt_sums.zero_()
         self._num_steps.zero_()
         return {
-            **{f"norms/strength/{name}": value for name, value in zip(self.resources, strengths)},
-            **{f"norms/guilt/{name}": value for name, value in zip(self.resources, guilt)},
+            f"norms/{what}/{name}": value
+            for what, values in zip(("strength", "guilt"), means)
+            for name, value in zip(self.resources, values)
         }
 
     def extra_repr(self) -> str:
-        return f"{self.num_streams}, resources={self.resources}, mode={self.mode!r}"
+        return f"{len(self.strengths)}, resources={self.resources}, mode={self.mode!r}"
 
-    def _flags(self, name: str, value: Any, *shapes: tuple[int, ...]) -> Tensor:
-        """`value` as bool on our device, in one of `shapes`."""
+    def _flags(self, field: str, value: Any) -> Tensor:
+        shape, name = tuple(self.strengths.shape), f"events.{field}"
         if value is None:
-            raise ValueError(f"events.{name} is missing: {self.mode} mode needs it, of shape {shapes[-1]}")
-        flags = _as_tensor(f"events.{name}", value)
-        if tuple(flags.shape) not in shapes:
-            expected = " or ".join(map(str, shapes))
-            raise ValueError(f"events.{name} must have shape {expected}, got {tuple(flags.shape)}")
+            raise ValueError(f"{name} is missing: {self.mode} mode needs it, of shape {shape}")
+        flags = as_tensor(value, name)
+        if self.mode == "action" and flags.ndim == 1:
+            flags = flags[:, None]
+        if flags.shape != shape:
+            raise ValueError(f"{name}: expected shape {shape}, got {tuple(flags.shape)}")
         # The values of bools need no check, which would force a host-device sync.
         if flags.dtype != torch.bool and not bool(((flags == 0) | (flags == 1)).all()):
-            raise ValueError(f"events.{name} must be bool or exactly 0 and 1, got other values in {flags.dtype}")
+            raise ValueError(f"{name}: expected bools, or numbers 0 and 1, got other values in {flags.dtype}")
         return on_device(flags.to(torch.bool), self.strengths.device)
-
-    def _harmful(self, actions: Any) -> Tensor:
-        """[B, 1] bool, the stream chose the harmful action."""
-        if actions is None:
-            raise ValueError(f"actions are missing: action mode needs them, of shape ({self.num_streams}, K)")
-        chosen = _as_tensor("actions", actions)
-        if chosen.ndim != 2 or len(chosen) != self.num_streams or chosen.shape[1] <= self.harmful_head:
-            raise ValueError(
-                f"actions must have shape ({self.num_streams}, K) with K > harmful_head={self.harmful_head}, "
-                f"got {tuple(chosen.shape)}"
-            )
-        if not _holds_integers(chosen):
-            raise ValueError(f"actions must be integers, the index chosen by each head, got {chosen.dtype}")
-        assert self.harmful_action is not None
-        return chosen[:, self.harmful_head, None].eq(self.harmful_action).to(self.strengths.device)
 
 
 def steps_until(strength_from: float, strength_to: float, *, decay_rate: float) -> float:
-    """Steps without punishment in which a strength falls from one value to another.
+    """Steps without punishment in which a strength falls: ln(strength_from / strength_to) / −ln decay_rate.
 
-        s_n = strength_from · decay_rateⁿ  ⇒  n = ln(strength_from / strength_to) / −ln decay_rate
-
-    Args:
-        strength_from, strength_to: strengths, at least 0.
-        decay_rate: what is left of a strength after one step, in [0, 1].
-
-    Returns:
-        Steps, not rounded; 0 if the strength is already there, infinity if it never gets there.
+    They are not rounded; 0 if the strength is already there, infinity if it never gets there.
 
     Raises:
-        ValueError: an argument is outside its range.
+        ValueError: a strength below 0 or not finite, or a decay outside [0, 1].
     """
     if not (0.0 <= strength_from < math.inf and 0.0 <= strength_to < math.inf):
-        raise ValueError(f"strengths must be finite and at least 0, got {strength_from} and {strength_to}")
+        raise ValueError(f"strengths: expected finite numbers of at least 0, got {strength_from} and {strength_to}")
     NormConfig(decay_rate=decay_rate)
     if strength_from <= strength_to or decay_rate == 0.0:
         return 0.0
@@ -277,64 +200,34 @@ def steps_until(strength_from: float, strength_to: float, *, decay_rate: float) 
 
 
 def guilt_outweighs_until(payoff_gap: float, *, internalization_threshold: float, intrinsic_scale: float) -> float:
-    """Strength s* down to which guilt outweighs what transgressing pays: guilt > gap exactly while s > s*.
+    """Strength s* = threshold + payoff_gap / |intrinsic_scale|: guilt outweighs the gap exactly while s > s*.
 
-        |intrinsic_scale| · (s* − threshold) = payoff_gap  ⇒  s* = threshold + payoff_gap / |intrinsic_scale|
-
-    When punishment stops at strength s0, the norm outlives it by `steps_until(s0, s*, decay_rate=...)` steps.
-
-    Args:
-        payoff_gap: what transgressing pays more than complying, in task-reward units, at least 0.
-        internalization_threshold: strength above which guilt is felt, at least 0.
-        intrinsic_scale: task reward per unit of strength above the threshold, at most 0.
-
-    Returns:
-        s*, in units of strength. At or above `max_norm_strength`: guilt never outweighs the gap. Infinity if
-        guilt weighs nothing.
+    The gap is what transgressing pays more than complying, in task-reward units. Guilt never outweighs it if s* is at
+    or above `max_norm_strength`; s* is infinite if the scale is 0.
 
     Raises:
         ValueError: an argument is outside its range.
     """
     if not 0.0 <= payoff_gap < math.inf:
-        raise ValueError(f"payoff_gap must be finite and at least 0, got {payoff_gap}")
+        raise ValueError(f"payoff_gap: expected a finite number of at least 0, got {payoff_gap}")
     NormConfig(internalization_threshold=internalization_threshold, intrinsic_scale=intrinsic_scale)
-    if intrinsic_scale == 0.0:
-        return math.inf
-    return internalization_threshold + payoff_gap / abs(intrinsic_scale)
+    return internalization_threshold + payoff_gap / abs(intrinsic_scale) if intrinsic_scale else math.inf
 
 
 def holding_rate(threshold: float, decay_rate: float, *, mode: Mode = "resource") -> float:
-    """Punishments per step that just hold a strength at `threshold`, on average over streams or time.
+    """Punishments per step that hold a strength at `threshold`, on average and far from the cap.
 
-        resource mode:  s = decay_rate · s + p                      ⇒  p = q,  q = s · (1 − decay_rate)
-        action mode:    s = (1 − p) · decay_rate · s + p · (s + 1)  ⇒  p = q / (1 + q)
-
-    Args:
-        threshold: s, the strength to hold, at least 0 and far enough below the cap not to touch it.
-        decay_rate: what is left of a strength after one step, in [0, 1].
-        mode: whether a punished step also decays (resource) or not (action).
-
-    Returns:
-        p, punishments per step. Above 1 (resource mode): not even punishment on every step holds it.
+    That is q = threshold · (1 − decay_rate) in resource mode, and q / (1 + q) in action mode. Above 1 not even a
+    punishment in every step holds it.
 
     Raises:
         ValueError: an argument is outside its range.
     """
     NormConfig(internalization_threshold=threshold, decay_rate=decay_rate)
     if mode not in ("resource", "action"):
-        raise ValueError(f"mode must be 'resource' or 'action', got {mode!r}")
+        raise ValueError(f"mode: expected 'resource' or 'action', got {mode!r}")
     rate = threshold * (1.0 - decay_rate)
     return rate if mode == "resource" else rate / (1.0 + rate)
-
-
-def _as_tensor(name: str, value: Any) -> Tensor:
-    if isinstance(value, Tensor):
-        return value
-    try:
-        # torch.tensor copies: torch.as_tensor warns about read-only arrays, which environments hand out.
-        return torch.tensor(np.asarray(value))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name} must be a tensor or array of numbers, got {type(value).__name__}: {error}") from error
 
 
 def _holds_integers(values: Tensor) -> bool:

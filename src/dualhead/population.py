@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,53 +15,20 @@ from torch import Tensor
 
 from dualhead.agent import DualHeadRecurrentPPO
 from dualhead.config import TurnoverConfig
-from dualhead.networks.heads import FactoredCategorical, Heads
+from dualhead.networks.encoders import PreviousStep
+from dualhead.networks.heads import DiagonalGaussian, Distribution, FactoredCategorical, Heads
 from dualhead.networks.policy import PolicyOutput, RecurrentPolicy
-from dualhead.networks.previous import PreviousStep
 from dualhead.norms import NormEvents
-from dualhead.spaces import holds_tensors
+from dualhead.spaces import as_tensor, holds_tensors
 from dualhead.storage import CheckpointError, with_prefix, without_prefix
 from dualhead.types import Observations, RecurrentState, on_device
-
-
-class Learner(Protocol):
-    """What the training loop asks of an agent, or of many."""
-
-    num_steps: int
-
-    @property
-    def policy(self) -> Any: ...
-
-    @property
-    def rollout_is_ready(self) -> bool: ...
-
-    def act(self, observations: Any) -> Any: ...
-
-    def record(
-        self,
-        rewards: Any,
-        terminated: Any,
-        truncated: Any,
-        *,
-        final_observations: Any = None,
-        events: NormEvents | None = None,
-    ) -> None: ...
-
-    def learn(
-        self, next_observations: Any = None, *, partial: bool = False, learning_rate: float | None = None
-    ) -> dict[str, float]: ...
-
-    def abandon_rollout(self) -> int: ...
-
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]: ...
-
-    def restore(self, tensors: dict[str, Tensor], metadata: dict[str, Any], *, source: str = "checkpoint") -> None: ...
 
 
 class IndependentLearners:
     """A learner for each agent of a world: policy, optimiser, recurrent states and norm strengths of its own.
 
-    Learner a has the W streams of agent a in all worlds. It is used like one agent of B streams.
+    Learner a has the W streams of agent a in all worlds. All together are used like one agent of B streams, with the
+    methods of `DualHeadRecurrentPPO`. A call that one of them refuses changes none of them.
 
     Args:
         make: gives a fresh learner of W streams for a seed.
@@ -87,9 +54,8 @@ class IndependentLearners:
         return self.learners[0].rollout_is_ready
 
     def act(self, observations: Any) -> Any:
-        """Actions of all learners, which advance all or none; see `DualHeadRecurrentPPO.act`."""
-        # What one of them refuses must leave all of them as they were.
-        own = [learner._prepare_act(self._of(observations, agent)) for agent, learner in enumerate(self.learners)]
+        """Actions of all agents; see `DualHeadRecurrentPPO.act`."""
+        own = [learner._prepare_act(seen) for learner, seen in self._each(observations)]
         numpy = not holds_tensors(observations)
         return _interleaved([learner._act(tensors, numpy=numpy) for learner, tensors in zip(self.learners, own)])
 
@@ -102,17 +68,9 @@ class IndependentLearners:
         final_observations: Any = None,
         events: NormEvents | None = None,
     ) -> None:
-        """Completes the step of all learners, or of none; see `DualHeadRecurrentPPO.record`."""
-        steps = [
-            learner._prepare_record(
-                self._of(rewards, agent),
-                self._of(terminated, agent),
-                self._of(truncated, agent),
-                self._of(final_observations, agent),
-                None if events is None else NormEvents(*(self._of(part, agent) for part in events)),
-            )
-            for agent, learner in enumerate(self.learners)
-        ]
+        """Completes the step of all agents; see `DualHeadRecurrentPPO.record`."""
+        parts = (rewards, terminated, truncated, final_observations, events)
+        steps = [learner._prepare_record(*own) for learner, own in self._each(parts)]
         for complete in steps:
             complete()
         self.num_steps += sum(learner.num_streams for learner in self.learners)
@@ -121,10 +79,11 @@ class IndependentLearners:
         self, next_observations: Any = None, *, partial: bool = False, learning_rate: float | None = None
     ) -> dict[str, float]:
         """An update of every learner; metrics are means over learners."""
-        gathered = [
-            learner.learn(self._of(next_observations, agent), partial=partial, learning_rate=learning_rate)
-            for agent, learner in enumerate(self.learners)
-        ]
+        own = self._each(next_observations)
+        if self.learners[0].rollout_memory.length:
+            for learner, seen in own:
+                learner._next_values(seen)  # raises what `learn` would raise for these observations
+        gathered = [learner.learn(seen, partial=partial, learning_rate=learning_rate) for learner, seen in own]
         # An update may lack a metric (no drift where no segment begins inside a run).
         names = dict.fromkeys(name for metrics in gathered for name in metrics)
         return {name: float(np.mean([metrics[name] for metrics in gathered if name in metrics])) for name in names}
@@ -146,11 +105,6 @@ class IndependentLearners:
             raise RuntimeError(f"replace() with {length} steps recorded: call learn(...) before it")
         self.learners[agent] = self._make(self._seed_of(individual))
 
-    def strengths(self) -> Tensor | None:
-        """Norm strengths [A, R], means over worlds."""
-        norms = [learner.norms for learner in self.learners]
-        return torch.stack([norm.strengths.mean(0) for norm in norms if norm is not None]) if norms[0] else None
-
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything that the learners are; see `DualHeadRecurrentPPO.state`."""
         tensors: dict[str, Tensor] = {}
@@ -162,48 +116,54 @@ class IndependentLearners:
         return tensors, {"num_steps": self.num_steps, "learners": parts}
 
     def restore(self, tensors: dict[str, Tensor], metadata: dict[str, Any], *, source: str = "checkpoint") -> None:
-        """Takes back what `state` gave; nothing changes where it does not fit.
+        """Takes back what `state` gave.
 
         Raises:
             CheckpointError: it is of other learners.
         """
         parts, num_steps = metadata.get("learners"), metadata.get("num_steps")
-        if not isinstance(parts, list) or len(parts) != len(self.learners):
-            raise CheckpointError(f"{source}: expected {len(self.learners)} independent learners, found another number")
+        if not isinstance(parts, list) or [type(part) for part in parts] != [dict] * len(self.learners):
+            raise CheckpointError(f"{source} has no valid learners: expected {len(self.learners)} independent learners")
         if type(num_steps) is not int or num_steps < 0:
-            raise CheckpointError(f"{source} lacks its counters: num_steps cannot be {num_steps!r}")
-        saved = [
-            (learner, without_prefix(f"agent_{agent}", tensors), part, f"{source}, agent {agent}")
-            for agent, (learner, part) in enumerate(zip(self.learners, parts))
-        ]
-        for learner, own, part, whose in saved:
-            learner.check(own, part, source=whose)
-        for learner, own, part, whose in saved:
-            learner.restore(own, part, source=whose)
+            raise CheckpointError(f"{source} has no valid num_steps (found {num_steps!r})")
+        own = [without_prefix(f"agent_{agent}", tensors) for agent in range(len(parts))]
+        for method in (DualHeadRecurrentPPO.check, DualHeadRecurrentPPO.restore):
+            for agent, learner in enumerate(self.learners):
+                method(learner, own[agent], parts[agent], source=f"{source}, agent {agent}")
         self.num_steps = num_steps
 
-    def _of(self, tree: Any, agent: int) -> Any:
-        """One agent's rows of batched arrays, nested as they come."""
-        if isinstance(tree, dict):
-            return {name: self._of(part, agent) for name, part in tree.items()}
-        if isinstance(tree, tuple):
-            return tuple(self._of(part, agent) for part in tree)
-        return None if tree is None else tree[agent :: len(self.learners)]
+    def _each(self, tree: Any) -> list[tuple[DualHeadRecurrentPPO, Any]]:
+        """Every learner with its own rows of batched arrays, nested as they come."""
+
+        def rows(tree: Any, agent: int) -> Any:
+            if isinstance(tree, dict):
+                return {name: rows(part, agent) for name, part in tree.items()}
+            if isinstance(tree, tuple):
+                parts = [rows(part, agent) for part in tree]
+                return NormEvents(*parts) if isinstance(tree, NormEvents) else tuple(parts)
+            return None if tree is None else tree[agent :: len(self.learners)]
+
+        return [(learner, rows(tree, agent)) for agent, learner in enumerate(self.learners)]
 
 
-def _interleaved(parts: list[Any]) -> Any:
-    """Actions [W, ...] of A agents, nested as the action space is, as those of the W · A streams."""
+Learner = DualHeadRecurrentPPO | IndependentLearners
+"""What the training loop trains."""
+
+
+def _interleaved(parts: list[Any], axis: int = 0) -> Any:
+    """The streams [W] of A agents as W · A streams of all; dicts as dicts, arrays as arrays."""
     if isinstance(parts[0], dict):
-        return {name: _interleaved([part[name] for part in parts]) for name in parts[0]}
-    stack: Any = torch.stack if isinstance(parts[0], Tensor) else np.stack
-    return stack(parts, 1).reshape(-1, *parts[0].shape[1:])
+        return {name: _interleaved([part[name] for part in parts], axis) for name in parts[0]}
+    if isinstance(parts[0], Tensor):
+        return torch.stack(parts, axis + 1).flatten(axis, axis + 1)
+    return np.stack(parts, 1).reshape(-1, *parts[0].shape[1:])
 
 
 class IndependentPolicies(torch.nn.Module):
     """The policies of A agents as one policy of B streams, to be played: stream b is played by policy b mod A.
 
     Args:
-        policies: of one architecture, with discrete actions.
+        policies: of one architecture.
     """
 
     def __init__(self, policies: Sequence[RecurrentPolicy]) -> None:
@@ -232,32 +192,32 @@ class IndependentPolicies(torch.nn.Module):
 
     def step(self, observations: Observations, state: RecurrentState) -> tuple[PolicyOutput, RecurrentState]:
         """One time step; see `RecurrentPolicy.step`."""
-        number, batch = len(self.policies), state.num_streams
-        logits, values, after = [], [], []
+        distributions, values, states = [], [], []
         for agent, policy in enumerate(self.policies):
-            streams = torch.arange(agent, batch, number, device=self.device)
-            output, next_state = policy.step(
-                {name: leaf[agent::number] for name, leaf in observations.items()}, state.select(streams)
-            )
-            logits.append(torch.cat(output.distribution.logits, dim=-1))
+            own = slice(agent, None, len(self.policies))
+            seen = {name: leaf[own] for name, leaf in observations.items()}
+            output, next_state = policy.step(seen, state.select(own))
+            distributions.append(output.distribution)
             values.append(output.values)
-            after.append(next_state)
-        nvec = tuple(head.shape[-1] for head in output.distribution.logits)
-        together = {
-            name: torch.stack([part.parts[name] for part in after], dim=2).flatten(1, 2) for name in after[0].parts
-        }
-        distribution = FactoredCategorical(torch.stack(logits, dim=1).flatten(0, 1), nvec)
-        return PolicyOutput(distribution, torch.stack(values, dim=1).flatten()), RecurrentState(**together)
+            states.append(next_state.parts)
+        return PolicyOutput(_joined(distributions), _interleaved(values)), RecurrentState(**_interleaved(states, 1))
+
+
+def _joined(distributions: list[Any]) -> Distribution:
+    """The distributions of A agents over their own streams as one over all streams."""
+    if isinstance(distributions[0], DiagonalGaussian):
+        log_stds = [own.log_std.expand_as(own.mean) for own in distributions]
+        return DiagonalGaussian(_interleaved([own.mean for own in distributions]), _interleaved(log_stds))
+    nvec = tuple(head.shape[-1] for head in distributions[0].logits)
+    return FactoredCategorical(_interleaved([torch.cat(own.logits, dim=-1) for own in distributions]), nvec)
 
 
 class Turnover:
     """Which individual has which place, and when newcomers replace individuals.
 
     Individuals are numbered in order of arrival; 0 .. A − 1 are the founders, everybody later is a newcomer. A place
-    is the same agent in all worlds: they are replaced together.
-
-    With one shared policy a newcomer brings no weights of its own: its recurrent state and norm strengths begin
-    at zero, and it acts as everybody does.
+    is the same agent in all worlds: they are replaced together. With one shared policy a newcomer has no weights of its
+    own: only its recurrent state and norm strengths begin at zero.
 
     Args:
         config: the schedule.
@@ -280,8 +240,8 @@ class Turnover:
 
     def count(self, events: NormEvents) -> None:
         """Counts what the agents collected in a turn."""
-        assert events.collected is not None
-        by_agent = events.collected.view(self.num_worlds, self.num_agents, -1).sum(0)
+        collected = as_tensor(events.collected, "events.collected")
+        by_agent = collected.view(self.num_worlds, self.num_agents, -1).sum(0)
         # Summed on the device of the events: no host-device sync.
         self._taken = on_device(self._taken, by_agent.device) + by_agent
         self._num_turns += 1
@@ -303,9 +263,8 @@ class Turnover:
             if isinstance(learner, IndependentLearners):
                 learner.replace(agent, int(self.individuals[agent]))
         if isinstance(learner, DualHeadRecurrentPPO):
-            places = torch.zeros(self.num_worlds, self.num_agents, dtype=torch.bool)
-            places[:, chosen] = True
-            learner.restart_streams(places.flatten())
+            places = np.isin(np.arange(self.num_worlds * self.num_agents) % self.num_agents, chosen)
+            learner.restart_streams(torch.from_numpy(places))
         self.num_times += 1
         return chosen
 
@@ -313,13 +272,10 @@ class Turnover:
         number = self.config.num_agents
         if self.config.selection == "random":
             return sorted(self._random.choice(self.num_agents, number, replace=False).tolist())
+        if self.config.selection == "first_n":
+            return list(range(number))
         # Of equally long tenures the lower number goes first.
-        order = (
-            np.arange(self.num_agents)
-            if self.config.selection == "first_n"
-            else np.argsort(self.arrivals, kind="stable")
-        )
-        return sorted(order[:number].tolist())
+        return sorted(np.argsort(self.arrivals, kind="stable")[:number].tolist())
 
     def metrics(self, strengths: Tensor | None) -> dict[str, float]:
         """Numbers for the log; reading them starts the next interval.
@@ -333,16 +289,14 @@ class Turnover:
             a group without members has no numbers.
         """
         metrics = {f"lineage/agent_{agent}": float(who) for agent, who in enumerate(self.individuals)}
-        newcomers = self.individuals >= self.num_agents
-        rates = self._taken.cpu().numpy() / max(self._num_turns * self.num_worlds, 1)
+        by_agent = {"taken": self._taken.cpu() / max(self._num_turns * self.num_worlds, 1)}
+        if strengths is not None:
+            by_agent["strength"] = strengths.cpu()
+        newcomers = torch.from_numpy(self.individuals >= self.num_agents)
         for group, members in (("newcomers", newcomers), ("incumbents", ~newcomers)):
-            if members.any():
-                metrics |= {
-                    f"{group}/taken/{name}": rate for name, rate in zip(self.resources, rates[members].mean(0).tolist())
-                }
-                if strengths is not None:
-                    means = strengths[np.flatnonzero(members)].mean(0).tolist()
-                    metrics |= {f"{group}/strength/{name}": mean for name, mean in zip(self.resources, means)}
+            for what, numbers in by_agent.items() if members.any() else ():
+                means = numbers[members].mean(0).tolist()
+                metrics |= {f"{group}/{what}/{name}": mean for name, mean in zip(self.resources, means)}
         self._taken.zero_()
         self._num_turns = 0
         return metrics
@@ -359,19 +313,20 @@ class Turnover:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Takes back what `state` gave."""
-        self.individuals = np.array(state["individuals"], dtype=np.int64)
-        self.arrivals = np.array(state["arrivals"], dtype=np.int64)
-        self.num_times, self._num_turns = int(state["num_times"]), int(state["num_turns"])
-        self._taken = torch.tensor(state["taken"], dtype=torch.float64)
+        """Takes back what `state` gave. Raises KeyError, TypeError or ValueError where it is of other agents."""
+        individuals, arrivals = (np.array(state[name], dtype=np.int64) for name in ("individuals", "arrivals"))
+        taken = torch.tensor(state["taken"], dtype=torch.float64)
+        if not individuals.shape == arrivals.shape == (self.num_agents,) or taken.shape != self._taken.shape:
+            raise ValueError(f"turnover: expected individuals, arrivals and taken of {self.num_agents} agents")
         self._random.bit_generator.state = state["random"]
+        self.num_times, self._num_turns = int(state["num_times"]), int(state["num_turns"])
+        self.individuals, self.arrivals, self._taken = individuals, arrivals, taken
 
 
 def strengths_by_agent(learner: Learner, num_agents: int) -> Tensor | None:
     """Norm strengths [A, R], means over worlds; None where no norms are enforced."""
-    if isinstance(learner, IndependentLearners):
-        return learner.strengths()
-    assert isinstance(learner, DualHeadRecurrentPPO)
-    if learner.norms is None:
+    learners = learner.learners if isinstance(learner, IndependentLearners) else [learner]
+    own = [one.norms.strengths for one in learners if one.norms is not None]
+    if not own:
         return None
-    return learner.norms.strengths.view(-1, num_agents, learner.norms.strengths.shape[1]).mean(0)
+    return torch.cat([strengths.unflatten(0, (-1, num_agents // len(own))).mean(0) for strengths in own])

@@ -4,30 +4,49 @@ from __future__ import annotations
 
 import json
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
+from pydantic import BaseModel, Field, PlainValidator, ValidationError
 from torch import Tensor
 
-from dualhead.config import Config, NetworkConfig, NormConfig, PPOConfig
-from dualhead.learning.rollout import Rollout
+from dualhead.config import NetworkConfig, NormConfig, PPOConfig, flat, problems
+from dualhead.errors import CheckpointError
+from dualhead.networks.policy import RecurrentPolicy
 from dualhead.spaces import space_from_json, space_to_json
-from dualhead.storage import (
-    RUN_PREFIX,
-    CheckpointError,
-    check_fit,
-    fill,
-    read_tensors,
-    with_prefix,
-)
+from dualhead.storage import RUN_PREFIX, can_write, check_fit, fill, read_tensors, with_prefix
 
 if TYPE_CHECKING:
     from dualhead.agent import DualHeadRecurrentPPO
 
-_SHAPING_SETTINGS = ("rollout_length", "burn_in", "normalize_observations", "normalize_rewards")
-"""Settings that decide which tensors a checkpoint holds; the others may differ between save and load."""
 _OF_THE_POLICY = ("network", "foreign_parts", "observation_space", "action_space", "dtype")
 """Entries of the metadata that must agree for weights to mean the same."""
+_SHAPING = ("rollout_length", "burn_in", "normalize_observations", "normalize_rewards")
+_OF_THE_AGENT = (*_OF_THE_POLICY, "num_streams", *(f"config.{setting}" for setting in _SHAPING))
+"""Entries that decide which tensors a checkpoint holds; the others may differ between save and load."""
+_EPISODE_STARTS = "episode_starts"
+
+_Space = Annotated[Any, PlainValidator(space_from_json)]
+_Count = Annotated[int, Field(strict=True, ge=0)]
+
+
+class _Metadata(BaseModel):
+    """What a checkpoint says of its agent."""
+
+    network: NetworkConfig
+    foreign_parts: dict[str, str]
+    config: PPOConfig
+    norms: NormConfig | None
+    observation_space: _Space
+    action_space: _Space
+    num_streams: Annotated[int, Field(strict=True, ge=1)]
+    dtype: Literal["torch.float32", "torch.float64"]
+    device: str
+    num_steps: _Count
+    num_updates: _Count
+    num_skipped: _Count
+    rollout: tuple[_Count, _Count]
+    """The rollout's length and tail_length."""
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -44,19 +63,11 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
 
 def take(agent: DualHeadRecurrentPPO) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Copies of everything the agent is: tensors by name, and JSON metadata."""
-    rollout = agent.rollout_memory
     tensors = {name: tensor.detach().clone() for name, tensor in live_tensors(agent).items()}
-    return tensors, _description(agent) | {
-        "device": agent.device.type,
-        "num_steps": agent.num_steps,
-        "num_updates": agent.num_updates,
-        "rollout": [rollout.length, rollout.tail_length],
-        "num_skipped": agent._num_skipped,
-    }
+    return tensors, _metadata(agent)
 
 
-def _description(agent: DualHeadRecurrentPPO) -> dict[str, Any]:
-    """What the agent was made of, as its constructor takes it."""
+def _metadata(agent: DualHeadRecurrentPPO) -> dict[str, Any]:
     return {
         "network": agent.network.model_dump(),
         "foreign_parts": agent.policy.foreign_parts,
@@ -66,7 +77,48 @@ def _description(agent: DualHeadRecurrentPPO) -> dict[str, Any]:
         "action_space": space_to_json(agent.action_spec.space),
         "num_streams": agent.num_streams,
         "dtype": str(agent.policy.dtype),
+        "device": agent.device.type,
+        "num_steps": agent.num_steps,
+        "num_updates": agent.num_updates,
+        "num_skipped": agent._num_skipped,
+        "rollout": [agent.rollout_memory.length, agent.rollout_memory.tail_length],
     }
+
+
+def live_tensors(agent: DualHeadRecurrentPPO) -> dict[str, Tensor]:
+    """Everything by name: the tensors themselves, not copies, but for the generators' states."""
+    tensors = with_prefix("policy", agent.policy.state_dict(keep_vars=True))
+    for name, parameter in agent.policy.named_parameters():
+        moments = agent.optimizer.state[parameter]
+        if not moments and parameter.requires_grad:  # Adam makes them at the first step; loading needs them now
+            moments["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            moments["exp_avg"], moments["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        tensors |= with_prefix(f"optimizer/{name}", moments)
+    starts = {_EPISODE_STARTS: agent._episode_starts}
+    tensors |= with_prefix("state", agent._get_hidden_state().parts | agent._previous | starts)
+    for prefix, module in (("norms", agent.norms), ("reward_scale", agent.reward_scale)):
+        if module is not None:
+            tensors |= with_prefix(prefix, module.state_dict(keep_vars=True))
+    tensors |= with_prefix("rollout", agent.rollout_memory.tensors())
+    return tensors | {"rng/sampling": agent._sampling.get_state(), "rng/shuffling": agent._shuffling.get_state()}
+
+
+def check_savable(policy: RecurrentPolicy) -> None:
+    """Refuses parts of the user's own that no checkpoint could hold.
+
+    Raises:
+        TypeError: complex weights, numbers that no file can hold, or a module with `get_extra_state`.
+    """
+    for name, value in (*policy.state_dict(keep_vars=True).items(), *policy.named_buffers()):
+        if name.endswith("_extra_state"):
+            raise TypeError(f"{name}: get_extra_state is not saved: keep what it gives in a buffer")
+        if value.is_complex():
+            raise TypeError(
+                f"{name}: expected real numbers, got {value.dtype}: keep it as two real parameters or buffers"
+            )
+    for name, value in policy.initial_state(1).parts.items():
+        if not can_write(value.dtype):
+            raise TypeError(f"memory: the state's part {name!r} is {value.dtype}, which a checkpoint cannot hold")
 
 
 def arguments(metadata: dict[str, Any], *, source: str) -> dict[str, Any]:
@@ -75,29 +127,23 @@ def arguments(metadata: dict[str, Any], *, source: str) -> dict[str, Any]:
     Raises:
         CheckpointError: an entry is missing or of the wrong kind.
     """
+    saved = _checked(metadata, source=source)
+    names = ("observation_space", "action_space", "num_streams", "config", "network", "norms")
+    dtype = torch.float32 if saved.dtype == "torch.float32" else torch.float64
+    return {name: getattr(saved, name) for name in names} | {"dtype": dtype}
+
+
+def _checked(metadata: dict[str, Any], *, source: str) -> _Metadata:
     try:
-        norms = metadata["norms"]
-        dtype = getattr(torch, str(metadata["dtype"]).removeprefix("torch."), None)
-        if dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"dtype: expected torch.float32 or torch.float64, got {metadata['dtype']!r}")
-        return {
-            "observation_space": space_from_json(metadata["observation_space"]),
-            "action_space": space_from_json(metadata["action_space"]),
-            "num_streams": int(metadata["num_streams"]),
-            "config": _settings(PPOConfig, metadata["config"]),
-            "network": _settings(NetworkConfig, metadata["network"]),
-            "norms": None if norms is None else _settings(NormConfig, norms),
-            "dtype": dtype,
-        }
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{source} does not describe its agent: {error}") from error
-
-
-def _settings(kind: type[Config], saved: dict[str, Any]) -> Config:
-    missing = kind.model_fields.keys() - saved.keys()
-    if missing:
-        raise ValueError(f"{kind.__name__} without {', '.join(sorted(missing))}")
-    return kind(**saved)
+        saved = _Metadata(**metadata)
+    except ValidationError as error:
+        name, message = problems(error)[0]
+        raise CheckpointError(f"{source} has no valid {name}: {message.partition(', got')[0]}") from error
+    for settings in (saved.network, saved.config, saved.norms):
+        missing = () if settings is None else type(settings).model_fields.keys() - settings.model_fields_set
+        if missing:
+            raise CheckpointError(f"{source}: {type(settings).__name__} without {', '.join(sorted(missing))}")
+    return saved
 
 
 def foreign_arguments(metadata: dict[str, Any], *, source: str, **given: Any) -> dict[str, Any]:
@@ -109,7 +155,7 @@ def foreign_arguments(metadata: dict[str, Any], *, source: str, **given: Any) ->
     saved = metadata.get("foreign_parts") or {}
     for name, part in given.items():
         if name in saved and part is None:
-            how = f"{name}={str(saved[name]).rpartition(':')[2]}, or --{name} {saved[name]} on the command line"
+            how = f"{name}={_class_name(saved[name])}, or --{name} {saved[name]} on the command line"
             raise CheckpointError(
                 f"{source} was saved with the {name} {saved[name]}, which is not part of dualhead and is not imported "
                 f"by itself: pass it, {how}"
@@ -119,63 +165,75 @@ def foreign_arguments(metadata: dict[str, Any], *, source: str, **given: Any) ->
     return {name: part for name, part in given.items() if part is not None}
 
 
-def check(agent: DualHeadRecurrentPPO, tensors: dict[str, Tensor], metadata: dict[str, Any], *, source: str) -> None:
-    """Whether `restore` would take this.
+def _class_name(saved: Any) -> str:
+    """`Cell` of `module:function.<locals>.Cell`: what stays where a class moves."""
+    return str(saved).replace(":", ".").rpartition(".")[2]
 
-    Raises:
-        CheckpointError: see `DualHeadRecurrentPPO.check`.
-    """
-    _expect_same(agent, metadata, (*_OF_THE_POLICY, "num_streams"), source=source)
-    if (arguments(metadata, source=source)["norms"] is None) != (agent.norms is None):
-        raise CheckpointError(f"{source} is of another architecture: its norms are {metadata['norms']}")
-    saved = metadata.get("config")
-    for name in _SHAPING_SETTINGS:
-        given, ours = (saved.get(name) if isinstance(saved, dict) else None), getattr(agent.config, name)
-        if given != ours:
-            raise CheckpointError(f"{source} is of another architecture: its {name} is {given}, expected {ours}")
-    _counters(metadata, agent.rollout_memory, source=source)
-    if not isinstance(metadata.get("device"), str):
-        raise CheckpointError(f"{source} does not say which device it is from: {metadata.get('device')!r}")
-    ours_now = live_tensors(agent)
-    if metadata["device"] != agent.device.type and "rng/sampling" in tensors:
+
+def check(
+    agent: DualHeadRecurrentPPO, tensors: dict[str, Tensor], metadata: dict[str, Any], *, source: str
+) -> tuple[dict[str, Tensor], _Metadata]:
+    """What `restore` will put back, checked; see there."""
+    _expect_same(agent, metadata, _OF_THE_AGENT, source=source)
+    saved = _checked(metadata, source=source)
+    if (saved.norms is None) != (agent.norms is None):
+        raise CheckpointError(f"{source} is of another architecture: its norms are {saved.norms!r}")
+    for filled, most in zip(saved.rollout, (agent.rollout_memory.rollout_length, agent.rollout_memory.max_tail)):
+        if filled > most:
+            raise CheckpointError(f"{source} has no valid rollout (found {saved.rollout})")
+    ours = live_tensors(agent)
+    if saved.device != agent.device.type and "rng/sampling" in tensors:
         # Generators of other devices have other states.
-        tensors = {**tensors, "rng/sampling": ours_now["rng/sampling"]}
-    check_fit(ours_now, tensors, what=source)
+        tensors = {**tensors, "rng/sampling": ours["rng/sampling"]}
+    tensors = _with_our_moments(ours, tensors)
+    check_fit(ours, tensors, what=source)
     for name, generator in (("rng/sampling", agent._sampling), ("rng/shuffling", agent._shuffling)):
         try:
             torch.Generator(generator.device).set_state(tensors[name])
         except RuntimeError as error:
             raise CheckpointError(f"{source}: {name} is no state of a generator: {error}") from error
+    return tensors, saved
 
 
 def _expect_same(agent: DualHeadRecurrentPPO, metadata: dict[str, Any], names: tuple[str, ...], *, source: str) -> None:
-    ours = _description(agent)
-    for name in names:
-        given, mine = metadata.get(name), ours[name]
-        if name == "foreign_parts" and isinstance(given, dict):
-            # The module is where a class was found that day; a script's is __main__.
-            given, mine = ({part: str(of).rpartition(":")[2] for part, of in parts.items()} for parts in (given, mine))
+    theirs, ours = flat(metadata), flat(_metadata(agent))
+    there = sorted(theirs.keys() | ours.keys())
+    for name in (name for wanted in names for name in there if name == wanted or name.startswith(f"{wanted}.")):
+        given, mine, how = theirs.get(name), ours.get(name), ""
+        if name.startswith("foreign_parts."):
+            given, mine, how = _class_name(given), _class_name(mine), " (compared by the name of its class)"
         # As JSON, where a tuple is a list and 1 is not True.
-        if json.dumps(given, sort_keys=True) != json.dumps(mine, sort_keys=True):
-            raise CheckpointError(f"{source} is of another architecture: its {name} is {given}, expected {mine}")
+        if json.dumps(given) != json.dumps(mine):
+            raise CheckpointError(f"{source} is of another architecture: its {name} is {given}, expected {mine}{how}")
+
+
+def _with_our_moments(ours: dict[str, Tensor], saved: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The saved tensors with Adam's moments of the parameters that learn here; zeros of those frozen when saved."""
+    there, here = (
+        {owner for owner in map(_owner, tensors) if owner.startswith("optimizer/")} for tensors in (saved, ours)
+    )
+    frozen = {name.replace("policy/", "optimizer/", 1) for name in ours} - here
+    kept = {name: tensor for name, tensor in saved.items() if _owner(name) not in frozen}
+    return kept | {name: torch.zeros_like(tensor) for name, tensor in ours.items() if _owner(name) in here - there}
+
+
+def _owner(name: str) -> str:
+    return name.rpartition("/")[0]
 
 
 def restore(agent: DualHeadRecurrentPPO, tensors: dict[str, Tensor], metadata: dict[str, Any], *, source: str) -> None:
     """Puts back what `take` gave; nothing changes where it does not fit.
 
     Raises:
-        CheckpointError: see `DualHeadRecurrentPPO.check`.
+        CheckpointError: see `DualHeadRecurrentPPO.restore`.
     """
-    check(agent, tensors, metadata, source=source)
-    if metadata["device"] != agent.device.type:
-        tensors = {**tensors, "rng/sampling": agent._sampling.get_state()}
+    tensors, saved = check(agent, tensors, metadata, source=source)
     fill(live_tensors(agent), tensors, what=source)
+    agent._step_is_pending = False
     agent._sampling.set_state(tensors["rng/sampling"])
     agent._shuffling.set_state(tensors["rng/shuffling"])
-    rollout = agent.rollout_memory
-    agent.num_steps, agent.num_updates, agent._num_skipped, rollout.length, rollout.tail_length = _counters(
-        metadata, rollout, source=source
-    )
+    agent.num_steps, agent.num_updates, agent._num_skipped = saved.num_steps, saved.num_updates, saved.num_skipped
+    agent.rollout_memory.length, agent.rollout_memory.tail_length = saved.rollout
 
 
 def warm_start(
@@ -187,44 +245,8 @@ def warm_start(
         CheckpointError: they do not fit.
     """
     _expect_same(agent, metadata, _OF_THE_POLICY, source=source)
-    fill(*(_learned(named) for named in (live_tensors(agent), tensors)), what=source)
-
-
-def _learned(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    kept = ("policy/", "optimizer/", "reward_scale/statistics.")
-    return {name: tensor for name, tensor in tensors.items() if name.startswith(kept)}
-
-
-def live_tensors(agent: DualHeadRecurrentPPO) -> dict[str, Tensor]:
-    """Everything by name: the tensors themselves, not copies, but for the generators' states."""
-    tensors = with_prefix("policy", agent.policy.state_dict(keep_vars=True))
-    for name, parameter in agent.policy.trainable().items():
-        moments = agent.optimizer.state[parameter]
-        if not moments:  # Adam makes its zero moments at the first step; there must be something to load into
-            moments["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-            moments["exp_avg"], moments["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-        tensors |= with_prefix(f"optimizer/{name}", moments)
-    tensors |= with_prefix("state", agent._get_hidden_state().parts | agent._previous)
-    tensors["state/episode_starts"] = agent._episode_starts
-    for prefix, module in (("norms", agent.norms), ("reward_scale", agent.reward_scale)):
-        if module is not None:
-            tensors |= with_prefix(prefix, module.state_dict(keep_vars=True))
-    tensors |= with_prefix("rollout", agent.rollout_memory.tensors())
-    return tensors | {"rng/sampling": agent._sampling.get_state(), "rng/shuffling": agent._shuffling.get_state()}
-
-
-def _counters(metadata: dict[str, Any], memory: Rollout, *, source: str) -> tuple[int, ...]:
-    """num_steps, num_updates, num_skipped, and the rollout's length and tail_length."""
-    rollout = metadata.get("rollout")
-    filled: list[Any] = rollout if isinstance(rollout, list) and len(rollout) == 2 else [None, None]
-    counters = (
-        ("num_steps", metadata.get("num_steps"), None),
-        ("num_updates", metadata.get("num_updates"), None),
-        ("num_skipped", metadata.get("num_skipped"), None),
-        ("rollout", filled[0], memory.rollout_length),
-        ("rollout", filled[1], memory.max_tail),
+    ours, saved = (
+        {name: t for name, t in of.items() if name.startswith(("policy/", "optimizer/", "reward_scale/statistics."))}
+        for of in (live_tensors(agent), tensors)
     )
-    for name, count, most in counters:
-        if type(count) is not int or count < 0 or (most is not None and count > most):
-            raise CheckpointError(f"{source} has no valid {name} (found {metadata.get(name)!r})")
-    return tuple(int(count or 0) for _, count, _ in counters)
+    fill(ours, _with_our_moments(ours, saved), what=source)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import gymnasium as gym
@@ -13,22 +15,24 @@ from gymnasium import spaces
 from gymnasium.vector.utils import concatenate, create_empty_array
 from torch import Tensor
 
-from dualhead.types import DataError, Observations, on_device
+from dualhead.errors import DataError
+from dualhead.types import Observations, on_device
 
 ACTION_MASK = "action_mask"
 WHOLE = "observation"
-MAX_NUMBERS = 100_000_000
-"""Of one observation that a file describes: what a file claims must not fill the memory."""
+_MAX_NUMBERS = 100_000_000
+"""Of one observation. A file may claim any shape, and must not fill the memory by it."""
 _OBSERVATIONS = "Box, Discrete, MultiDiscrete, MultiBinary, and Dict or Tuple of them"
 _ACTIONS = "Discrete, MultiDiscrete (one axis), a Dict of those, or a one-axis Box"
 
 
 class Leaf(NamedTuple):
-    """One array of an observation: its name (`part/subpart`), space, and whether it is an action mask."""
+    """One array of an observation: name (`part/subpart`), space, whether it is an action mask, and its keys."""
 
     name: str
     space: gym.Space
     is_mask: bool
+    path: tuple[str | int, ...]
 
 
 class ObservationSpec:
@@ -38,21 +42,17 @@ class ObservationSpec:
 
     Raises:
         TypeError: the space, or a part of it, is of an unsupported kind.
+        ValueError: two parts have the same name.
     """
 
     def __init__(self, space: gym.Space) -> None:
         self.space = space
-        self.leaves = tuple(_leaves(space, ""))
-        if all(leaf.is_mask for leaf in self.leaves):
+        self.leaves = tuple(_leaves(space, ()))
+        _expect_unique((leaf.name for leaf in self.leaves), f"observation space {space} has two parts")
+        self.masks = tuple(leaf for leaf in self.leaves if leaf.is_mask)
+        self.inputs = tuple(leaf for leaf in self.leaves if not leaf.is_mask)
+        if not self.inputs:
             raise TypeError(f"observation space {space} has no part that a policy could look at")
-
-    @property
-    def masks(self) -> tuple[Leaf, ...]:
-        return tuple(leaf for leaf in self.leaves if leaf.is_mask)
-
-    @property
-    def inputs(self) -> tuple[Leaf, ...]:
-        return tuple(leaf for leaf in self.leaves if not leaf.is_mask)
 
     def to_tensors(
         self,
@@ -63,11 +63,14 @@ class ObservationSpec:
         device: torch.device | None = None,
         dtype: torch.dtype,
     ) -> Observations:
-        """Batched observations as tensors on `device`: floats as `dtype`, integers and bools in their own dtype.
+        """Batched observations as tensors: floats as `dtype`, integers and bools in their own dtype.
 
-        A single stream may come without its batch axis. Nothing is copied that need not be: tensors may share memory
-        with what was given. Where `streams` are chosen, only their rows are looked at and returned. Without a `device`
-        everything stays where it came from.
+        Tensors may share memory with what was given.
+
+        Args:
+            observations: [batch, ...], nested as the space is; a single stream may come without its batch axis.
+            streams: check and return only these rows.
+            device: where the tensors go; None: where they come from.
 
         Raises:
             DataError: a part is missing, has another shape than [batch, *space.shape], is not finite, or is out of
@@ -75,7 +78,7 @@ class ObservationSpec:
         """
         tensors = {}
         for leaf in self.leaves:
-            tensor = as_tensor(_pick(observations, leaf.name), f"observation {leaf.name!r}")
+            tensor = as_tensor(_pick(observations, leaf), f"observation {leaf.name!r}")
             expected = (batch, *(leaf.space.shape or ()))
             if batch == 1 and tuple(tensor.shape) == expected[1:]:
                 tensor = tensor[None]
@@ -91,11 +94,13 @@ class ObservationSpec:
             # Checking a tensor on an accelerator would sync at every step; learn() checks those once per rollout.
             if tensor.device.type == "cpu":
                 check_leaf(leaf, tensor, streams)
+            own = torch_dtype(leaf.space.dtype)
+            tensor = tensor.to(dtype if own.is_floating_point else own)
             tensors[leaf.name] = tensor if device is None else on_device(tensor, device)
         return tensors
 
     def stack(self, given: np.ndarray, streams: Tensor) -> Any:
-        """One batch of single observations, [B] objects of which only those of `streams` are looked at.
+        """One batch of single observations, [B] objects of which only those of `streams` are read.
 
         Raises:
             DataError: one of them is None.
@@ -103,8 +108,7 @@ class ObservationSpec:
         missing = [stream for stream in streams.tolist() if given[stream] is None]
         if missing:
             raise DataError(f"final observations of streams {missing[:8]} are None, and their episodes were truncated")
-        some = given[int(streams[0])]
-        rows = [some if row is None else row for row in given]
+        rows = [given[int(streams[0])] if row is None else row for row in given]
         batch: Any = create_empty_array(self.space, n=len(rows))
         return concatenate(self.space, rows, batch)
 
@@ -125,17 +129,16 @@ def check_leaf(leaf: Leaf, tensor: Tensor, streams: Tensor | None = None) -> Non
     Raises:
         DataError: names the leaf, the stream and the number.
     """
-    own = torch_dtype(leaf.space.dtype)
+    own, what = torch_dtype(leaf.space.dtype), f"observation {leaf.name!r}"
+    if tensor.is_floating_point():
+        check_finite(tensor, what, streams)
+    if own.is_floating_point:
+        return
     expected: Any = leaf.space
-    if own.is_floating_point or tensor.is_floating_point():
-        if tensor.is_floating_point() and not all_finite(tensor):
-            bad, expected = ~torch.isfinite(tensor), "finite numbers"
-        elif own.is_floating_point:
-            return
-        elif not leaf.is_mask:
-            raise DataError(f"observation {leaf.name!r}: expected {leaf.space.dtype}, got {tensor.dtype}")
-        else:
-            bad = tensor.to(own).to(tensor.dtype) != tensor
+    if leaf.is_mask and tensor.dtype != own:
+        bad, expected = (tensor != 0) & (tensor != 1), "0 or 1"
+    elif tensor.is_floating_point():
+        raise DataError(f"{what}: expected {leaf.space.dtype}, got {tensor.dtype}")
     elif isinstance(leaf.space, spaces.Discrete | spaces.MultiDiscrete):
         size = leaf.space.n if isinstance(leaf.space, spaces.Discrete) else leaf.space.nvec
         low = torch.as_tensor(leaf.space.start, device=tensor.device)
@@ -144,22 +147,39 @@ def check_leaf(leaf: Leaf, tensor: Tensor, streams: Tensor | None = None) -> Non
         return
     else:
         bad = tensor.to(own).to(torch.float64) != tensor.to(torch.float64)
-    if leaf.is_mask and not bad.any():
-        bad, expected = (tensor != 0) & (tensor != 1), "0 or 1"
     if bad.any():
-        where = bad.nonzero()[0].tolist()
-        stream = where[0] if streams is None else int(streams[where[0]])
-        given = tensor[tuple(where)].item()
-        raise DataError(f"observation {leaf.name!r} of stream {stream} is {given}: expected {expected}")
+        raise DataError(_of_stream(what, tensor, bad, streams, expected))
 
 
+def check_finite(tensor: Tensor, what: str, streams: Tensor | None = None) -> None:
+    """Raises DataError for the first non-finite number of a [B, ...] tensor; see `check_leaf`."""
+    if not all_finite(tensor):
+        raise DataError(_of_stream(what, tensor, ~torch.isfinite(tensor), streams, "finite numbers"))
+
+
+def _of_stream(what: str, tensor: Tensor, bad: Tensor, streams: Tensor | None, expected: Any) -> str:
+    where = bad.nonzero()[0].tolist()
+    stream = where[0] if streams is None else int(streams[where[0]])
+    return f"{what} of stream {stream} is {tensor[tuple(where)].item()}: expected {expected}"
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether all numbers are finite. One sum answers that unless the sum overflows."""
+    return math.isfinite(tensor.sum().item()) or bool(torch.isfinite(tensor).all())
+
+
+@functools.cache  # called at every step
 def torch_dtype(dtype: Any) -> torch.dtype:
     """The torch dtype of a NumPy dtype."""
     return torch.from_numpy(np.empty(0, dtype=dtype)).dtype
 
 
 def as_tensor(values: Any, name: str) -> Tensor:
-    """`values` as a tensor. It shares memory with a writeable array, and copies others."""
+    """`values` as a tensor. It shares memory with a writeable array, and copies others.
+
+    Raises:
+        DataError: they are no array of real numbers.
+    """
     if isinstance(values, Tensor):
         return values
     try:
@@ -172,51 +192,34 @@ def as_tensor(values: Any, name: str) -> Tensor:
     return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
-def all_finite(tensor: Tensor) -> bool:
-    """Whether all numbers are finite. One sum answers that unless the sum overflows."""
-    return math.isfinite(tensor.sum().item()) or bool(torch.isfinite(tensor).all())
+def _leaves(space: gym.Space, path: tuple[str | int, ...]) -> list[Leaf]:
+    if isinstance(space, spaces.Dict | spaces.Tuple):
+        parts: Iterable[Any] = space.items() if isinstance(space, spaces.Dict) else enumerate(space)
+        return [leaf for key, part in parts for leaf in _leaves(part, (*path, key))]
+    name = "/".join(map(str, path)) or WHOLE
+    if not isinstance(space, spaces.Box | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary):
+        raise TypeError(f"unsupported observation space {space} (part {name!r}): expected {_OBSERVATIONS}")
+    return [Leaf(name, space, ACTION_MASK in path, path)]
 
 
-def non_finite_message(what: str, tensor: Tensor) -> str:
-    """Says which stream has the first non-finite value of a [B, ...] tensor."""
-    bad = (~torch.isfinite(tensor)).nonzero()[0].tolist()
-    return f"{what} of stream {bad[0]} is {tensor[tuple(bad)].item()}: expected finite numbers"
+def _expect_unique(names: Iterable[str], what: str) -> None:
+    for name, count in Counter(names).most_common(1):
+        if count > 1:
+            raise ValueError(f"{what} named {name!r}: rename one")
 
 
-def _leaves(space: gym.Space, name: str) -> list[Leaf]:
-    is_mask = ACTION_MASK in name.split("/")
-    if isinstance(space, spaces.Dict):
-        return [leaf for key, part in space.items() for leaf in _leaves(part, f"{name}/{key}".lstrip("/"))]
-    if isinstance(space, spaces.Tuple):
-        return [leaf for i, part in enumerate(space) for leaf in _leaves(part, f"{name}/{i}".lstrip("/"))]
-    if isinstance(space, spaces.Box | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary):
-        return [Leaf(name or WHOLE, space, is_mask)]
-    where = f" (part {name!r})" if name else ""
-    raise TypeError(f"unsupported observation space {space}{where}: expected {_OBSERVATIONS}")
-
-
-def _pick(observations: Any, name: str) -> Any:
-    """The part of a nested observation that a leaf's name leads to."""
-    if name == WHOLE and not isinstance(observations, Mapping):
-        return observations
-    if isinstance(observations, Mapping) and name in observations:
-        return observations[name]
-    for key in name.split("/"):
-        if isinstance(observations, Mapping) and key in observations:
-            observations = observations[key]
-        elif isinstance(observations, tuple) and key.isdigit() and int(key) < len(observations):
-            observations = observations[int(key)]
-        else:
-            raise DataError(f"observation part {name!r} is missing: got {_outline(observations)}")
+def _pick(observations: Any, leaf: Leaf) -> Any:
+    """The leaf's part of a nested observation, or of a flat one with leaves by name."""
+    if isinstance(observations, Mapping) and leaf.name in observations:
+        return observations[leaf.name]
+    for key in leaf.path:
+        parts = dict(enumerate(observations)) if isinstance(observations, tuple) else observations
+        if not isinstance(parts, Mapping) or key not in parts:
+            got = f"dict with keys {sorted(map(str, parts))}" if isinstance(parts, Mapping) else type(parts).__name__
+            got = f"tuple of {len(parts)}" if isinstance(observations, tuple) else got
+            raise DataError(f"observation part {leaf.name!r} is missing: got a {got}")
+        observations = parts[key]
     return observations
-
-
-def _outline(observations: Any) -> str:
-    if isinstance(observations, Mapping):
-        return f"a dict with keys {sorted(map(str, observations))}"
-    if isinstance(observations, tuple):
-        return f"a tuple of {len(observations)}"
-    return f"a {type(observations).__name__}"
 
 
 class ActionSpec:
@@ -231,35 +234,44 @@ class ActionSpec:
 
     Raises:
         TypeError: an unsupported action space.
+        ValueError: two heads have the same name.
     """
 
     def __init__(self, space: gym.Space) -> None:
         self.space = space
         self.is_continuous = isinstance(space, spaces.Box)
-        self.names: tuple[str, ...]
+        self.names: tuple[str, ...] = ("action",)
         self.nvec: tuple[int, ...] = ()
         if isinstance(space, spaces.Box):
             if len(space.shape) != 1 or not np.issubdtype(space.dtype, np.floating):
                 raise TypeError(f"unsupported action space {space}: expected {_ACTIONS} of floats")
-            self.names = ("action",)
             self.num_columns = space.shape[0]
-            bounded = np.isfinite(space.low) & np.isfinite(space.high)
-            low, high = np.where(bounded, space.low, -1.0), np.where(bounded, space.high, 1.0)
+            self.bounded = np.isfinite(space.low) & np.isfinite(space.high)
+            low, high = np.where(self.bounded, space.low, -1.0), np.where(self.bounded, space.high, 1.0)
             # Halved first: the difference of float32's greatest numbers would overflow.
-            self.bounded, self.centre, self.half = bounded, low / 2 + high / 2, high / 2 - low / 2
-            self._box = torch.from_numpy(np.stack([bounded, self.centre, self.half, space.low, space.high]))
+            self.centre, self.half = low / 2 + high / 2, high / 2 - low / 2
+            self._box = torch.from_numpy(np.stack([self.bounded, self.centre, self.half, space.low, space.high]))
             return
-        heads = _heads(space, "action", nested=False)
-        self.names = tuple(name for name, _, _ in heads)
-        self.nvec = tuple(n for _, n, _ in heads)
-        self.starts = np.array([start for _, _, start in heads], dtype=np.int64)
-        self._has_starts = bool(self.starts.any())
+        self._parts: dict[Any, Any] = dict(space) if isinstance(space, spaces.Dict) else {None: space}
+        heads = [head for key, part in self._parts.items() for head in self._heads(key, part)]
+        self.names, self.nvec, starts = zip(*heads, strict=True)
+        _expect_unique(self.names, f"action space {space} has two heads")
+        self.starts = np.array(starts, dtype=np.int64)
         self.num_columns = len(heads)
+
+    def _heads(self, key: str | None, part: gym.Space) -> list[tuple[str, int, int]]:
+        """Name, number of choices and lowest index of each head."""
+        if isinstance(part, spaces.Discrete):
+            return [(key or "action", int(part.n), int(part.start))]
+        if isinstance(part, spaces.MultiDiscrete) and len(part.shape) == 1:
+            choices = zip(part.nvec.tolist(), part.start.tolist())
+            return [(f"{key or 'head'}_{i}", n, start) for i, (n, start) in enumerate(choices)]
+        raise TypeError(f"unsupported action space {self.space}: expected {_ACTIONS}")
 
     def to_env(self, actions: Tensor, *, numpy: bool) -> Any:
         """Actions [B, K] (or [B, D] in the policy's units) in the form of the batched action space.
 
-        A Gaussian acts in units in which a bounded Box spans [-1, 1]: its actions are clipped there and scaled.
+        The policy's units span [-1, 1] over a bounded Box: actions are clipped there and scaled.
 
         Args:
             numpy: return NumPy arrays instead of tensors on the device of `actions`.
@@ -272,9 +284,15 @@ class ActionSpec:
             scaled = torch.where(bounded != 0, actions.clamp(-1.0, 1.0), actions) * half + centre
             scaled = scaled.to(self._box.dtype).clamp(low, high)
             return scaled.numpy() if numpy else scaled
-        if self._has_starts:
+        if self.starts.any():
             actions = actions + torch.from_numpy(self.starts).to(actions.device)
-        return _split(self.space, actions.numpy() if numpy else actions)[0]
+        parts, first = {}, 0
+        for key, part in self._parts.items():
+            own = actions[:, first : first + math.prod(part.shape)].to(torch_dtype(part.dtype))
+            first += own.shape[1]
+            own = own.view(-1, *part.shape)
+            parts[key] = own.numpy() if numpy else own
+        return parts if isinstance(self.space, spaces.Dict) else parts[None]
 
     def check_masks(self, masks: tuple[Leaf, ...]) -> None:
         """Checks that the `action_mask` parts of an observation space fit the heads.
@@ -286,40 +304,14 @@ class ActionSpec:
             return
         if self.is_continuous:
             raise ValueError(f"an {ACTION_MASK!r} needs discrete heads, the action space is {self.space}")
-        sizes = {leaf.name.rpartition("/")[2]: int(np.prod(leaf.space.shape or ())) for leaf in masks}
+        sizes = {leaf.name.rpartition("/")[2]: math.prod(leaf.space.shape or ()) for leaf in masks}
+        heads = dict(zip(self.names, self.nvec))
         whole = len(masks) == 1 and sizes == {ACTION_MASK: sum(self.nvec)}
-        per_head = all(name in self.names and n == self.nvec[self.names.index(name)] for name, n in sizes.items())
-        if not (whole or per_head):
-            heads = dict(zip(self.names, self.nvec))
+        if not (whole or sizes.items() <= heads.items()):
             raise ValueError(
                 f"{ACTION_MASK!r} does not fit the heads {heads}: expected one array of {sum(self.nvec)} entries or "
                 f"a Dict with one array per head, got sizes {sizes}"
             )
-
-
-def _heads(space: gym.Space, name: str, *, nested: bool) -> list[tuple[str, int, int]]:
-    """Name, number of choices and lowest index of each head."""
-    if isinstance(space, spaces.Discrete):
-        return [(name, int(space.n), int(space.start))]
-    if isinstance(space, spaces.MultiDiscrete) and len(space.shape) == 1:
-        prefix = name if nested else "head"
-        return [(f"{prefix}_{i}", int(n), int(s)) for i, (n, s) in enumerate(zip(space.nvec, space.start))]
-    if isinstance(space, spaces.Dict) and not nested:
-        return [head for key, part in space.items() for head in _heads(part, key, nested=True)]
-    raise TypeError(f"unsupported action space {space}: expected {_ACTIONS}")
-
-
-def _split(space: gym.Space, actions: Any) -> tuple[Any, Any]:
-    """The first columns in the form of `space`, and the columns left over."""
-    if isinstance(space, spaces.Discrete):
-        return actions[:, 0], actions[:, 1:]
-    if isinstance(space, spaces.MultiDiscrete):
-        return actions[:, : len(space.nvec)], actions[:, len(space.nvec) :]
-    assert isinstance(space, spaces.Dict)
-    parts = {}
-    for key, part in space.items():
-        parts[key], actions = _split(part, actions)
-    return parts, actions
 
 
 def space_to_json(space: gym.Space) -> dict[str, Any]:
@@ -328,12 +320,12 @@ def space_to_json(space: gym.Space) -> dict[str, Any]:
         return {"kind": "Dict", "parts": [[name, space_to_json(part)] for name, part in space.items()]}
     if isinstance(space, spaces.Tuple):
         return {"kind": "Tuple", "parts": [space_to_json(part) for part in space]}
-    if isinstance(space, spaces.Discrete):
-        return {"kind": "Discrete", "n": int(space.n), "start": int(space.start)}
-    if isinstance(space, spaces.MultiDiscrete):
-        return {"kind": "MultiDiscrete", "nvec": space.nvec.tolist(), "start": space.start.tolist()}
     if isinstance(space, spaces.MultiBinary):
         return {"kind": "MultiBinary", "n": space.n if isinstance(space.n, int) else [int(n) for n in space.n]}
+    if isinstance(space, spaces.Discrete | spaces.MultiDiscrete):
+        size = {"n": int(space.n)} if isinstance(space, spaces.Discrete) else {"nvec": space.nvec.tolist()}
+        dtype = {} if space.dtype == np.int64 else {"dtype": str(space.dtype)}
+        return {"kind": type(space).__name__, **size, "start": np.asarray(space.start).tolist(), **dtype}
     assert isinstance(space, spaces.Box)
     bounds = {}
     for name, bound in (("low", space.low), ("high", space.high)):
@@ -349,6 +341,9 @@ def space_from_json(saved: Any) -> gym.Space:
         ValueError: it is no such description.
     """
     try:
+        dtype: Any = np.dtype(str(saved.get("dtype", "int64")))
+        if dtype.kind not in "biuf":
+            raise ValueError(f"its dtype is {dtype}")
         match saved["kind"]:
             case "Dict":
                 # Pairs keep their order; a mapping would be sorted.
@@ -356,16 +351,14 @@ def space_from_json(saved: Any) -> gym.Space:
             case "Tuple":
                 return spaces.Tuple([space_from_json(part) for part in saved["parts"]])
             case "Discrete":
-                return spaces.Discrete(_number(saved["n"]), start=_number(saved["start"]))
+                return spaces.Discrete(saved["n"], start=saved["start"], dtype=dtype)
             case "MultiDiscrete":
-                return spaces.MultiDiscrete(np.array(saved["nvec"], np.int64), start=np.array(saved["start"], np.int64))
+                return spaces.MultiDiscrete(saved["nvec"], dtype, start=saved["start"])
             case "MultiBinary":
                 n = saved["n"]
-                return spaces.MultiBinary(list(_shape(n)) if isinstance(n, list) else _number(n))
+                return spaces.MultiBinary(_shape(n) if isinstance(n, list) else n)
             case "Box":
-                shape, dtype = _shape(saved["shape"]), np.dtype(str(saved["dtype"]))
-                if dtype.kind not in "biuf":
-                    raise ValueError(f"a Box of {dtype}")
+                shape = _shape(saved["shape"])
                 low, high = (_bound(saved[name], shape, dtype) for name in ("low", "high"))
                 return spaces.Box(low, high, shape, dtype)
             case kind:
@@ -380,14 +373,7 @@ def _bound(saved: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
     return np.broadcast_to(numbers if numbers.ndim == 0 else numbers.reshape(shape), shape).astype(dtype)
 
 
-def _number(value: Any) -> int:
-    if type(value) is not int:
-        raise ValueError(f"expected a whole number, got {value!r}")
-    return value
-
-
-def _shape(value: Any) -> tuple[int, ...]:
-    shape = tuple(_number(size) for size in value)
-    if math.prod(shape) > MAX_NUMBERS or min(shape, default=0) < 0:
-        raise ValueError(f"expected a shape of at most {MAX_NUMBERS:,} numbers, got {list(shape)}")
-    return shape
+def _shape(shape: list[int]) -> tuple[int, ...]:
+    if math.prod(shape) > _MAX_NUMBERS or min(shape, default=0) < 0:
+        raise ValueError(f"expected a shape of at most {_MAX_NUMBERS:,} numbers, got {shape}")
+    return tuple(shape)

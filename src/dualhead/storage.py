@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import secrets
-import stat
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +21,14 @@ FORMAT = "dualhead"
 VERSION = 3
 TEMPORARY = ".tmp"
 """How the names of unfinished files end; those of a process that was killed stay behind."""
+RUN_PREFIX = "run"
+"""Tensors and metadata of a run's checkpoint that belong to the run and not to its agent."""
 
 _MAX_HEADER = 100_000_000
 """Bytes; safetensors itself refuses longer ones."""
-
 _BLANK = b"0" * 64
 _CHECKSUM = b'"checksum":"'
 """Nothing else in a header can read like this: quotes inside of names and metadata are escaped there."""
-
-
-RUN_PREFIX = "run"
-"""Tensors and metadata of a run's checkpoint that belong to the run and not to its agent."""
 
 
 def write_tensors(path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
@@ -70,25 +66,23 @@ def write_bytes(path: str | os.PathLike[str], contents: bytes | bytearray) -> No
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
+    if os.name == "posix":
+        _sync_folder(path.parent)
 
 
 def _sync_folder(path: Path) -> None:
-    """Puts the folder's entries on the disk, where the system can do that for folders."""
-    if os.name != "posix":
-        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # the file system cannot sync folders
             raise
     finally:
         os.close(descriptor)
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Removes what killed processes left unfinished in a folder; for who alone writes there."""
+    """Removes unfinished files of killed processes. Nobody else may be writing into the folder."""
     for path in folder.glob(f".*{TEMPORARY}"):
         path.unlink(missing_ok=True)
 
@@ -96,66 +90,61 @@ def remove_temporaries(folder: Path) -> None:
 def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors (on the CPU) and metadata of a file made by `write_tensors`.
 
-    The checksum is compared before anything is built from the contents, so memory is taken for what the file holds,
-    never for what a damaged header claims.
+    The checksum is compared first, so a damaged header cannot claim more memory than the file's size.
 
     Raises:
-        CheckpointError: not such a file, truncated, changed in any byte, or of a newer version.
+        CheckpointError: not such a file, truncated, changed in any byte, or of another version.
     """
     try:
         contents = _read(Path(path))
     except OSError as error:
         raise CheckpointError(f"cannot read checkpoint {path}: {error.strerror or error}") from error
+    broken = f"{path} is not a whole dualhead checkpoint"
     end = 8 + int.from_bytes(contents[:8], "little")
     try:
         header = json.loads(contents[8:end])["__metadata__"]
         form, version = header["format"], int(header["version"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not a whole dualhead checkpoint: no readable header ({error!r})") from error
+        raise CheckpointError(f"{broken}: no readable header ({error!r})") from error
     if form != FORMAT or version != VERSION:
         who = "an older" if form == FORMAT and version < VERSION else "a newer"
         raise CheckpointError(
             f"{path} has format {form!r} version {version}: expected {FORMAT!r} version {VERSION}: {who} dualhead "
             f"wrote it (read it with that one, or train again), or it is damaged"
         )
-    if not _checksum_holds(contents, end):
-        raise CheckpointError(
-            f"{path} is not a whole dualhead checkpoint: cut off or damaged, its contents are not those of its checksum"
-        )
+    begin = contents.find(_CHECKSUM, 8, end) + len(_CHECKSUM)
+    blanked = bytearray(contents)
+    blanked[begin : begin + len(_BLANK)] = _BLANK
+    if hashlib.sha256(blanked).hexdigest().encode() != contents[begin : begin + len(_BLANK)]:
+        raise CheckpointError(f"{broken}: cut off or damaged, its contents are not those of its checksum")
     try:
         tensors, metadata = load(contents), json.loads(header["json"])
     except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not a whole dualhead checkpoint: {error!r}") from error
+        raise CheckpointError(f"{broken}: {error!r}") from error
     if not isinstance(metadata, dict):
-        raise CheckpointError(f"{path} is not a whole dualhead checkpoint: its metadata are {type(metadata).__name__}")
+        raise CheckpointError(f"{broken}: its metadata are {type(metadata).__name__}")
     return tensors, metadata
 
 
 def _read(path: Path) -> bytes:
-    """A file's bytes; of a file that cannot be ours only the beginning, however large it is."""
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise OSError(errno.EINVAL, "not a file")
+    """A file's bytes; of a file that cannot be ours only the header, however large the file is."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "not a file")  # opening a pipe would wait for a writer
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
-        if size <= _MAX_HEADER and _CHECKSUM in file.read(size):
-            file.seek(0)
-            return file.read()
+        size = size if size <= _MAX_HEADER else 0
+        is_ours = _CHECKSUM in file.read(size)
         file.seek(0)
-        return file.read(8 + min(size, _MAX_HEADER))
+        return file.read() if is_ours else file.read(8 + size)
 
 
-def _checksum_holds(contents: bytes, end: int) -> bool:
-    """Whether the checksum in the header, which ends before byte `end`, is that of the contents."""
-    found = contents.find(_CHECKSUM, 8, end)
-    begin = found + len(_CHECKSUM)
-    rest = begin + len(_BLANK)
-    if found < 0 or rest > end:
+def can_write(dtype: torch.dtype) -> bool:
+    """Whether a file can hold tensors of this type."""
+    try:
+        save({"x": torch.empty(0, dtype=dtype)})
+    except KeyError:
         return False
-    view = memoryview(contents)
-    digest = hashlib.sha256(view[:begin])
-    digest.update(_BLANK)
-    digest.update(view[rest:])
-    return digest.hexdigest().encode() == view[begin:rest]
+    return True
 
 
 def with_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -167,11 +156,7 @@ def without_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]
 
 
 def check_fit(targets: dict[str, Tensor], sources: dict[str, Tensor], *, what: str) -> None:
-    """Compares names, shapes and types.
-
-    Raises:
-        CheckpointError: they differ; the message names the first few.
-    """
+    """Raises CheckpointError, with the first few names, where names, shapes or types differ."""
     missing, unknown = sorted(targets.keys() - sources.keys()), sorted(sources.keys() - targets.keys())
     if missing or unknown:
         raise CheckpointError(f"{what} is of another architecture: missing {missing[:3]}, unexpected {unknown[:3]}")
@@ -182,11 +167,7 @@ def check_fit(targets: dict[str, Tensor], sources: dict[str, Tensor], *, what: s
 
 
 def fill(targets: dict[str, Tensor], sources: dict[str, Tensor], *, what: str) -> None:
-    """Copies tensors into those of the same names, all or none.
-
-    Raises:
-        CheckpointError: as `check_fit`.
-    """
+    """Copies tensors into those of the same names, all or none; raises as `check_fit`."""
     check_fit(targets, sources, what=what)
     with torch.no_grad():
         for name, target in targets.items():

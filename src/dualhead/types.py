@@ -30,19 +30,11 @@ def on_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=to_accelerator and not tensor.is_pinned())
 
 
-class DataError(ValueError):
-    """An environment gave data that nothing can be learned from: wrong shape, missing part, NaN or infinity."""
-
-
-class DivergedError(RuntimeError):
-    """Losses or gradients stayed non-finite for too many optimiser steps in a row."""
-
-
 class RecurrentState:
     """State of a policy's memories: named parts [L, B, ...], the stream axis second. `h, c = state` for an LSTM.
 
-    A GRU has the part `h` alone. The memoryless control has an `h` without units. A memory of one's own names its parts
-    as it likes. A critic with a memory of its own adds parts whose names begin with `critic_`.
+    A GRU has the part `h` alone. The memoryless control has an `h` without units. Your own memory names its parts as it
+    likes. The parts of a critic's own memory have names that begin with `critic_`.
 
     Args:
         unnamed: the parts `h` and `c`, in this order, as `nn.LSTM` returns them.
@@ -68,7 +60,7 @@ class RecurrentState:
 
     @property
     def num_streams(self) -> int:
-        return next(iter(self.parts.values())).shape[1]
+        return next(iter(self)).shape[1]
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter(self.parts.values())
@@ -104,8 +96,7 @@ class RecurrentState:
         """Several groups of streams as one."""
         if len(states) == 1:
             return states[0]
-        names = states[0].parts
-        return RecurrentState(**{name: torch.cat([state.parts[name] for state in states], dim=1) for name in names})
+        return RecurrentState(**{name: torch.cat([s.parts[name] for s in states], dim=1) for name in states[0].parts})
 
 
 class Plan(NamedTuple):
@@ -122,37 +113,21 @@ class Plan(NamedTuple):
 
 
 class SegmentBatch(NamedTuple):
-    """A minibatch: N steps of S segments, packed without padding, and the state each segment begins from.
+    """A minibatch: N steps of S segments, packed without padding, and the state each segment begins from."""
 
-    Fields:
-        observations: leaves [N, ...].
-        state: [L, S, H] before each segment's first step.
-        layout: how the policy's memories find the N steps, from `RecurrentPolicy.plan`.
-        actions: [N, K] (or [N, D] continuous).
-        log_probs: [N, K] per head, of the behaviour policy.
-        values: [N] of the behaviour policy.
-        advantages, returns: [N].
-    """
-
-    observations: Observations
-    state: RecurrentState
-    layout: Any
-    actions: Tensor
-    log_probs: Tensor
-    values: Tensor
-    advantages: Tensor
-    returns: Tensor
+    observations: Observations  # leaves [N, ...]
+    state: RecurrentState  # [L, S, H] before each segment's first step
+    layout: Any  # how the policy's memories find the N steps, from `RecurrentPolicy.plan`
+    actions: Tensor  # [N, K] (or [N, D] continuous)
+    log_probs: Tensor  # [N, K] per head, of the behaviour policy
+    values: Tensor  # [N] of the behaviour policy
+    advantages: Tensor  # [N]
+    returns: Tensor  # [N]
 
 
 class ActionSample(NamedTuple):
-    """What acting produced, before the environment answered.
+    """What acting produced, before the environment answered."""
 
-    Fields:
-        actions: [B, K] head indices, or [B, D] in the policy's units for a continuous space.
-        log_probs: [B, K] per head.
-        values: [B].
-    """
-
-    actions: Tensor
-    log_probs: Tensor
-    values: Tensor
+    actions: Tensor  # [B, K] head indices, or [B, D] in the policy's units for a continuous space
+    log_probs: Tensor  # [B, K] per head
+    values: Tensor  # [B]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dualhead.networks.normalizer import RunningNormalizer
+from dualhead.networks.encoders import RunningNormalizer
 
 
 def generalized_advantages(

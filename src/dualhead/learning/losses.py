@@ -9,31 +9,20 @@ from torch import Tensor
 
 
 class SurrogateLoss(NamedTuple):
-    """Fields:
-    loss: scalar, to be minimised.
-    approx_kl: scalar estimate of KL(behaviour || policy) over the joint action, in nats.
-    clip_fraction: scalar share of ratios outside the clip range.
-    ratio: [N, K] per head, or [N, 1] joint.
-    """
-
-    loss: Tensor
-    approx_kl: Tensor
-    clip_fraction: Tensor
-    ratio: Tensor
+    loss: Tensor  # scalar, to be minimised
+    approx_kl: Tensor  # scalar estimate of KL(behaviour || policy) over the joint action, in nats
+    clip_fraction: Tensor  # scalar share of ratios outside the clip range
+    ratio: Tensor  # [N, K] per head, or [N, 1] joint
 
 
 def clipped_surrogate(
     log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, *, clip_coef: float, joint: bool
 ) -> SurrogateLoss:
-    """The clipped surrogate, per head and summed, or on the joint ratio.
+    """The clipped surrogate of N steps, per head (K of them) and summed, or with `joint` on the product of ratios.
 
-        L_k = −mean_n min(r_nk A_n, clip(r_nk, 1 − ε, 1 + ε) A_n),   L = Σ_k L_k
+        L_k = −mean_n min(r_nk A_n, clip(r_nk, 1 − ε, 1 + ε) A_n),   L = Σ_k L_k,   ε = clip_coef
 
-    Args:
-        log_probs, old_log_probs: [N, K] per head, of the policy and of the behaviour policy.
-        advantages: [N].
-        clip_coef: ε.
-        joint: multiply the heads' ratios before clipping (K becomes 1).
+    Log-probabilities are [N, K], advantages [N].
 
     Source: Schulman et al. 2017, arXiv:1707.06347 eq. 7; approx_kl: Schulman 2020, "Approximating KL divergence", k3.
     """
@@ -61,9 +50,8 @@ def value_loss(values: Tensor, returns: Tensor, old_values: Tensor, *, value_cli
 
 def normalize(advantages: Tensor) -> Tensor:
     """Mean 0, deviation 1 (unbiased, plus 1e-8); a single step becomes 0 and not NaN."""
-    if advantages.numel() < 2:
-        return advantages - advantages.mean()
-    return (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    centred = advantages - advantages.mean()
+    return centred / (advantages.std() + 1e-8) if advantages.numel() > 1 else centred
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> Tensor:

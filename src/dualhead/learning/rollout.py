@@ -21,12 +21,10 @@ class Rollout:
         observations: leaves [P + T, B, ...] in their own dtype.
         states: by part of the recurrent state [L, P + T, B, ...], the state *before* each step. `h_states` and
             `c_states` (None for a GRU) are the specification's names for the parts `h` and `c`.
-        episode_starts: [P + T, B] bool.
+        episode_starts: [P + T, B] bool; terminated, truncated: [T, B] bool.
         actions [T, B, K or D], log_probs [T, B, K], values, rewards, task_rewards, guilt, final_values [T, B]:
             rewards are task reward plus guilt; final_values hold V(final observation) at truncations.
-        terminated, truncated: [T, B] bool.
-        length: steps recorded so far.
-        tail_length: rows of the tail that hold steps.
+        length, max_tail, tail_length: steps recorded so far, P, and how many of the tail's rows hold steps.
     """
 
     def __init__(
@@ -43,12 +41,9 @@ class Rollout:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        self.rollout_length = rollout_length
-        self.num_streams = num_streams
-        self.max_tail = burn_in
+        self.rollout_length, self.num_streams, self.max_tail = rollout_length, num_streams, burn_in
         self.device = device
-        self.length = 0
-        self.tail_length = 0
+        self.length = self.tail_length = 0
 
         def zeros(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
@@ -66,12 +61,8 @@ class Rollout:
         self.actions = zeros(*steps, num_action_columns, dtype=action_dtype)
         self.log_probs = zeros(*steps, num_heads)
         self.values = zeros(*steps)
-        self.rewards = zeros(*steps)
-        self.task_rewards = zeros(*steps)
-        self.guilt = zeros(*steps)
-        self.final_values = zeros(*steps)
-        self.terminated = zeros(*steps, dtype=torch.bool)
-        self.truncated = zeros(*steps, dtype=torch.bool)
+        self.rewards, self.task_rewards, self.guilt, self.final_values = (zeros(*steps) for _ in range(4))
+        self.terminated, self.truncated = (zeros(*steps, dtype=torch.bool) for _ in range(2))
 
     @property
     def h_states(self) -> Tensor:
@@ -89,8 +80,7 @@ class Rollout:
         """Every buffer by name, for checkpoints."""
         named = {f"observations/{name}": buffer for name, buffer in self.observations.items()}
         named |= {f"states/{name}": buffer for name, buffer in self.states.items()}
-        named |= {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return named
+        return named | {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     def put_step(
         self, observations: Observations, state: RecurrentState, sample: ActionSample, episode_starts: Tensor
@@ -140,21 +130,15 @@ class Rollout:
     def tail_lengths(self) -> IntArray:
         """[B] kept steps of the episode that was running when this rollout began."""
         starts = self.episode_starts[self.max_tail - self.tail_length : self.max_tail].flip(0).cpu().numpy()
-        lengths = np.full(self.num_streams, self.tail_length, dtype=np.int64)
-        has_start = starts.any(axis=0)
-        if has_start.any():
-            lengths[has_start] = starts.argmax(axis=0)[has_start] + 1
-        return lengths
+        since_start = np.vstack([starts, np.ones((1, self.num_streams), bool)]).argmax(axis=0) + 1
+        return np.minimum(since_start, self.tail_length)
 
     def clear(self) -> None:
         """Starts the next rollout; the last steps become its tail."""
         kept = min(self.max_tail, self.tail_length + self.length)
-        if kept:
-            begin = self.max_tail + self.length - kept
-            buffers = [*self.observations.values(), self.episode_starts]
-            for buffer in buffers:
-                buffer[self.max_tail - kept : self.max_tail] = buffer[begin : begin + kept].clone()
-            for states in self.states.values():
-                states[:, self.max_tail - kept : self.max_tail] = states[:, begin : begin + kept].clone()
+        end = self.max_tail + self.length
+        time_major = (states.transpose(0, 1) for states in self.states.values())
+        for buffer in (*self.observations.values(), self.episode_starts, *time_major):
+            buffer[self.max_tail - kept : self.max_tail] = buffer[end - kept : end].clone()
         self.tail_length = kept
         self.length = 0

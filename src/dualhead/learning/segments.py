@@ -1,4 +1,4 @@
-"""Cut a rollout at episode starts into segments, and split them into minibatches.
+"""Cut a rollout at episode starts into segments, and gather minibatches of them, packed for the policy's memories.
 
 Worked example, sequence_length 3, one stream of 8 steps whose third episode step is followed by a reset at t = 5:
 
@@ -11,59 +11,45 @@ Segments never cross an episode start, so a recurrent call over them needs no re
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from dualhead.types import IntArray
+from dualhead.learning.rollout import Rollout
+from dualhead.networks.policy import RecurrentPolicy
+from dualhead.types import IntArray, RecurrentState, SegmentBatch, on_device
 
 
 class Segments(NamedTuple):
-    """All segments of a rollout; arrays [S].
-
-    Fields:
-        stream, start, length: steps start .. start + length - 1 of that stream.
-        offset: steps between the start of its run (an episode start or the rollout's beginning) and `start`.
-        burn_in: preceding steps of the same episode that can warm its state; may reach into the kept tail.
-    """
+    """Segments of a rollout, [S]: steps start .. start + length - 1 of a stream."""
 
     stream: IntArray
     start: IntArray
     length: IntArray
-    offset: IntArray
-    burn_in: IntArray
+    offset: IntArray  # steps between the start of its run (an episode start or the rollout's beginning) and `start`
+    burn_in: IntArray  # preceding steps of the same episode that can warm its state; may reach into the kept tail
 
     def take(self, chosen: IntArray) -> Segments:
         return Segments(*(field[chosen] for field in self))
 
 
-def run_starts(episode_starts: NDArray[np.bool_]) -> IntArray:
-    """For each step [T, B] the step at which its run began: the last episode start, or 0."""
-    num_steps = episode_starts.shape[0]
-    begins = np.where(episode_starts, np.arange(num_steps)[:, None], 0)
-    return np.maximum.accumulate(begins, axis=0)
-
-
 def cut(
-    episode_starts: NDArray[np.bool_],
-    sequence_length: int,
-    *,
-    burn_in: int = 0,
-    tail_lengths: IntArray | None = None,
+    episode_starts: NDArray[np.bool_], sequence_length: int, *, burn_in: int = 0, tail_lengths: IntArray | None = None
 ) -> Segments:
-    """Segments of a rollout, stream by stream in order of time.
+    """All segments of a rollout, stream by stream in order of time.
 
     Args:
         episode_starts: [T, B], the step is the first of its episode.
-        sequence_length: the longest segment.
-        burn_in: the longest warm-up before a segment.
+        sequence_length, burn_in: the longest segment, and the longest warm-up before one.
         tail_lengths: [B] steps of the running episode that are kept from before the rollout; None: none are.
     """
     num_steps = episode_starts.shape[0]
-    began = run_starts(episode_starts)
-    since = np.arange(num_steps)[:, None] - began
+    steps = np.arange(num_steps)[:, None]
+    began = np.maximum.accumulate(np.where(episode_starts, steps, 0), axis=0)
+    since = steps - began
     stream, start = np.nonzero((since % sequence_length == 0).T)
     last_of_stream = np.append(stream[1:] != stream[:-1], True)
     end = np.where(last_of_stream, num_steps, np.append(start[1:], 0))
@@ -86,3 +72,55 @@ def minibatches(lengths: IntArray, batch_size: int, *, generator: torch.Generato
     left = np.maximum(right - 1, 0)
     boundaries = np.where(targets - ends[left] < ends[right] - targets, left, right) + 1
     return [part for part in np.split(order, np.unique(boundaries)) if len(part)]
+
+
+def gather(
+    policy: RecurrentPolicy, rollout: Rollout, segments: Segments, *, advantages: Tensor, returns: Tensor
+) -> SegmentBatch:
+    """A minibatch of segments, packed, each with the state it begins from."""
+    order, rows, layout = pack(policy, rollout, segments, segments.start, segments.length)
+    steps = rows - rollout.max_tail * rollout.num_streams
+    buffers = (rollout.actions, rollout.log_probs, rollout.values, advantages, returns)
+    return SegmentBatch(
+        rollout.observations_at(rows),
+        _initial_states(policy, rollout, segments.take(order)),
+        layout,
+        *(buffer[: rollout.length].flatten(0, 1).index_select(0, steps) for buffer in buffers),
+    )
+
+
+def pack(
+    policy: RecurrentPolicy,
+    rollout: Rollout,
+    segments: Segments,
+    start: IntArray,
+    length: IntArray,
+    *,
+    final_states: bool = False,
+) -> tuple[IntArray, Tensor, Any]:
+    """Steps start .. start + length - 1 of each segment's stream, in the order that the policy's memories want.
+
+    Returns the order of the segments in the state's stream axis (long ones first), flat rows [N] of the steps, and the
+    layout for `policy.unroll` (with `final_states` for `policy.advance`).
+    """
+    order = np.argsort(-length, kind="stable")
+    plan = policy.plan(length[order], final_states=final_states)
+    which = order[plan.segment]
+    return order, rollout.flat_rows(segments.stream[which], start[which] + plan.step), plan.layout
+
+
+@torch.no_grad()
+def _initial_states(policy: RecurrentPolicy, rollout: Rollout, segments: Segments) -> RecurrentState:
+    """The state [L, S, H] each segment begins from: stored, and unrolled through its burn-in by today's weights.
+
+    Source: Kapturowski et al. 2019 (R2D2) §3, "stored state" and "burn-in".
+    """
+    state = rollout.state_at(rollout.flat_rows(segments.stream, segments.start - segments.burn_in))
+    (warm,) = np.nonzero(segments.burn_in)
+    if len(warm):
+        prefix = segments.take(warm)
+        begin = prefix.start - prefix.burn_in
+        order, rows, layout = pack(policy, rollout, prefix, begin, prefix.burn_in, final_states=True)
+        which = on_device(torch.from_numpy(warm[order]), rollout.device)
+        state.write(which, policy.advance(rollout.observations_at(rows), state.select(which), layout))
+    return state

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from dualhead.config import PPOConfig
-from dualhead.learning.minibatch import pack
 from dualhead.learning.rollout import Rollout
-from dualhead.learning.segments import Segments
+from dualhead.learning.segments import Segments, pack
 from dualhead.networks.policy import RecurrentPolicy
 from dualhead.types import IntArray, RecurrentState, on_device
 
@@ -23,9 +24,8 @@ def refresh(
     """Recomputes the states that segments (and their burn-ins) begin from with today's weights, and measures drift.
 
     Every run of steps is unrolled from its own beginning, all runs side by side, a segment's length at a time.
-    Drift is what R2D2 calls ΔQ, said for PPO: how far values (root mean square, in deviations of the rollout's values)
-    and action distributions (KL in nats) move between stored and refreshed state, at the first and last step of
-    segments.
+    Drift is R2D2's ΔQ for PPO: how far values (root mean square, in deviations of the rollout's values) and action
+    distributions (KL in nats) move between stored and refreshed state, at the first and last step of segments.
 
     Args:
         write: rewrite the rollout's states; otherwise only a sample of streams is unrolled, for the drift.
@@ -33,22 +33,17 @@ def refresh(
     Returns:
         Metrics `state_drift/*`; none for a memoryless policy or where no segment begins inside a run.
     """
-    if not policy.has_memory:
+    (inside,) = np.nonzero(segments.offset)
+    has_memory = any(part.numel() for part in policy.initial_state(1))
+    if not has_memory or not len(inside):
         return {}
-    inside = segments.offset > 0
     if not write:
-        (candidates,) = np.nonzero(inside)
-        if len(candidates):
-            inside &= segments.stream <= segments.stream[candidates[:DRIFT_SEGMENTS][-1]]
-    if not inside.any():
-        return {}
+        inside = inside[segments.stream[inside] <= segments.stream[inside[:DRIFT_SEGMENTS][-1]]]
     rows, states = _unroll_runs(policy, rollout, segments, streams=segments.stream[inside], config=config)
-    (measured,) = np.nonzero(inside)
-    measured = measured[np.linspace(0, len(measured) - 1, min(DRIFT_SEGMENTS, len(measured))).astype(np.int64)]
+    measured = inside[np.linspace(0, len(inside) - 1, min(DRIFT_SEGMENTS, len(inside))).astype(np.int64)]
     sample = segments.take(measured)
     order, packed, layout = pack(policy, rollout, sample, sample.start, sample.length)
-    seen = rollout.observations_at(packed)
-    sample = sample.take(order)
+    seen, sample = rollout.observations_at(packed), sample.take(order)
     begins = rollout.flat_rows(sample.stream, sample.start)
     ends = rollout.flat_rows(sample.stream, sample.start + sample.length - 1)
     old = policy.unroll(seen, rollout.state_at(begins), layout)
@@ -74,26 +69,22 @@ def _unroll_runs(
     """Fresh states at every inner cut of the runs of some streams: flat rows [S] and states [L, S, H]."""
     of_streams = segments.take(np.flatnonzero(np.isin(segments.stream, streams)))
     first = of_streams.offset == 0
-    run = np.cumsum(first) - 1
-    run_length = np.bincount(run, weights=of_streams.length).astype(np.int64)
+    remaining = np.bincount(np.cumsum(first) - 1, weights=of_streams.length).astype(np.int64)
     runs = of_streams.take(np.flatnonzero(first))
+    # Segments begin at every multiple of max_segment, their burn-ins so many steps before.
     remainder = config.burn_in % config.max_segment
     pieces = [config.max_segment - remainder, remainder] if remainder else [config.max_segment]
     state = rollout.state_at(rollout.flat_rows(runs.stream, runs.start))
     rows, states = [], []
-    position = turn = 0
-    while True:
-        piece = pieces[turn % len(pieces)]
-        alive = np.flatnonzero(run_length > position + piece)
+    for piece in itertools.cycle(pieces):
+        alive = np.flatnonzero(remaining > piece)
         if len(alive) == 0:
             break
-        runs, run_length = runs.take(alive), run_length[alive]
-        lengths = np.full(len(alive), piece)
-        _, steps, layout = pack(policy, rollout, runs, runs.start + position, lengths, final_states=True)
+        runs = runs.take(alive)
+        _, steps, layout = pack(policy, rollout, runs, runs.start, np.full(len(alive), piece), final_states=True)
         state = state.select(on_device(torch.from_numpy(alive), rollout.device))
         state = policy.advance(rollout.observations_at(steps), state, layout)
-        position += piece
-        turn += 1
-        rows.append(rollout.flat_rows(runs.stream, runs.start + position))
+        runs, remaining = runs._replace(start=runs.start + piece), remaining[alive] - piece
+        rows.append(rollout.flat_rows(runs.stream, runs.start))
         states.append(state)
     return torch.cat(rows), RecurrentState.concatenate(states)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -12,13 +11,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dualhead.config import PPOConfig
+from dualhead.errors import DivergedError
 from dualhead.learning.losses import clipped_surrogate, explained_variance, normalize, value_loss
-from dualhead.learning.minibatch import gather
 from dualhead.learning.rollout import Rollout
-from dualhead.learning.segments import cut, minibatches
+from dualhead.learning.segments import cut, gather, minibatches
 from dualhead.learning.staleness import refresh
 from dualhead.networks.policy import RecurrentPolicy
-from dualhead.types import DivergedError
 
 _MEASURED = ("loss/total", "loss/policy", "loss/value", "policy/approx_kl", "policy/clip_fraction", "policy/grad_norm")
 
@@ -41,40 +39,31 @@ def ppo_update(
     on the device. The host reads the results once, after the last minibatch, so no minibatch forces a host-device sync.
 
     Args:
-        policy, rollout: what learns, from what.
         advantages: [T, B], not normalised; T is the rollout's length.
         optimizer: over the policy's parameters, a fused one (see `FiniteSteps`).
-        config: epochs, minibatches, clipping and the rest.
-        entropy_coefs: weight of each head's entropy, K of them.
-        head_names: K names for the metrics.
+        entropy_coefs, head_names: weight of each head's entropy, and its name for the metrics; K of them.
         generator: shuffles the segments (on the CPU).
         num_skipped: optimiser steps in a row that were skipped before this update.
 
     Returns:
-        Metrics by name; means over minibatches unless their name says otherwise. `skipped_in_a_row` is the next
-        update's `num_skipped`.
+        Metrics by name, most of them means over minibatches; `skipped_in_a_row` is the next update's `num_skipped`.
 
     Raises:
         DivergedError: too many steps in a row were skipped.
     """
-    returns = advantages + rollout.values[: rollout.length]
-    values_explained = explained_variance(rollout.values[: rollout.length], returns)
+    old_values = rollout.values[: rollout.length]
+    returns = advantages + old_values
+    once = {"policy/explained_variance": explained_variance(old_values, returns)}
     if config.normalize_advantages == "rollout":
         advantages = normalize(advantages)
     episode_starts = rollout.episode_starts[rollout.max_tail :][: rollout.length].cpu().numpy()
-    segments = cut(
-        episode_starts,
-        config.max_segment,
-        burn_in=config.burn_in,
-        tail_lengths=rollout.tail_lengths() if config.burn_in else None,
-    )
-    joint = config.ratio == "joint"
+    tail_lengths = rollout.tail_lengths() if config.burn_in else None
+    segments = cut(episode_starts, config.max_segment, burn_in=config.burn_in, tail_lengths=tail_lengths)
     weights = torch.tensor(entropy_coefs, dtype=policy.dtype, device=policy.device)
     parameters = list(policy.trainable().values())
     finite_steps = FiniteSteps(optimizer, num_skipped=num_skipped, limit=config.max_skipped_steps, device=policy.device)
     steps: list[Tensor] = []  # of each optimiser step what `_MEASURED` names, and the entropies
     metrics: dict[str, float] = {}
-    once = {"policy/explained_variance": values_explained}
     stopped = False
 
     for epoch in range(config.num_epochs):
@@ -87,17 +76,14 @@ def ppo_update(
                 # whose states older weights made, and would replace them by less exact ones.
                 minibatch = minibatch._replace(burn_in=np.zeros_like(minibatch.burn_in))
             batch = gather(policy, rollout, minibatch, advantages=advantages, returns=returns)
-            with torch.autocast(policy.device.type, torch.bfloat16) if config.precision == "bf16" else nullcontext():
+            with torch.autocast(policy.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
                 output = policy.evaluate(batch)
-            minibatch_advantages = batch.advantages
-            if config.normalize_advantages == "minibatch":
-                minibatch_advantages = normalize(minibatch_advantages)
             surrogate = clipped_surrogate(
                 output.distribution.log_probs(batch.actions),
                 batch.log_probs,
-                minibatch_advantages,
+                normalize(batch.advantages) if config.normalize_advantages == "minibatch" else batch.advantages,
                 clip_coef=config.clip_coef,
-                joint=joint,
+                joint=config.ratio == "joint",
             )
             if not steps:
                 # The weights have not changed yet, so a ratio other than 1 is a bug or rounding.
@@ -126,22 +112,19 @@ def ppo_update(
     taken, num_skipped = _count_skipped(measured, num_skipped=num_skipped, limit=config.max_skipped_steps)
     if taken.any():
         metrics |= dict(zip(names, measured[taken].mean(0).tolist()))
-    metrics["update/stopped_by_kl"] = float(stopped)
-    metrics["update/optimizer_steps"] = int(taken.sum())
-    metrics["update/skipped_steps"] = int((~taken).sum())
-    metrics["skipped_in_a_row"] = num_skipped
-    return metrics
+    return metrics | {
+        "update/stopped_by_kl": float(stopped),
+        "update/optimizer_steps": int(taken.sum()),
+        "update/skipped_steps": int((~taken).sum()),
+        "skipped_in_a_row": num_skipped,
+    }
 
 
 class FiniteSteps:
     """Takes steps of a fused optimiser, except where the loss or the gradient is not finite.
 
-    The decision stays on the device: a fused step reads `found_inf`, as it does for `torch.amp.GradScaler`.
-
-    Args:
-        optimizer: a fused one.
-        num_skipped: steps in a row that were skipped before.
-        limit: after this many skipped steps in a row no further step is taken.
+    The decision stays on the device: a fused step reads `found_inf`, as it does for `torch.amp.GradScaler`. After
+    `limit` skipped steps in a row, of which `num_skipped` came before, no further step is taken.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, *, num_skipped: int, limit: int, device: torch.device) -> None:
@@ -161,25 +144,17 @@ class FiniteSteps:
 
 
 def _count_skipped(measured: NDArray[np.float64], *, num_skipped: int, limit: int) -> tuple[NDArray[np.bool_], int]:
-    """Warns of skipped optimiser steps, and counts them.
+    """Warns of each skipped step of M, whose numbers [M, ...] are named by `_MEASURED`, after `num_skipped` in a row.
 
-    Args:
-        measured: [M, ...] numbers of M steps, named by `_MEASURED`.
-        num_skipped: steps in a row that were skipped before these.
-        limit: this many in a row are too many.
-
-    Returns:
-        [M] which were taken, and how many in a row were skipped at the end.
-
-    Raises:
-        DivergedError: too many in a row.
+    Returns which of the M were taken, and how many in a row were skipped at the end. DivergedError: it reached `limit`.
     """
     losses, norms = (measured[:, _MEASURED.index(name)] for name in ("loss/total", "policy/grad_norm"))
     taken = np.isfinite(losses) & np.isfinite(norms)
     for loss, norm, was_taken in zip(losses, norms, taken):
-        num_skipped = 0 if was_taken else num_skipped + 1
         if was_taken:
+            num_skipped = 0
             continue
+        num_skipped += 1
         what = f"loss {loss}, gradient norm {norm}"
         if num_skipped >= limit:
             raise DivergedError(

@@ -1,11 +1,11 @@
-"""From observations to features: one part per leaf of the observation space, joined by ReLU layers."""
+"""From observations to features: running scales, one part per leaf of the space joined by layers, the step before."""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeGuard, runtime_checkable
 
 import gymnasium as gym
 import numpy as np
@@ -13,83 +13,19 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
+from dualhead.config import NetworkConfig
 from dualhead.networks.linear import Linear
-from dualhead.spaces import Leaf, ObservationSpec
+from dualhead.spaces import ActionSpec, Leaf, ObservationSpec
 from dualhead.types import Observations
 
 NATURE_MIN_PIXELS = 36
 GREATEST_PIXEL = 65_535.0
-"""Bounds of float images beyond this mean "no bound" and not a brightness."""
+"""A float image with a greater bound has no bound, rather than that brightness."""
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh}
-
-
-class _Flat(nn.Module):
-    """Numbers as they are, flattened."""
-
-    def __init__(self, space: gym.Space) -> None:
-        super().__init__()
-        self.num_features = math.prod(space.shape or (1,))
-
-    def forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        return x.reshape(x.shape[0], -1).to(dtype)
-
-
-class _OneHot(nn.Module):
-    """`Discrete` and `MultiDiscrete`: one-hot codes side by side."""
-
-    starts: Tensor
-    offsets: Tensor
-
-    def __init__(self, space: spaces.Discrete | spaces.MultiDiscrete) -> None:
-        super().__init__()
-        sizes = np.atleast_1d(space.n if isinstance(space, spaces.Discrete) else space.nvec).ravel()
-        self.num_features = int(sizes.sum())
-        self.register_buffer(
-            "starts", torch.from_numpy(np.atleast_1d(space.start).ravel().astype(np.int64)), persistent=False
-        )
-        self.register_buffer("offsets", torch.from_numpy(np.cumsum(sizes) - sizes), persistent=False)
-
-    def forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        index = x.reshape(x.shape[0], -1).long() - self.starts + self.offsets
-        return torch.zeros(x.shape[0], self.num_features, dtype=dtype, device=x.device).scatter_(1, index, 1.0)
-
-
-class _Image(nn.Module):
-    """Convolutions over an image or grid; pixels from 0 to a bound are divided by it.
-
-    `small`: 3x3 C→32→64 with padding 1, for grids. `nature`: Mnih et al. 2015, for large frames.
-    """
-
-    def __init__(self, space: spaces.Box, *, kind: str, channels_last: bool) -> None:
-        super().__init__()
-        shape = space.shape if len(space.shape) == 3 else (1, *space.shape)
-        if channels_last and len(space.shape) == 3:
-            shape = (shape[2], shape[0], shape[1])
-        self.channels_last = channels_last
-        self.shape = shape
-        high = float(np.max(space.high))
-        is_integer = np.issubdtype(space.dtype, np.integer)
-        has_pixels = is_integer or (float(np.min(space.low)) == 0.0 and high <= GREATEST_PIXEL)
-        self.scale = 1.0 / max(high, 1.0) if has_pixels else 1.0
-        channels = shape[0]
-        if kind == "nature":
-            convolutions = [
-                nn.Conv2d(channels, 32, 8, stride=4),
-                nn.Conv2d(32, 64, 4, stride=2),
-                nn.Conv2d(64, 64, 3),
-            ]
-        else:
-            convolutions = [nn.Conv2d(channels, 32, 3, padding=1), nn.Conv2d(32, 64, 3, padding=1)]
-        self.convolutions = nn.Sequential(*(m for conv in convolutions for m in (conv, nn.ReLU(inplace=True))))
-        with torch.no_grad():
-            self.num_features = self.convolutions(torch.zeros(1, *shape)).numel()
-
-    def forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        x = x.to(dtype)
-        if self.scale != 1.0:
-            x = x * self.scale
-        x = x.permute(0, 3, 1, 2) if self.channels_last and x.dim() == 4 else x.reshape(x.shape[0], *self.shape)
-        return self.convolutions(x).flatten(1)
+_CONVOLUTIONS = {"small": [(32, 3, 1, 1), (64, 3, 1, 1)], "nature": [(32, 8, 4, 0), (64, 4, 2, 0), (64, 3, 1, 0)]}
+"""Channels, kernel, stride and padding of each layer. `small` is for grids, `nature` (Mnih et al. 2015) for frames."""
+PREVIOUS_ACTION = "previous/action"
+PREVIOUS_REWARD = "previous/reward"
 
 
 @runtime_checkable
@@ -97,11 +33,8 @@ class Encoder(Protocol):
     """What the policy asks of an encoder, an `nn.Module` that initialises its own weights.
 
     Called with the leaves [N, ...] of N observations by name (a plain space has the one leaf `observation`): integers
-    in their own dtype, floats in the policy's, vectors scaled where `normalize_observations` is on. Returns features
-    [N, num_features].
-
-    Attributes:
-        num_features: F.
+    as they are, floats in the policy's dtype, vectors of floats scaled where `normalize_observations` is on. Returns
+    features [N, num_features].
     """
 
     num_features: int
@@ -113,39 +46,93 @@ EncoderFactory = Callable[[gym.Space], nn.Module]
 """Makes an encoder for an observation space."""
 
 
-class JoinedEncoder(nn.Module):
-    """Each leaf encoded, all joined, then Linear layers with an activation each.
+class _Flat(nn.Module):
+    """Numbers as they are, flattened."""
 
-    Args:
-        spec: which leaves there are.
-        encoder_sizes: widths of the joining layers.
-        activation: of the joining layers, a key of `ACTIVATIONS`.
-        image_encoder, image_layout: see `NetworkConfig`.
-    """
+    def __init__(self, space: gym.Space) -> None:
+        super().__init__()
+        self.num_features = math.prod(space.shape or ())
+
+    def forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return _rows(x).to(dtype)
+
+
+class _OneHot(nn.Module):
+    """`Discrete` and `MultiDiscrete`: one-hot codes side by side."""
+
+    shift: Tensor
+
+    def __init__(self, space: spaces.Discrete | spaces.MultiDiscrete) -> None:
+        super().__init__()
+        sizes = np.ravel(space.n if isinstance(space, spaces.Discrete) else space.nvec)
+        self.num_features = int(sizes.sum())
+        shift = np.cumsum(sizes) - sizes - np.ravel(space.start)
+        self.register_buffer("shift", torch.from_numpy(shift.astype(np.int64)), persistent=False)
+
+    def forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        index = _rows(x).long() + self.shift
+        return torch.zeros(x.shape[0], self.num_features, dtype=dtype, device=x.device).scatter_(1, index, 1.0)
+
+
+class _Image(nn.Module):
+    """Convolutions over an image or grid; pixels from 0 to a bound are divided by it."""
+
+    def __init__(self, space: spaces.Box, image_encoder: str, image_layout: str) -> None:
+        super().__init__()
+        shape = space.shape if len(space.shape) == 3 else (1, *space.shape)
+        self.channels_last = len(space.shape) == 3 and _has_channels_last(shape, image_layout)
+        self.shape = (shape[2], *shape[:2]) if self.channels_last else shape
+        pixels = min(self.shape[1:])
+        kind = image_encoder
+        if kind == "auto":
+            kind = "nature" if pixels >= NATURE_MIN_PIXELS else "small"
+        if kind == "nature" and pixels < NATURE_MIN_PIXELS:
+            raise ValueError(
+                f"image_encoder='nature' needs images of at least {NATURE_MIN_PIXELS} pixels a side, got "
+                f"{space.shape}: use image_encoder='small'"
+            )
+        high = float(np.max(space.high))
+        is_integer = np.issubdtype(space.dtype, np.integer)
+        has_pixels = is_integer or (float(np.min(space.low)) == 0.0 and high <= GREATEST_PIXEL)
+        self.scale = 1.0 / max(high, 1.0) if has_pixels else 1.0
+        modules: list[nn.Module] = []
+        given = self.shape[0]
+        for wanted, kernel, stride, padding in _CONVOLUTIONS[kind]:
+            modules += [nn.Conv2d(given, wanted, kernel, stride, padding), nn.ReLU(inplace=True)]
+            given = wanted
+        self.convolutions = nn.Sequential(*modules)
+        with torch.no_grad():
+            self.num_features = self.convolutions(torch.zeros(1, *self.shape)).numel()
+
+    def forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        x = x.to(dtype)
+        if self.scale != 1.0:
+            x = x * self.scale
+        x = x.permute(0, 3, 1, 2) if self.channels_last else x.reshape(x.shape[0], *self.shape)
+        return self.convolutions(x).flatten(1)
+
+
+class JoinedEncoder(nn.Module):
+    """Each leaf encoded, all joined, then layers of `config.encoder_sizes`."""
 
     no_numbers: Tensor
 
-    def __init__(
-        self,
-        spec: ObservationSpec,
-        *,
-        encoder_sizes: Sequence[int],
-        activation: str = "relu",
-        image_encoder: str,
-        image_layout: str,
-    ) -> None:
+    def __init__(self, spec: ObservationSpec, config: NetworkConfig) -> None:
         super().__init__()
         self.names = tuple(leaf.name for leaf in spec.inputs)
-        parts = [_part(leaf.space, image_encoder, image_layout) for leaf in spec.inputs]
+        parts: list[_OneHot | _Image | _Flat] = []
+        for leaf in spec.inputs:
+            if isinstance(leaf.space, spaces.Discrete | spaces.MultiDiscrete):
+                parts.append(_OneHot(leaf.space))
+            elif is_image(leaf.space, config.image_encoder):
+                parts.append(_Image(leaf.space, config.image_encoder, config.image_layout))
+            else:
+                parts.append(_Flat(leaf.space))
         self.parts = nn.ModuleList(parts)
-        num_joined = sum(part.num_features for part in parts)
-        sizes = [num_joined, *encoder_sizes]
-        layers: list[nn.Module] = []
-        for given, wanted in itertools.pairwise(sizes):
-            layers += [Linear(given, wanted), ACTIVATIONS[activation]()]
-        self.joined = nn.Sequential(*layers)
+        sizes = [sum(part.num_features for part in parts), *config.encoder_sizes]
+        self.joined = joining_layers(sizes, config.activation, Linear)
         self.num_features = sizes[-1]
-        # Follows casts of the module, which need not have any weight.
+        # Has the dtype that the module was cast to, which need not have any weight.
         self.register_buffer("no_numbers", torch.zeros(0), persistent=False)
 
     def forward(self, observations: Observations) -> Tensor:
@@ -154,43 +141,12 @@ class JoinedEncoder(nn.Module):
         return self.joined(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
 
 
-def is_image(space: gym.Space, image_encoder: str = "auto") -> bool:
-    """Whether a leaf goes through convolutions: a Box of three axes, or of two axes of uint8."""
-    if image_encoder == "flat" or not isinstance(space, spaces.Box) or min(space.shape, default=0) == 0:
-        return False
-    return len(space.shape) == 3 or (len(space.shape) == 2 and space.dtype == np.uint8)
-
-
-def vectors(spec: ObservationSpec, image_encoder: str = "auto") -> list[Leaf]:
-    """The leaves that running statistics can scale: Boxes of numbers that are no images."""
-    return [
-        leaf for leaf in spec.inputs if isinstance(leaf.space, spaces.Box) and not is_image(leaf.space, image_encoder)
-    ]
-
-
-def _has_channels_last(shape: tuple[int, ...], image_layout: str) -> bool:
-    """Two equal neighbours are height and width; where none are, the shorter end holds the channels."""
-    if image_layout != "auto" or shape[1] == shape[2]:
-        return image_layout == "hwc"
-    return shape[0] == shape[1] or shape[2] < shape[0]
-
-
-def _part(space: gym.Space, image_encoder: str, image_layout: str) -> _Flat | _OneHot | _Image:
-    if isinstance(space, spaces.Discrete | spaces.MultiDiscrete):
-        return _OneHot(space)
-    if isinstance(space, spaces.Box) and is_image(space, image_encoder):
-        shape = space.shape
-        channels_last = len(shape) == 3 and _has_channels_last(shape, image_layout)
-        pixels = min(shape) if len(shape) == 2 else min(shape[:2] if channels_last else shape[1:])
-        if image_encoder == "auto":
-            image_encoder = "nature" if pixels >= NATURE_MIN_PIXELS else "small"
-        if image_encoder == "nature" and pixels < NATURE_MIN_PIXELS:
-            raise ValueError(
-                f"image_encoder='nature' needs images of at least {NATURE_MIN_PIXELS} pixels a side, got {shape}: "
-                f"use image_encoder='small'"
-            )
-        return _Image(space, kind=image_encoder, channels_last=channels_last)
-    return _Flat(space)
+def joining_layers(sizes: Sequence[int], activation: str, linear: type[nn.Linear] = nn.Linear) -> nn.Sequential:
+    """Linear layers from each size to the next, with an activation after each."""
+    modules: list[nn.Module] = []
+    for given, wanted in itertools.pairwise(sizes):
+        modules += [linear(given, wanted), ACTIVATIONS[activation]()]
+    return nn.Sequential(*modules)
 
 
 def init_layers(part: nn.Module, gain: float = math.sqrt(2)) -> None:
@@ -200,3 +156,170 @@ def init_layers(part: nn.Module, gain: float = math.sqrt(2)) -> None:
             nn.init.orthogonal_(layer.weight, gain)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
+
+
+def is_image(space: gym.Space, image_encoder: str = "auto") -> TypeGuard[spaces.Box]:
+    """Whether a leaf goes through convolutions: a Box of three axes, or of two axes of uint8."""
+    if image_encoder == "flat" or not isinstance(space, spaces.Box) or min(space.shape, default=0) == 0:
+        return False
+    return len(space.shape) == 3 or (len(space.shape) == 2 and space.dtype == np.uint8)
+
+
+def _has_channels_last(shape: tuple[int, ...], image_layout: str) -> bool:
+    """`auto`: two equal neighbours are height and width; where none are, the shorter end holds the channels."""
+    if image_layout != "auto" or shape[1] == shape[2]:
+        return image_layout == "hwc"
+    return shape[0] == shape[1] or shape[2] < shape[0]
+
+
+def vectors(spec: ObservationSpec, image_encoder: str = "auto") -> list[Leaf]:
+    """The leaves that running statistics can scale: Boxes of numbers that are no images."""
+    return [
+        leaf for leaf in spec.inputs if isinstance(leaf.space, spaces.Box) and not is_image(leaf.space, image_encoder)
+    ]
+
+
+class RunningNormalizer(nn.Module):
+    """Scales by running mean and deviation, kept in float64 and updated between rollouts only.
+
+    Because the statistics stand still while a rollout is collected and learned from, acting and evaluation see the
+    same features and the first probability ratio is exactly 1.
+
+    Source: Chan, Golub & LeVeque 1983, parallel mean and variance.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    count: Tensor
+
+    def __init__(self, shape: Sequence[int], *, clip: float = 10.0) -> None:
+        super().__init__()
+        self.clip = clip
+        self.register_buffer("mean", torch.zeros(tuple(shape), dtype=torch.float64))
+        self.register_buffer("variance", torch.ones(tuple(shape), dtype=torch.float64))
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RunningNormalizer:
+        # A cast to the policy's dtype moves the statistics to its device and leaves them in float64.
+        super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
+        return self
+
+    def update(self, batch: Tensor) -> None:
+        """Takes in a batch [N, *shape]."""
+        batch = batch.to(torch.float64)
+        count = batch.shape[0]
+        total = self.count + count
+        delta = batch.mean(0) - self.mean
+        spread = self.variance * self.count + batch.var(0, unbiased=False) * count
+        self.mean += delta * count / total
+        self.variance.copy_((spread + delta.square() * self.count * count / total) / total)
+        self.count.copy_(total)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, deviation = self.mean.to(x.dtype), (self.variance + 1e-8).sqrt().to(x.dtype)
+        return ((x - mean) / deviation).clamp(-self.clip, self.clip)
+
+
+class ObservationNormalizer(nn.Module):
+    """Scales each number of the vectors among an observation's leaves; other leaves stay as they are."""
+
+    def __init__(self, leaves: Sequence[Leaf]) -> None:
+        super().__init__()
+        self.names = tuple(leaf.name for leaf in leaves)
+        self.of_leaf = nn.ModuleList(RunningNormalizer((math.prod(leaf.space.shape or ()),)) for leaf in leaves)
+
+    def update(self, observations: Observations) -> None:
+        """Takes in leaves [N, ...]."""
+        for name, normalizer in zip(self.names, self.of_leaf):
+            assert isinstance(normalizer, RunningNormalizer)
+            normalizer.update(_rows(observations[name]))
+
+    def forward(self, observations: Observations, dtype: torch.dtype) -> Observations:
+        scaled = {
+            name: normalizer(_rows(observations[name]).to(dtype)).view(observations[name].shape)
+            for name, normalizer in zip(self.names, self.of_leaf)
+        }
+        return observations | scaled if scaled else observations
+
+
+def _rows(leaf: Tensor) -> Tensor:
+    """[N, ...] as [N, F]."""
+    return leaf.reshape(leaf.shape[0], -1)
+
+
+class PreviousStep(nn.Module):
+    """R2D2's further inputs: the action and reward of the step before, both zero at an episode's first step.
+
+    They are two more leaves of an observation, which rollouts, minibatches, burn-in and checkpoints treat as any:
+
+        previous/action   [N, K] int64 head indices, or −1; of a Box [N, D] actions in the policy's units, clipped where
+                          the environment clips them, or 0
+        previous/reward   [N] the task's reward as it was recorded: neither scaled nor with guilt
+
+    `forward` returns `num_features` features, none where the policy sees neither `action` nor `reward`.
+
+    Source: Kapturowski et al. 2019 (R2D2) §2.3: the LSTM sees encoder features, previous action and previous reward.
+    """
+
+    bounded: Tensor
+    head_of: Tensor
+    choice_of: Tensor
+
+    def __init__(self, spec: ActionSpec, *, action: bool, reward: bool) -> None:
+        super().__init__()
+        self.sees_action, self.sees_reward = action, reward
+        self.is_continuous = spec.is_continuous
+        self.num_columns = spec.num_columns
+        # What stands where no step came before: the one-hot code of −1 is zeros.
+        self._blanks = {PREVIOUS_ACTION: 0 if spec.is_continuous else -1, PREVIOUS_REWARD: 0}
+        self.num_features = action * (spec.num_columns if spec.is_continuous else sum(spec.nvec)) + reward
+        buffers = {
+            "head_of": np.arange(len(spec.nvec)).repeat(spec.nvec),
+            "choice_of": np.concatenate([np.zeros(0, np.int64), *(np.arange(n) for n in spec.nvec)]),
+            "bounded": spec.bounded if spec.is_continuous else np.zeros(0, bool),
+        }
+        for name, array in buffers.items():
+            self.register_buffer(name, torch.from_numpy(np.ascontiguousarray(array)), persistent=False)
+
+    def shapes(self, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape of one stream's entry and dtype of each leaf."""
+        leaves: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        if self.sees_action:
+            leaves[PREVIOUS_ACTION] = ((self.num_columns,), dtype if self.is_continuous else torch.int64)
+        if self.sees_reward:
+            leaves[PREVIOUS_REWARD] = ((), dtype)
+        return leaves
+
+    def nothing(self, batch: int, *, device: torch.device, dtype: torch.dtype) -> Observations:
+        """Leaves of `batch` streams at an episode's first step."""
+        return {
+            name: torch.full((batch, *shape), self._blanks[name], dtype=leaf_dtype, device=device)
+            for name, (shape, leaf_dtype) in self.shapes(dtype).items()
+        }
+
+    def after(self, actions: Tensor, rewards: Tensor) -> Observations:
+        """Leaves of the next step, after actions [B, K] (or [B, D] in the policy's units) and task rewards [B]."""
+        leaves = {}
+        if self.sees_action:
+            clipped = torch.where(self.bounded, actions.clamp(-1.0, 1.0), actions) if self.is_continuous else actions
+            leaves[PREVIOUS_ACTION] = clipped.clone()
+        if self.sees_reward:
+            leaves[PREVIOUS_REWARD] = rewards.clone()
+        return leaves
+
+    def reset_where(self, leaves: Observations, mask: Tensor) -> Observations:
+        """Blank leaves in the streams where `mask` [B] is true."""
+        return {
+            name: leaf.masked_fill(mask if leaf.dim() == 1 else mask[:, None], self._blanks[name])
+            for name, leaf in leaves.items()
+        }
+
+    def forward(self, observations: Observations, dtype: torch.dtype) -> Tensor:
+        """Features [N, num_features]: one-hot codes of the heads side by side (or the D numbers), then the reward."""
+        parts = []
+        if self.sees_action:
+            action = observations[PREVIOUS_ACTION]
+            parts.append(action if self.is_continuous else action[:, self.head_of] == self.choice_of)
+        if self.sees_reward:
+            parts.append(observations[PREVIOUS_REWARD][:, None])
+        return torch.cat([part.to(dtype) for part in parts], dim=1)

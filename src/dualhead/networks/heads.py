@@ -3,32 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dualhead.errors import DataError
 from dualhead.spaces import ACTION_MASK, ActionSpec, Leaf
-from dualhead.types import DataError, Observations
-
-
-class Distribution(Protocol):
-    """Distribution over actions of N states; K heads."""
-
-    def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """Actions [N, K] (or [N, D])."""
-
-    def mode(self) -> Tensor:
-        """The likeliest actions [N, K] (or [N, D])."""
-
-    def log_probs(self, actions: Tensor) -> Tensor:
-        """Log-probability per head, [N, K]."""
-
-    def entropies(self) -> Tensor:
-        """Entropy per head in nats, [N, K]."""
-
-    def kl_from(self, other: Distribution) -> Tensor:
-        """KL(other || self) summed over heads, [N]; `other` of the same kind."""
+from dualhead.types import Observations
 
 
 class FactoredCategorical:
@@ -36,47 +18,48 @@ class FactoredCategorical:
 
     Args:
         logits: [N, sum(nvec)], heads side by side.
-        nvec: choices per head.
+        nvec: choices per head, K of them.
         mask: [N, sum(nvec)] bool, true where a choice is allowed; None: everything is.
+
+    Attributes:
+        logits: normalised, per head [N, n_k].
     """
 
     def __init__(self, logits: Tensor, nvec: tuple[int, ...], mask: Tensor | None = None) -> None:
         if mask is not None:
             logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
-        self._log_probs = [head.log_softmax(-1) for head in logits.split(nvec, dim=-1)]
-
-    @property
-    def logits(self) -> list[Tensor]:
-        """Normalised logits per head, [N, n_k]."""
-        return self._log_probs
+        self.logits = [head.log_softmax(-1) for head in logits.split(nvec, dim=-1)]
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """Random actions [N, K]."""
         # The exponential race: argmin of Exp(1)/p is a draw from p.
         actions = []
-        for log_p in self._log_probs:
+        for log_p in self.logits:
             race = torch.empty_like(log_p).exponential_(generator=generator)
             actions.append((log_p - race.log()).argmax(-1))
         return torch.stack(actions, dim=-1)
 
     def mode(self) -> Tensor:
-        return torch.stack([log_p.argmax(-1) for log_p in self._log_probs], dim=-1)
+        """The likeliest actions [N, K]."""
+        return torch.stack([log_p.argmax(-1) for log_p in self.logits], dim=-1)
 
     def log_probs(self, actions: Tensor) -> Tensor:
-        chosen = [log_p.gather(-1, action[:, None])[:, 0] for log_p, action in zip(self._log_probs, actions.unbind(-1))]
+        """Log-probability per head, [N, K]."""
+        chosen = [log_p.gather(-1, action[:, None])[:, 0] for log_p, action in zip(self.logits, actions.unbind(-1))]
         return torch.stack(chosen, dim=-1)
 
     def entropies(self) -> Tensor:
-        return torch.stack([-(log_p.exp() * log_p).sum(-1) for log_p in self._log_probs], dim=-1)
+        """Entropy per head in nats, [N, K]."""
+        return torch.stack([-(log_p.exp() * log_p).sum(-1) for log_p in self.logits], dim=-1)
 
-    def kl_from(self, other: Distribution) -> Tensor:
-        assert isinstance(other, FactoredCategorical)
-        return torch.stack(
-            [(p.exp() * (p - q)).sum(-1) for p, q in zip(other._log_probs, self._log_probs)], dim=-1
-        ).sum(-1)
+    def kl_from(self, other: Any) -> Tensor:
+        """KL(other || self) summed over heads, [N]; `other` is of the same kind."""
+        kl = [(p.exp() * (p - q)).sum(-1) for p, q in zip(other.logits, self.logits)]
+        return torch.stack(kl, dim=-1).sum(-1)
 
 
 class DiagonalGaussian:
-    """Independent normal distributions over D numbers, one head.
+    """Independent normal distributions over D numbers, one head (K = 1), with the methods of `FactoredCategorical`.
 
     Args:
         mean: [N, D].
@@ -102,11 +85,14 @@ class DiagonalGaussian:
         entropy = (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum()
         return entropy.expand(self.mean.shape[0], 1)
 
-    def kl_from(self, other: Distribution) -> Tensor:
-        assert isinstance(other, DiagonalGaussian)
+    def kl_from(self, other: Any) -> Tensor:
         ratio = (2 * (other.log_std - self.log_std)).exp()
         shift = ((other.mean - self.mean) * (-self.log_std).exp()).square()
         return 0.5 * (ratio + shift - 1 - 2 * (other.log_std - self.log_std)).sum(-1)
+
+
+Distribution = FactoredCategorical | DiagonalGaussian
+"""Over actions of N states."""
 
 
 class Heads(nn.Module):
@@ -117,36 +103,22 @@ class Heads(nn.Module):
         spec.check_masks(masks)
         self.nvec = spec.nvec
         self.names = spec.names
-        self._mask_names = self._order_masks(masks)
-        if spec.is_continuous:
-            self.linears = nn.ModuleList([nn.Linear(num_features, spec.num_columns)])
-            self.log_std = nn.Parameter(torch.zeros(spec.num_columns))
-        else:
-            self.linears = nn.ModuleList([nn.Linear(num_features, n) for n in spec.nvec])
         self.is_continuous = spec.is_continuous
-
-    def _order_masks(self, masks: tuple[Leaf, ...]) -> tuple[str | None, ...]:
-        """Leaf name of each head's mask, or the single whole mask."""
-        if not masks:
-            return ()
-        if len(masks) == 1 and masks[0].name.rpartition("/")[2] == ACTION_MASK:
-            return (masks[0].name,)
-        by_head: dict[str, str] = {leaf.name.rpartition("/")[2]: leaf.name for leaf in masks}
-        return tuple(by_head.get(name) for name in self.names)
+        # Leaf name of each head's mask (None: it has none), or of the one mask of all heads.
+        by_head = {leaf.name.rpartition("/")[2]: leaf.name for leaf in masks}
+        self._masks = (by_head[ACTION_MASK],) if ACTION_MASK in by_head else tuple(map(by_head.get, spec.names))
+        sizes = (spec.num_columns,) if spec.is_continuous else spec.nvec
+        self.linears = nn.ModuleList([nn.Linear(num_features, n) for n in sizes])
+        if spec.is_continuous:
+            self.log_std = nn.Parameter(torch.zeros(spec.num_columns))
 
     def mask(self, observations: Observations) -> Tensor | None:
         """The mask [N, sum(nvec)] that the observations carry, or None."""
-        if not self._mask_names:
-            return None
-        if len(self._mask_names) == 1 and self._mask_names[0] is not None:
-            return observations[self._mask_names[0]].flatten(1) != 0
-        some = next(observations[name] for name in self._mask_names if name is not None)
-        parts = [
-            torch.ones(some.shape[0], n, dtype=torch.bool, device=some.device)
-            if name is None
-            else observations[name].flatten(1) != 0
-            for name, n in zip(self._mask_names, self.nvec)
-        ]
+        masks = [None if name is None else observations[name].flatten(1) != 0 for name in self._masks]
+        some = next((mask for mask in masks if mask is not None), None)
+        if some is None or len(masks) == 1:
+            return some
+        parts = [some.new_ones(some.shape[0], n) if mask is None else mask for mask, n in zip(masks, self.nvec)]
         return torch.cat(parts, dim=1)
 
     def check_mask(self, observations: Observations) -> None:

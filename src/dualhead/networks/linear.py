@@ -1,8 +1,7 @@
-"""`nn.Linear` whose fp32 products on a CPU go through oneDNN, in the forward and in the backward pass.
+"""`nn.Linear` whose large fp32 products on a CPU go through oneDNN, in the forward and in the backward pass.
 
-PyTorch sends fp32 products of `nn.Linear` to its BLAS. Where that is MKL on a processor that MKL does not know well, it
-runs at half the machine's rate; oneDNN, which PyTorch carries for convolutions and recurrent layers, does not
-(docs/performance.md has the numbers). The arithmetic is fp32 either way and differs only in the order of sums.
+PyTorch sends them to its BLAS, which on some processors is MKL at half the machine's rate (docs/performance.md). The
+arithmetic is fp32 either way and differs only in the order of sums.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ def _onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _onednn_works() -> bool:
-    """Whether this build of PyTorch has the product, and it computes what it should."""
-    if not torch.backends.mkldnn.is_available():
-        return False
+    """Whether this build of PyTorch has the product, and computes it correctly."""
     x, weight, bias = torch.arange(6.0).view(2, 3), torch.arange(12.0).view(4, 3), torch.arange(4.0)
     try:
-        return torch.equal(_onednn_product(x, weight, bias), x @ weight.t() + bias)
+        return torch.backends.mkldnn.is_available() and torch.equal(
+            _onednn_product(x, weight, bias), x @ weight.t() + bias
+        )
     except (AttributeError, RuntimeError, TypeError):
         return False
 
@@ -45,14 +44,14 @@ class _OneDNNLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
         x, weight = ctx.saved_tensors
-        # Transposed views are what oneDNN wants here; copies made contiguous are slower.
+        # oneDNN is faster with transposed views than with contiguous copies.
         grad_x = _onednn_product(grad, weight.t(), None) if ctx.needs_input_grad[0] else None
         grad_weight = _onednn_product(grad.t(), x.t(), None) if ctx.needs_input_grad[1] else None
         return grad_x, grad_weight, grad.sum(0)
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` with a bias, for inputs [N, F]; the same numbers to rounding, faster on some processors."""
+    """`nn.Linear` with a bias, for inputs [N, F]: equal up to rounding, faster on some processors."""
 
     def forward(self, x: Tensor) -> Tensor:
         if (

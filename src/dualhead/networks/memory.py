@@ -6,37 +6,29 @@ Acting is the one-step case of training: `step` and `unroll` use the same weight
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dualhead.config import NetworkConfig
-from dualhead.networks.blocks import Blocks, lay_out
 from dualhead.networks.linear import Linear
-from dualhead.types import IntArray, Plan, RecurrentState
+from dualhead.types import IntArray, Plan, RecurrentState, on_device
 
 SEQUENCE_CALL_STREAMS = 32
-"""From so many streams on, one step is cheaper as a sequence of length one; below, the cell functions are, on the same
-weights (a quarter of the time for one stream)."""
-
+"""From so many streams on, a step is cheaper as a sequence of length one; below, as a call of the cell function."""
 CALL_COST_STEPS, CALL_COST_PRODUCTS = 60.0, 10e6
-"""What a recurrent call costs beyond its steps, forward and backward: handling the weights takes as long as some steps
-do, whatever their size; the rest is constant time, said as products of weights (measured: docs/performance.md)."""
+"""What a recurrent call costs beyond its steps, forward and backward: as much as so many steps, plus the constant time
+of so many products of weights (measured: docs/performance.md)."""
 GRU_STEP_COST = 12.0
-"""What a time step of `nn.GRU` costs beside its rows: torch steps through a GRU itself, through an LSTM by oneDNN in
-one call (measured: docs/performance.md)."""
+"""What a time step of `nn.GRU` costs beside its rows, in steps (likewise); an LSTM runs in one oneDNN call."""
 
 
 @runtime_checkable
 class Memory(Protocol):
-    """What the policy asks of a recurrent core, an `nn.Module`. `MemoryCell` gives all but `step`.
+    """What the policy asks of a recurrent core, an `nn.Module`. `MemoryCell` has all but `step`."""
 
-    Attributes:
-        num_features: H, width of what `step` and `unroll` return.
-    """
-
-    num_features: int
+    num_features: int  # H, width of what `step` and `unroll` return
 
     def initial_state(self, batch: int, *, device: torch.device, dtype: torch.dtype) -> RecurrentState:
         """Zeros [L, batch, ...] in every part: what every episode begins from."""
@@ -45,29 +37,77 @@ class Memory(Protocol):
         """One time step of B streams: features [B, F] -> (outputs [B, H], next state)."""
 
     def plan(self, lengths: IntArray, *, device: torch.device, final_states: bool = False) -> Plan:
-        """How the steps of segments should be packed for `unroll`.
-
-        Args:
-            lengths: [S] steps of each segment, from long to short.
-            device: where the layout's tensors go.
-            final_states: whether the final states of `unroll` will be used, and must be right.
-        """
+        """How to pack the steps of segments of `lengths` [S], from long to short, for `unroll`, whose returned state
+        must be right if `final_states`."""
 
     def unroll(self, features: Tensor, state: RecurrentState, layout: Any) -> tuple[Tensor, RecurrentState]:
-        """Segments from the states they begin with, packed as planned.
-
-        Args:
-            features: [N, F].
-            state: [L, S, ...].
-            layout: of the plan.
-
-        Returns:
-            outputs [N, H], and the state [L, S, ...] after each segment's last step where the plan was asked for it.
-        """
+        """Features [N, F], packed as planned, and the states [L, S, ...] that segments begin with -> outputs [N, H] and
+        the state after each segment's last step. `layout` is the plan's."""
 
 
 MemoryFactory = Callable[[int, int], nn.Module]
 """Makes a memory from its input size F and the configured `hidden_size`."""
+
+
+class Blocks(NamedTuple):
+    """Where the N packed steps of S segments lie in dense blocks, for recurrent calls on [steps, segments] at once.
+
+    Steps lie block after block, time-major inside a block. Where the segments of a block are not equally long, the rows
+    past a segment's end are padding, which only the recurrent call sees.
+    """
+
+    sizes: tuple[tuple[int, int], ...]  # (segments, steps) of each; segments follow one another in the state
+    padding: Tensor | None = None  # [rows] which of the N steps fills each row, padding too; None: there is none
+    real: Tensor | None = None  # [N] the rows that are real steps
+
+
+def lay_out(
+    lengths: IntArray, *, block_cost: float, step_cost: float = 0.0, device: torch.device | str = "cpu"
+) -> Plan:
+    """The cheapest plan of dense blocks for segments of `lengths` [S], sorted from long to short.
+
+    Padding is bought up to `block_cost`, the price of one more recurrent call in steps; 0 gives one block per distinct
+    length. `step_cost` is the price of one more time step of a block beside its segments' steps.
+    """
+    assert (lengths[1:] <= lengths[:-1]).all(), "segments must come from long to short"
+    blocks = _cheapest_blocks(lengths, block_cost, step_cost)
+    packed = []
+    num_rows = first = 0
+    for num_segments, num_steps in blocks:
+        step, which = np.nonzero(np.arange(num_steps)[:, None] < lengths[first : first + num_segments])
+        packed.append((which + first, step, num_rows + step * num_segments + which))
+        num_rows += num_segments * num_steps
+        first += num_segments
+    segment, step, real = (np.concatenate(parts) for parts in zip(*packed))
+    if num_rows == len(real):
+        return Plan(segment, step, Blocks(tuple(blocks)))
+    padding = np.zeros(num_rows, dtype=np.int64)
+    padding[real] = np.arange(len(real))
+    rows = (on_device(torch.from_numpy(rows), torch.device(device)) for rows in (padding, real))
+    return Plan(segment, step, Blocks(tuple(blocks), *rows))
+
+
+def _cheapest_blocks(lengths: IntArray, block_cost: float, step_cost: float) -> list[tuple[int, int]]:
+    """Blocks (segments, steps) of the least cost, by dynamic programming over groups of equal length.
+
+    The cheapest way to lay out the first j groups ends with one block over groups i + 1 .. j:
+
+        cost(j) = min_i cost(i) + block_cost + longest(i + 1) · (step_cost + segments(i + 1 .. j))
+    """
+    first = np.flatnonzero(np.diff(lengths, prepend=lengths[0] + 1))
+    longest, ends = lengths[first], np.append(first, len(lengths))
+    cost, chosen = np.zeros(len(ends)), np.zeros(len(ends), dtype=np.int64)
+    for j in range(1, len(ends)):
+        candidates = cost[:j] + block_cost + longest[:j] * (step_cost + ends[j] - ends[:j])
+        chosen[j] = candidates.argmin()
+        cost[j] = candidates[chosen[j]]
+    blocks = []
+    j = len(ends) - 1
+    while j > 0:
+        i = chosen[j]
+        blocks.append((int(ends[j] - ends[i]), int(longest[i])))
+        j = i
+    return blocks[::-1]
 
 
 class MemoryCell(nn.Module):
@@ -82,18 +122,14 @@ class MemoryCell(nn.Module):
                 h = self.cell(features, state.h[0])
                 return h, RecurrentState(h=h[None])
 
-    Where a faster call for whole sequences exists, `sequence` is the method to override.
+    Override `sequence` where a faster call for whole sequences exists.
 
     Args:
         num_features: H, width of the outputs.
         state_shapes: of each part of the state, [L, ...] without the stream axis, which comes second.
-
-    Attributes:
-        block_cost: price of one more call of `sequence`, in steps of a stream: padding is bought up to that price.
-        step_cost: price of one more time step of such a call, likewise.
     """
 
-    block_cost: float = 0.0
+    block_cost: float = 0.0  # prices of one more call of `sequence`, and of one more time step of it; see `lay_out`
     step_cost: float = 100.0
 
     def __init__(self, num_features: int, *, state_shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -102,12 +138,8 @@ class MemoryCell(nn.Module):
         self.state_shapes = dict(state_shapes)
 
     def initial_state(self, batch: int, *, device: torch.device, dtype: torch.dtype) -> RecurrentState:
-        return RecurrentState(
-            **{
-                name: torch.zeros(layers, batch, *units, device=device, dtype=dtype)
-                for name, (layers, *units) in self.state_shapes.items()
-            }
-        )
+        shapes = {name: (layers, batch, *units) for name, (layers, *units) in self.state_shapes.items()}
+        return RecurrentState(**{name: torch.zeros(each, device=device, dtype=dtype) for name, each in shapes.items()})
 
     def step(self, features: Tensor, state: RecurrentState) -> tuple[Tensor, RecurrentState]:
         raise NotImplementedError(
@@ -115,30 +147,34 @@ class MemoryCell(nn.Module):
         )
 
     def sequence(self, features: Tensor, state: RecurrentState) -> tuple[Tensor, RecurrentState]:
-        """T time steps of S streams: features [T, S, F] -> (outputs [T, S, H], the state after the last step)."""
+        """T time steps of S streams: features [T, S, F] -> (outputs [T, S, H], the state after the last step).
+
+        Calls `step` in full precision, also where the update runs under autocast: the state is in full precision.
+        """
         outputs = []
-        for now in features:
-            output, state = self.step(now, state)
-            outputs.append(output)
+        with torch.autocast(features.device.type, enabled=False):
+            for now in features.to(torch.promote_types(features.dtype, torch.float32)):
+                output, state = self.step(now, state)
+                outputs.append(output)
         return torch.stack(outputs), state
 
     def plan(self, lengths: IntArray, *, device: torch.device, final_states: bool = False) -> Plan:
-        if final_states:  # a padded segment's final state comes after its padding
+        if final_states:  # no padding, which a segment's final state would come after
             return lay_out(lengths, block_cost=0.0, device=device)
         return lay_out(lengths, block_cost=self.block_cost, step_cost=self.step_cost, device=device)
 
     def unroll(self, features: Tensor, state: RecurrentState, layout: Blocks) -> tuple[Tensor, RecurrentState]:
         rows = features if layout.padding is None else features.index_select(0, layout.padding)
         outputs, finals = [], []
-        segment = 0
-        # Not sliced one by one: the gradient of a slice is a whole tensor of zeros around it.
+        first = 0
+        # One split: the gradient of each slice would be a whole tensor of zeros around it.
         in_blocks = rows.split([num_segments * num_steps for num_segments, num_steps in layout.sizes])
         for (num_segments, num_steps), block in zip(layout.sizes, in_blocks):
-            begin = state.select(slice(segment, segment + num_segments))
+            begin = state.select(slice(first, first + num_segments))
             output, final = self.sequence(block.view(num_steps, num_segments, -1), begin)
             outputs.append(output.reshape(num_steps * num_segments, -1))
             finals.append(final)
-            segment += num_segments
+            first += num_segments
         packed = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         if layout.real is not None:
             packed = packed.index_select(0, layout.real)
@@ -146,14 +182,7 @@ class MemoryCell(nn.Module):
 
 
 class RecurrentMemory(MemoryCell):
-    """`nn.LSTM` or `nn.GRU` (attribute `lstm` or `gru`).
-
-    Args:
-        kind: `lstm` or `gru`.
-        input_size, hidden_size, num_layers: F, H, L.
-        forget_bias: initial bias of the gate that keeps the past (forget gate of an LSTM, update gate of a GRU).
-        orthogonal_per_gate: initialise every gate's [H, ·] matrix orthogonally on its own; else the stacked one.
-    """
+    """`nn.LSTM` or `nn.GRU` (attribute `lstm` or `gru`). `NetworkConfig` describes the arguments."""
 
     def __init__(
         self,
@@ -171,37 +200,29 @@ class RecurrentMemory(MemoryCell):
         self.num_layers = num_layers
         cell = (nn.LSTM if kind == "lstm" else nn.GRU)(input_size, hidden_size, num_layers, batch_first=True)
         self.add_module(kind, cell)
-        num_weights = sum(parameter.numel() for parameter in self.cell.parameters())
-        self.block_cost = CALL_COST_STEPS + CALL_COST_PRODUCTS / num_weights
+        self.block_cost = CALL_COST_STEPS + CALL_COST_PRODUCTS / sum(weight.numel() for weight in cell.parameters())
         self.step_cost = GRU_STEP_COST if kind == "gru" else 0.0
-        self._init_weights(forget_bias, orthogonal_per_gate)
-
-    @property
-    def cell(self) -> nn.LSTM | nn.GRU:
-        cell: nn.LSTM | nn.GRU = getattr(self, self.kind)
-        return cell
-
-    def _init_weights(self, forget_bias: float, per_gate: bool) -> None:
-        hidden = self.num_features
-        for name, parameter in self.cell.named_parameters():
+        for name, parameter in cell.named_parameters():
             if "weight" in name:
-                for matrix in parameter.split(hidden) if per_gate else (parameter,):
+                for matrix in parameter.split(hidden_size) if orthogonal_per_gate else (parameter,):
                     nn.init.orthogonal_(matrix, 1.0)
             else:
                 nn.init.zeros_(parameter)
                 # The second of the stacked gates keeps the past: LSTM's i, f, g, o; GRU's r, z, n. One of two biases.
                 if name.startswith("bias_ih"):
-                    nn.init.constant_(parameter[hidden : 2 * hidden], forget_bias)
+                    nn.init.constant_(parameter[hidden_size : 2 * hidden_size], forget_bias)
+
+    @property
+    def cell(self) -> Any:
+        return getattr(self, self.kind)
 
     def step(self, features: Tensor, state: RecurrentState) -> tuple[Tensor, RecurrentState]:
         if features.shape[0] >= SEQUENCE_CALL_STREAMS:
             output, final = self.sequence(features[None], state)
             return output[0], final
-        x, layers = features, []
+        x, layers, cell = features, [], self.cell
         for layer in range(self.num_layers):
-            weights = [
-                getattr(self.cell, f"{name}_l{layer}") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-            ]
+            weights = [getattr(cell, f"{name}_l{layer}") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
             before = [part[layer] for part in state]
             after = (
                 torch.lstm_cell(x, before, *weights) if self.kind == "lstm" else (torch.gru_cell(x, *before, *weights),)
@@ -217,11 +238,7 @@ class RecurrentMemory(MemoryCell):
 
 
 class NoMemory(MemoryCell):
-    """The memoryless control: features pass through, the state has no units.
-
-    A ReLU layer of the memory's width stands where the recurrent core would, so that the control loses memory and not
-    depth.
-    """
+    """The memoryless control: a ReLU layer in place of the recurrent core, so it lacks memory but not depth."""
 
     step_cost = 0.0  # nothing recurrent is called
 
@@ -234,31 +251,3 @@ class NoMemory(MemoryCell):
 
     def unroll(self, features: Tensor, state: RecurrentState, layout: Blocks) -> tuple[Tensor, RecurrentState]:
         return self.step(features, state)
-
-
-def make_memory(config: NetworkConfig, kind: str, input_size: int) -> MemoryCell:
-    """The recurrent core, or memoryless control, that a configuration asks for."""
-    if kind == "none":
-        return NoMemory(input_size, hidden_size=config.hidden_size)
-    if kind in ("mingru", "lru"):
-        from dualhead.networks.scan import ScanMemory  # which derives from MemoryCell
-
-        return ScanMemory(
-            kind,
-            input_size,
-            hidden_size=config.hidden_size,
-            num_layers=config.num_layers,
-            forget_bias=config.forget_bias,
-        )
-    if kind not in ("lstm", "gru"):
-        raise ValueError(
-            f"memory {kind!r} is not one of ours (lstm, gru, none): pass it, memory={kind.rpartition(':')[2]}"
-        )
-    return RecurrentMemory(
-        kind,
-        input_size,
-        hidden_size=config.hidden_size,
-        num_layers=config.num_layers,
-        forget_bias=config.forget_bias,
-        orthogonal_per_gate=config.orthogonal_per_gate,
-    )

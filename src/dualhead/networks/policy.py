@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,49 +9,37 @@ import torch
 from torch import Tensor, nn
 
 from dualhead.config import NetworkConfig
-from dualhead.networks.encoders import ACTIVATIONS, EncoderFactory, JoinedEncoder, init_layers, vectors
+from dualhead.networks.encoders import (
+    EncoderFactory,
+    JoinedEncoder,
+    ObservationNormalizer,
+    PreviousStep,
+    init_layers,
+    joining_layers,
+    vectors,
+)
 from dualhead.networks.heads import Distribution, Heads
-from dualhead.networks.memory import Memory, MemoryFactory, make_memory
-from dualhead.networks.normalizer import ObservationNormalizer
-from dualhead.networks.parts import check_encoder, check_memory, make_part, part_name
-from dualhead.networks.previous import PreviousStep
-from dualhead.networks.scan import ScanMemory
-from dualhead.spaces import ActionSpec, ObservationSpec
+from dualhead.networks.memory import Memory, MemoryCell, MemoryFactory, NoMemory, RecurrentMemory
+from dualhead.networks.parts import CRITIC, check_encoder, check_memory, make_part, part_name
+from dualhead.networks.scan import BLOCKS, ScanMemory
+from dualhead.spaces import ActionSpec, ObservationSpec, torch_dtype
 from dualhead.types import IntArray, Observations, Plan, RecurrentState, SegmentBatch, on_device
-
-CRITIC = "critic_"
-"""How the names of the state's parts begin that belong to the critic's own memory."""
 
 
 class PolicyOutput(NamedTuple):
-    """Fields:
-    distribution: over actions of N (or B) states.
-    values: [N] critic.
-    """
-
-    distribution: Distribution
-    values: Tensor
+    distribution: Distribution  # over actions of N (or B) states
+    values: Tensor  # [N], the critic's
 
 
 class Latents(NamedTuple):
-    """Fields:
-    actor: [N, H] what the action heads see.
-    critic: [N, H] what the critic sees; the same tensor where the memory is shared.
-    """
-
-    actor: Tensor
-    critic: Tensor
+    actor: Tensor  # [N, H], what the action heads see
+    critic: Tensor  # [N, H], what the critic sees: the same tensor where the memory is shared
 
 
 class _TwoLayouts(NamedTuple):
-    """Fields:
-    actor, critic: layouts of the two memories.
-    rows: [N] each, where the critic's packing is another: rows of the actor's packing in the critic's order, and back.
-    """
-
-    actor: Any
-    critic: Any
-    rows: tuple[Tensor, ...] | None
+    actor: Any = None
+    critic: Any = None
+    rows: tuple[Tensor, ...] | None = None  # where they differ: the actor's row of each row of the critic's, and back
 
 
 class RecurrentPolicy(nn.Module):
@@ -61,12 +48,8 @@ class RecurrentPolicy(nn.Module):
         encoder(observations), previous step -> memory -> actor layers -> heads
                                              `-> the critic's memory, or the same -> critic layers -> critic
 
-    Args:
-        observation_spec, action_spec: what it sees and decides.
-        config: its shape.
-        normalize_observations: keep running statistics of vector observations, and scale by them.
-        encoder, memory: parts of the user's own, or factories of them, in place of those that `config` describes. They
-            initialise their own weights.
+    `encoder` and `memory` are parts of the user's own, or factories of them, in place of those that `config` describes;
+    they initialise their own weights.
 
     Raises:
         TypeError: an encoder or memory without the methods that are needed.
@@ -86,20 +69,10 @@ class RecurrentPolicy(nn.Module):
         super().__init__()
         self.config = config
         image_encoder = config.image_encoder if encoder is None else "auto"
-        self.normalizer = ObservationNormalizer(
-            vectors(observation_spec, image_encoder) if normalize_observations else []
-        )
-        self.encoder: Any = (
-            JoinedEncoder(
-                observation_spec,
-                encoder_sizes=config.encoder_sizes,
-                activation=config.activation,
-                image_encoder=image_encoder,
-                image_layout=config.image_layout,
-            )
-            if encoder is None
-            else make_part(encoder, "encoder", observation_spec.space)
-        )
+        scaled = vectors(observation_spec, image_encoder) if normalize_observations else []
+        if encoder is not None:  # integers may be indices
+            scaled = [leaf for leaf in scaled if torch_dtype(leaf.space.dtype).is_floating_point]
+        self.normalizer = ObservationNormalizer(scaled)
         self.previous = PreviousStep(action_spec, action=config.previous_action, reward=config.previous_reward)
         taken = [leaf.name for leaf in observation_spec.leaves if leaf.name in self.previous.shapes(torch.float32)]
         if taken:
@@ -107,28 +80,31 @@ class RecurrentPolicy(nn.Module):
                 f"observation part {taken[0]!r} has the name of the policy's own input: switch off "
                 f"previous_action and previous_reward, or rename the part"
             )
-        if encoder is not None:
+        self.encoder: Any
+        if encoder is None:
+            self.encoder = JoinedEncoder(observation_spec, config)
+        else:
+            self.encoder = make_part(encoder, "encoder", observation_spec.space)
             check_encoder(self.encoder, observation_spec)
         num_inputs = self.encoder.num_features + self.previous.num_features
-        self.memory: Any = (
-            make_memory(config, config.memory, num_inputs)
-            if memory is None
-            else make_part(memory, "memory", num_inputs, config.hidden_size)
-        )
-        if memory is not None:
+        self.memory: Any
+        if memory is None:
+            self.memory = _make_memory(config, config.memory, num_inputs)
+        else:
+            self.memory = make_part(memory, "memory", num_inputs, config.hidden_size)
             check_memory(self.memory, num_inputs)
-        self.actor_layers, num_actor = _layers(self.memory.num_features, config)
-        self.heads = Heads(num_actor, action_spec, observation_spec.masks)
+        sizes = [self.memory.num_features, *config.head_sizes]
+        self.actor_layers = joining_layers(sizes, config.activation)
+        self.heads = Heads(sizes[-1], action_spec, observation_spec.masks)
         self.critic_memory: Any = None
-        num_features = self.memory.num_features
         if config.critic_memory != "shared":
-            self.critic_memory = make_memory(config, config.critic_memory, num_inputs)
-            num_features = self.critic_memory.num_features
-        self.critic_layers, num_critic = _layers(num_features, config)
-        self.critic = nn.Linear(num_critic, 1)
+            self.critic_memory = _make_memory(config, config.critic_memory, num_inputs)
+            sizes = [self.critic_memory.num_features, *config.head_sizes]
+        self.critic_layers = joining_layers(sizes, config.activation)
+        self.critic = nn.Linear(sizes[-1], 1)
         foreign = {"encoder": encoder is not None, "memory": memory is not None}
         for name, part in self.named_children():
-            if not foreign.get(name) and not isinstance(part, ScanMemory):
+            if not foreign.get(name) and not isinstance(part, ScanMemory):  # those initialise their own layers
                 init_layers(part)
         for head in self.heads.linears:
             init_layers(head, config.head_gain)
@@ -145,11 +121,6 @@ class RecurrentPolicy(nn.Module):
     def trainable(self) -> dict[str, nn.Parameter]:
         """The weights that learn, by name: all but those that a user's own part has frozen."""
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
-
-    @property
-    def has_memory(self) -> bool:
-        """Whether any part of the recurrent state has units."""
-        return any(part.numel() for part in self.initial_state(1))
 
     def plan(self, lengths: IntArray, *, final_states: bool = False) -> Plan:
         """How `unroll` (with `final_states`: `advance`) wants segments of `lengths` [S], from long to short, packed."""
@@ -183,14 +154,13 @@ class RecurrentPolicy(nn.Module):
             h, after = _remember(self.memory, features, state, layout)
             return Latents(h, h), after
         of_actor, of_critic = _split(state)
-        layouts = layout or _TwoLayouts(None, None, None)
+        layouts = layout or _TwoLayouts()
         h, after_actor = _remember(self.memory, features, of_actor, layouts.actor)
-        if layouts.rows is None:
-            v, after_critic = _remember(self.critic_memory, features, of_critic, layouts.critic)
-        else:
-            to_critic, from_critic = layouts.rows
-            v, after_critic = self.critic_memory.unroll(features[to_critic], of_critic, layouts.critic)
-            v = v[from_critic]
+        if layouts.rows is not None:
+            features = features[layouts.rows[0]]
+        v, after_critic = _remember(self.critic_memory, features, of_critic, layouts.critic)
+        if layouts.rows is not None:
+            v = v[layouts.rows[1]]
         return Latents(h, v), _join(after_actor, after_critic)
 
     def _output(self, latents: Latents, observations: Observations) -> PolicyOutput:
@@ -220,22 +190,11 @@ class RecurrentPolicy(nn.Module):
 
     def advance(self, observations: Observations, state: RecurrentState, layout: Any) -> RecurrentState:
         """State [L, S, H] after the last step of each segment, packed by a plan with `final_states`."""
-        _, final = self._forward_base(observations, state, layout)
-        return final
+        return self._forward_base(observations, state, layout)[1]
 
     def values(self, observations: Observations, state: RecurrentState) -> Tensor:
         """V [B] of one observation per stream."""
-        latents, _ = self._forward_base(observations, state)
-        return self._value(latents)
-
-
-def _layers(num_features: int, config: NetworkConfig) -> tuple[nn.Sequential, int]:
-    """The layers between a memory and its heads, and how many features they give."""
-    sizes = [num_features, *config.head_sizes]
-    modules: list[nn.Module] = []
-    for given, wanted in itertools.pairwise(sizes):
-        modules += [nn.Linear(given, wanted), ACTIVATIONS[config.activation]()]
-    return nn.Sequential(*modules), sizes[-1]
+        return self._value(self._forward_base(observations, state)[0])
 
 
 def _remember(memory: Memory, features: Tensor, state: RecurrentState, layout: Any) -> tuple[Tensor, RecurrentState]:
@@ -252,3 +211,18 @@ def _split(state: RecurrentState) -> tuple[RecurrentState, RecurrentState]:
     own = {name: part for name, part in state.parts.items() if not name.startswith(CRITIC)}
     critic = {name.removeprefix(CRITIC): part for name, part in state.parts.items() if name.startswith(CRITIC)}
     return RecurrentState(**own), RecurrentState(**critic)
+
+
+def _make_memory(config: NetworkConfig, kind: str, input_size: int) -> MemoryCell:
+    """The recurrent core, or memoryless control, that a configuration asks for."""
+    if kind == "none":
+        return NoMemory(input_size, hidden_size=config.hidden_size)
+    settings = config.model_dump(include={"hidden_size", "num_layers", "forget_bias"})
+    if kind in BLOCKS:
+        return ScanMemory(kind, input_size, **settings)
+    if kind not in ("lstm", "gru"):
+        raise ValueError(
+            f"memory {kind!r} is not one of ours (lstm, gru, {', '.join(BLOCKS)}, none): pass it, "
+            f"memory={kind.rpartition(':')[2]}"
+        )
+    return RecurrentMemory(kind, input_size, orthogonal_per_gate=config.orthogonal_per_gate, **settings)

@@ -16,12 +16,14 @@ from dualhead.config import (
     NormConfig,
     PositiveInt,
     PPOConfig,
+    Seed,
     TurnoverConfig,
     WorldConfig,
     merged,
 )
+from dualhead.errors import SettingsError
 from dualhead.worlds.commons.config import COMMONS
-from dualhead.worlds.registry import world_settings
+from dualhead.worlds.registry import WORLDS
 
 EVAL_EPISODES = 20
 """Episodes of an evaluation."""
@@ -32,68 +34,58 @@ EVALUATION_SEED = 10_000
 class RunConfig(Config):
     """A training run: which environment, for how long, where."""
 
-    env: str = Field(description="`commons`, or a Gymnasium id: `dualhead envs` lists them.")
-    encoder: str | None = Field(
-        default=None, description="An encoder of your own, MODULE:NAME; None: the one that `network` describes."
-    )
-    memory: str | None = Field(
-        default=None, description="A recurrent core of your own, MODULE:NAME; None: `network.memory`."
-    )
-    env_from: Literal["id", "callable", "streams"] = Field(
-        default="id",
-        description="Whether `env` is an id, or the name of a callable or of streams that Python handed over: only who "
-        "hands them over again can resume or play the run.",
-    )
-    learning_rate_from: Literal["config", "callable"] = Field(
-        default="config", description="Whether `ppo.learning_rate` holds, or a schedule that Python handed over."
-    )
-    preset: Literal["default", "tuned", "spec"] = Field(
-        default="default",
-        description="Where settings come from that are not given: our defaults for any environment, the settings that "
-        "were tuned for this one (`dualhead train` takes them where there are any), or the specification's class.",
-    )
-    total_steps: PositiveInt = Field(default=100_000, description="Environment steps over all streams.")
-    num_envs: PositiveInt = Field(
-        default=16, description="Environments, or worlds of several agents, stepped side by side."
-    )
-    vectorization: Literal["sync", "async"] = Field(
-        default="sync", description="Environments in this process, or one process each (slow environments)."
-    )
-    seed: NonNegativeInt = Field(default=0, description="Seed of everything random; same seed, same run on CPU.")
-    run_dir: str | None = Field(default=None, description="Where results go; default runs/ENV/MEMORY-seedN.")
-    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="Where networks and rollouts live.")
-    num_threads: PositiveInt | None = Field(default=None, description="Threads of torch; default: as torch decides.")
-    checkpoint_every: PositiveInt = Field(default=50_000, description="Environment steps between checkpoints.")
-    keep_checkpoints: PositiveInt = Field(
-        default=2, description="How many of the newest checkpoints stay; the best one does."
-    )
-    log_to: tuple[Literal["wandb", "mlflow"], ...] = Field(
-        default=(), description="Also log to Weights & Biases or MLflow, beside TensorBoard and metrics.csv."
-    )
-    eval_episodes: NonNegativeInt = Field(
-        default=EVAL_EPISODES,
-        description="Episodes of an evaluation (the same number for each agent of a world); 0: none at the end.",
-    )
-    eval_every: NonNegativeInt = Field(
-        default=0,
-        description="Environment steps between evaluations during training, the best of which is kept; 0: none.",
-    )
-    policies: Literal["shared", "independent"] = Field(
-        default="shared", description="Of several agents: one policy for all, or a policy and optimiser for each."
-    )
-    enforce_norms: bool = Field(
-        default=False,
-        description="Add the guilt of internalised norms to the rewards, in a world that tells of punishments.",
-    )
-    network: NetworkConfig = Field(default_factory=NetworkConfig, description="Shape of the policy.")
-    ppo: PPOConfig = Field(default_factory=PPOConfig, description="The update.")
-    world: SerializeAsAny[WorldConfig] = Field(
-        default_factory=WorldConfig,
-        validate_default=True,
-        description="Settings of the world's own class; `CommonsConfig` of the commons.",
-    )
-    norms: NormConfig = Field(default_factory=NormConfig, description="How fast norms form, fade and weigh.")
-    turnover: TurnoverConfig = Field(default_factory=TurnoverConfig, description="When newcomers take whose place.")
+    env: str
+    """`commons`, or a Gymnasium id: `dualhead envs` lists them."""
+    encoder: str | None = None
+    """An encoder of your own, MODULE:NAME; None: the one that `network` describes."""
+    memory: str | None = None
+    """A recurrent core of your own, MODULE:NAME; None: `network.memory`."""
+    env_from: Literal["id", "callable", "streams"] = "id"
+    """Whether `env` is an id, or the name of a callable or of streams that Python handed over: only who hands them over
+    again can resume or play the run."""
+    learning_rate_from: Literal["config", "callable"] = "config"
+    """Whether `ppo.learning_rate` holds, or a schedule that Python handed over."""
+    preset: Literal["default", "tuned", "spec"] = "default"
+    """Where settings come from that are not given: our defaults for any environment, the settings that were tuned for
+    this one (`dualhead train` takes them where there are any), or the specification's class."""
+    total_steps: PositiveInt = 100_000
+    """Environment steps over all streams."""
+    num_envs: PositiveInt = 16
+    """Environments, or worlds of several agents, stepped side by side."""
+    vectorization: Literal["sync", "async"] = "sync"
+    """Environments in this process, or one process each (slow environments)."""
+    seed: Seed = 0
+    """Seed of everything random; same seed, same run on CPU."""
+    run_dir: str | None = None
+    """Where results go; default runs/ENV/MEMORY-seedN."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where networks and rollouts live."""
+    num_threads: PositiveInt | None = None
+    """Threads of torch; default: as torch decides."""
+    checkpoint_every: PositiveInt = 50_000
+    """Environment steps between checkpoints."""
+    keep_checkpoints: PositiveInt = 2
+    """How many of the newest checkpoints stay; the best one does."""
+    log_to: tuple[Literal["wandb", "mlflow"], ...] = ()
+    """Also log to Weights & Biases or MLflow, beside TensorBoard and metrics.csv."""
+    eval_episodes: NonNegativeInt = EVAL_EPISODES
+    """Episodes of an evaluation (the same number for each agent of a world); 0: none at the end."""
+    eval_every: NonNegativeInt = 0
+    """Environment steps between evaluations during training, the best of which is kept; 0: none."""
+    policies: Literal["shared", "independent"] = "shared"
+    """Of several agents: one policy for all, or a policy and optimiser for each."""
+    enforce_norms: bool = False
+    """Add the guilt of internalised norms to the rewards, in a world that tells of punishments."""
+    network: NetworkConfig = NetworkConfig()
+    """Shape of the policy."""
+    ppo: PPOConfig = PPOConfig()
+    """The update."""
+    world: SerializeAsAny[WorldConfig] = Field(default_factory=WorldConfig, validate_default=True)
+    """Settings of the world's own class; `CommonsConfig` of the commons."""
+    norms: NormConfig = NormConfig()
+    """How fast norms form, fade and weigh."""
+    turnover: TurnoverConfig = TurnoverConfig()
+    """When newcomers take whose place."""
 
     @model_validator(mode="before")
     @classmethod
@@ -108,9 +100,7 @@ class RunConfig(Config):
             )
         # Of a settings object those fields count that its maker named: PPOConfig(gamma=0.9) is one setting.
         given = {
-            name: {field: getattr(value, field) for field in value.model_fields_set}
-            if isinstance(value, Config)
-            else value
+            name: value.model_dump(exclude_unset=True) if isinstance(value, Config) else value
             for name, value in given.items()
         }
         return merged(preset_settings(preset, env, independent=given.get("policies") == "independent"), given)
@@ -119,15 +109,20 @@ class RunConfig(Config):
     @classmethod
     def _of_the_world_s_own_class(cls, given: Any, info: ValidationInfo) -> Any:
         env, is_id = info.data.get("env", ""), info.data.get("env_from") == "id"
-        settings = world_settings(env) if is_id else WorldConfig
+        settings = WORLDS[env].settings if is_id and env in WORLDS else WorldConfig
         if type(given) is WorldConfig and given == WorldConfig():
             given = {}
+        unregistered = f"no world {env!r} is registered here: import the module that registers it (--import MODULE)"
         if isinstance(given, Mapping):
-            given = settings(**given)
+            try:
+                given = settings(**given)
+            except SettingsError as error:
+                hint = [("", unregistered)] if settings is WorldConfig else []
+                raise SettingsError([*hint, *error.problems]) from None
         if not isinstance(given, settings):
             raise ValueError(f"expected {settings.__name__}(...) for {env!r}, got {given!r}")
         if is_id and settings is WorldConfig and given != WorldConfig():
-            raise ValueError(f"{env!r} has no settings of its own, got {given!r}")
+            raise ValueError(f"{unregistered}; environments of Gymnasium have no settings, got {given!r}")
         return given
 
     @property
@@ -141,56 +136,43 @@ class RunConfig(Config):
         return self.num_envs * self.world.num_agents
 
     @model_validator(mode="after")
-    def _minibatch_fits(self) -> RunConfig:
-        per_learner = self.num_envs if self.policies == "independent" else self.num_streams
-        rollout_steps = per_learner * self.ppo.rollout_length
-        if self.ppo.batch_size > rollout_steps:
+    def _rollouts_fit(self) -> RunConfig:
+        length, batch_size, num_streams = self.ppo.rollout_length, self.ppo.batch_size, self.num_streams
+        per_learner = self.num_envs if self.policies == "independent" else num_streams
+        if batch_size > per_learner * length:
             raise ValueError(
-                f"a rollout of {per_learner} streams x {self.ppo.rollout_length} steps = {rollout_steps} "
-                f"steps does not fill one minibatch of batch_size={self.ppo.batch_size}: raise rollout_length "
-                f"or num_envs, or lower batch_size to at most {rollout_steps}"
+                f"a rollout of {per_learner} streams x {length} steps = {per_learner * length} steps does not fill one "
+                f"minibatch of {batch_size=}: raise rollout_length or num_envs, or lower batch_size"
             )
-        rollout_steps = self.num_streams * self.ppo.rollout_length
-        if self.total_steps < rollout_steps:
+        if self.total_steps < num_streams * length:
             raise ValueError(
-                f"total_steps={self.total_steps} ends before the first update: one rollout is {self.num_streams} "
-                f"streams x {self.ppo.rollout_length} steps = {rollout_steps}; raise total_steps, or lower num_envs or "
-                f"rollout_length"
+                f"total_steps={self.total_steps} ends before the first update: one rollout is {num_streams} streams x "
+                f"{length} steps = {num_streams * length}; raise total_steps, or lower num_envs or rollout_length"
             )
         return self
 
     @model_validator(mode="after")
     def _agents_and_events_fit(self) -> RunConfig:
-        world, turnover = self.world, self.turnover
+        env, world, turnover, norms = self.env, self.world, self.turnover, self.norms
         if type(world) is WorldConfig and world.num_agents == 1:
-            for name, asked in (
-                ("policies", self.policies == "independent"),
-                ("turnover", turnover.first_turn is not None),
-            ):
-                if asked:
-                    raise ValueError(f"{name}: expected a world of several agents, and {self.env!r} has one")
+            of_several = {"policies": self.policies == "independent", "turnover": turnover.first_turn is not None}
+            for name in [name for name, is_asked in of_several.items() if is_asked]:
+                raise ValueError(f"{name}: expected a world of several agents, and {env!r} has one")
         if turnover.num_agents > world.num_agents:
-            raise ValueError(
-                f"turnover.num_agents={turnover.num_agents}: expected at most the {world.num_agents} agents of a world"
-            )
+            raise ValueError(f"turnover: expected at most the {world.num_agents} agents of a world, got {turnover}")
         num_turns = self.total_steps // self.num_streams
         if (turnover.first_turn or 0) > num_turns:
             raise ValueError(
                 f"turnover.first_turn={turnover.first_turn} comes after the run: total_steps={self.total_steps} are "
                 f"{num_turns} turns of {self.num_streams} agents"
             )
-        if self.enforce_norms and not world.resources:
+        if self.enforce_norms and not (world.resources and norms.mode == "resource"):
             raise ValueError(
-                f"enforce_norms: expected a world that says who took and was punished for which resource, and "
-                f"{self.env!r} does not"
+                f"enforce_norms: expected a world that says who took and was punished for which resource, got {env!r}; "
+                f"expected norms.mode='resource', got {norms.mode!r}"
             )
-        if self.enforce_norms and self.norms.mode != "resource":
-            raise ValueError(
-                f"norms.mode={self.norms.mode!r}: {self.env!r} tells who took and was punished for which resource; "
-                f"expected norms.mode='resource'"
-            )
-        if self.norms.resources not in (NormConfig().resources, world.resources):
-            raise ValueError(f"norms.resources: {self.env!r} has {world.resources}, got {self.norms.resources}")
+        if norms.resources not in (NormConfig().resources, world.resources):
+            raise ValueError(f"norms.resources: {env!r} has {world.resources}, got {norms.resources}")
         return self
 
 
@@ -283,11 +265,22 @@ def preset_settings(preset: str, env: str, *, independent: bool = False) -> dict
     return merged(settings, {"ppo": {"batch_size": SPEC["ppo"]["batch_size"]}}) if independent else settings
 
 
+def usual_preset(env: str) -> str:
+    """The preset of an environment id where none is asked for."""
+    return "tuned" if tuned_settings(env) else "default"
+
+
+def default_settings(env: str) -> dict[str, Any]:
+    """Every default of a run, nested as RunConfig is, unchecked: together they may be impossible for this world."""
+    world = WORLDS[env].settings if env in WORLDS else WorldConfig
+    return RunConfig.model_construct(env=env, world=world.model_construct()).model_dump()
+
+
 def planned(env: str, **settings: Any) -> RunConfig:
     """Settings of a run: where no preset is asked for those that were tuned for this environment, if there are any.
 
     Raises:
         SettingsError: they are not possible.
     """
-    is_tuned = settings.get("env_from", "id") == "id" and tuned_settings(env)
-    return RunConfig(**{"env": env, "preset": "tuned" if is_tuned else "default"} | settings)
+    preset = usual_preset(env) if settings.get("env_from", "id") == "id" else "default"
+    return RunConfig(**{"env": env, "preset": preset} | settings)

@@ -1,4 +1,4 @@
-"""The environment of a run: named by its settings, or handed over by who calls from Python."""
+"""The environment of a run: named by its settings, or handed over in Python."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from gymnasium.vector import VectorEnv
 from dualhead.config import WorldConfig
 from dualhead.errors import RunError
 from dualhead.running.config import RunConfig
-from dualhead.worlds.registry import open_world
+from dualhead.worlds.registry import WORLDS
 from dualhead.worlds.streams import GymnasiumStreams, Streams, make_streams
 
 Environment = Callable[[], gym.Env] | Streams | VectorEnv
-"""What Python may hand over instead of an id: what makes one environment, or streams that are there already."""
+"""What Python may hand over instead of an id: a callable that makes one environment, or streams."""
 
 
 def settings_of(env: str | Environment) -> dict[str, Any]:
-    """What `RunConfig` says of an environment: its name, where it is from, and of streams how many and whose they are.
+    """The fields of `RunConfig` that describe an environment.
 
     Raises:
         TypeError: it is none.
@@ -48,16 +48,15 @@ def settings_of(env: str | Environment) -> dict[str, Any]:
 
 def is_streams(env: Any) -> TypeGuard[Streams | VectorEnv]:
     """Whether these are streams, or a vector environment, rather than what makes an environment."""
-    if isinstance(env, str | type):
-        return False
-    return isinstance(env, VectorEnv) or all(hasattr(env, name) for name in ("num_streams", "reset", "step"))
+    is_like_streams = not isinstance(env, type) and all(hasattr(env, name) for name in ("num_streams", "reset", "step"))
+    return is_like_streams or isinstance(env, VectorEnv)
 
 
 def as_streams(env: Streams | VectorEnv) -> Streams:
     """The same as `Streams`.
 
     Raises:
-        TypeError: something is missing that every source of experience has.
+        TypeError: an attribute of `Streams` is missing.
         ValueError: a vector environment that fills in steps.
     """
     if isinstance(env, VectorEnv):
@@ -82,28 +81,28 @@ def open_streams(
     vectorization: str = "sync",
     device: torch.device | str = "cpu",
 ) -> Streams:
-    """The streams of a run's environment; those that were handed over belong to who did.
+    """The streams of a run's environment. Streams that were handed over are used as they are; their owner closes them.
 
     Args:
         config: of the run.
         env: in place of the environment that the settings name.
         num_envs: environments (or worlds); None: as configured.
         vectorization: of Gymnasium environments, see `make_streams`.
-        device: of a batched world.
+        device: of a world that is registered by name.
 
     Raises:
         UnavailableEnvironment: it cannot be made.
         RunError: the settings name none that could be made.
     """
     num_envs = config.num_envs if num_envs is None else num_envs
-    if env is None:
-        if config.env_from != "id":
-            raise RunError(
-                f"the environment {config.env!r} of this run was handed over in Python, as {config.env_from}, and its "
-                f"files cannot make it: call the function of the same name in Python with env=..., such as "
-                f"dualhead.resume(run, env=...)"
-            )
-        return open_world(config.env, config.world, num_envs=num_envs, vectorization=vectorization, device=device)
+    if env is None and config.env_from != "id":
+        raise RunError(
+            f"the environment {config.env!r} of this run was handed over in Python, as {config.env_from}: its files "
+            f"cannot make it; call the function of the same name in Python with env=..., such as "
+            f"dualhead.resume(run, env=...)"
+        )
     if is_streams(env):
         return as_streams(env)
-    return make_streams(env, num_envs, vectorization=vectorization)  # type: ignore[arg-type]
+    if env is None and config.env in WORLDS:
+        return WORLDS[config.env].open(config.world, num_worlds=num_envs, device=device)
+    return make_streams(config.env if env is None else env, num_envs, vectorization=vectorization)  # type: ignore[arg-type]

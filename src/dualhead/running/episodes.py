@@ -1,133 +1,103 @@
-"""Returns, lengths and other numbers of episodes while they run."""
+"""Returns, lengths and other numbers of episodes, counted step by step."""
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from torch import Tensor
 
+from dualhead.errors import DataError
 from dualhead.types import as_numpy
 from dualhead.worlds.streams import StreamStep
 
-EPISODE_WINDOW = 100
+
+def _window(values: Iterable[float] = ()) -> deque[float]:
+    return deque(values, maxlen=100)
 
 
 class EpisodeTracker:
-    """Return, length and other numbers of the last 100 episodes that ended.
-
-    Args:
-        num_streams: B.
-    """
+    """Return, length and other numbers of the last 100 episodes that ended, in B streams."""
 
     def __init__(self, num_streams: int) -> None:
         self.running_returns = np.zeros(num_streams)
         self.running_lengths = np.zeros(num_streams, dtype=np.int64)
-        self.returns: deque[float] = deque(maxlen=EPISODE_WINDOW)
-        self.lengths: deque[int] = deque(maxlen=EPISODE_WINDOW)
-        self.numbers: dict[str, deque[float]] = {}
         self.num_episodes = 0
-        self._waiting: list[tuple[Tensor, NDArray[np.bool_]]] = []
+        self._returns, self._lengths = _window(), _window()
+        self._numbers: dict[str, deque[float]] = {}
+        self._waiting: list[tuple[Any, NDArray[np.bool_]]] = []
 
-    def step(self, step: StreamStep, numbers: Mapping[str, ArrayLike] | None = None) -> None:
-        """Adds the rewards of a step, and closes the episodes that ended with it.
+    def step(self, step: StreamStep) -> None:
+        """Adds the rewards of a step, and the numbers of the episodes that ended; DataError if they are not [B].
 
-        Rewards on an accelerator are fetched later, many steps at once, so that no step waits for the device.
-
-        Args:
-            step: its rewards, terminated and truncated are used.
-            numbers: numbers about the episodes that ended with this step, by name, [B] each: `success` or `score` from
-                an environment's `info`, say. `metrics` gives the mean of each over the last 100 episodes that had it,
-                as `episode/NAME`. Entries of streams whose episode continues are ignored; NaN means that the episode
-                has no such number.
-
-        Raises:
-            ValueError: one of `numbers` does not have the shape [B].
+        Rewards on an accelerator are fetched later, many steps at once, so no step forces a host-device sync.
         """
         ended = as_numpy(step.terminated) | as_numpy(step.truncated)
-        if numbers and ended.any():
-            self._take_numbers(numbers, ended)
-        if isinstance(step.rewards, Tensor) and step.rewards.device.type != "cpu":
-            self._waiting.append((step.rewards, ended))
-        else:
-            self._take(as_numpy(step.rewards), ended)
+        if step.numbers and ended.any():
+            for name, given in step.numbers.items():
+                values = np.asarray(as_numpy(given), dtype=np.float64)
+                if values.shape != ended.shape:
+                    raise DataError(f"{name!r} of episodes: expected shape {ended.shape}, got {values.shape}")
+                if len(values := values[ended & ~np.isnan(values)]):
+                    self._numbers.setdefault(name, _window()).extend(values.tolist())
+        self._waiting.append((step.rewards, ended))
+        if not (isinstance(step.rewards, Tensor) and step.rewards.device.type != "cpu"):
+            self._fetch()
 
     def _fetch(self) -> None:
-        if self._waiting:
-            rewards = as_numpy(torch.stack([rewards for rewards, _ in self._waiting]))
-            for rewards_of_step, (_, ended) in zip(rewards, self._waiting):
-                self._take(rewards_of_step, ended)
-            self._waiting = []
-
-    def _take(self, rewards: NDArray[Any], ended: NDArray[np.bool_]) -> None:
-        self.running_returns += rewards
-        self.running_lengths += 1
-        for stream in np.flatnonzero(ended):
-            self.returns.append(float(self.running_returns[stream]))
-            self.lengths.append(int(self.running_lengths[stream]))
-            self.num_episodes += 1
-        self.running_returns[ended] = 0.0
-        self.running_lengths[ended] = 0
-
-    def _take_numbers(self, numbers: Mapping[str, ArrayLike], ended: NDArray[np.bool_]) -> None:
-        for name, given in numbers.items():
-            values = np.asarray(as_numpy(given) if isinstance(given, Tensor) else given, dtype=np.float64)
-            if values.shape != ended.shape:
-                raise ValueError(
-                    f"{name!r} of episodes: expected one number per stream {ended.shape}, got {values.shape}"
-                )
-            values = values[ended]
-            if not np.isnan(values).all():
-                kept = self.numbers.setdefault(name, deque(maxlen=EPISODE_WINDOW))
-                kept.extend(values[~np.isnan(values)].tolist())
+        rewards = [reward for reward, _ in self._waiting]
+        if rewards and isinstance(rewards[0], Tensor):
+            rewards = list(as_numpy(torch.stack(rewards)))
+        for reward, (_, ended) in zip(rewards, self._waiting):
+            self.running_returns += reward
+            self.running_lengths += 1
+            self._returns.extend(self.running_returns[ended].tolist())
+            self._lengths.extend(self.running_lengths[ended].tolist())
+            self.num_episodes += int(ended.sum())
+            self.running_returns[ended] = 0.0
+            self.running_lengths[ended] = 0
+        self._waiting = []
 
     def metrics(self) -> dict[str, float]:
-        """Means over the window (NaN before the first episode ends), and the count of all episodes."""
+        """Means over the last 100 episodes (NaN before the first one ends), and the count of all episodes."""
         self._fetch()
-        # Ours come last: an environment's number of the same name must not take their place.
-        return {f"episode/{name}": float(np.mean(values)) for name, values in self.numbers.items()} | {
-            "episode/mean_return": float(np.mean(self.returns)) if self.returns else math.nan,
-            "episode/mean_length": float(np.mean(self.lengths)) if self.lengths else math.nan,
+        # Ours come last: an environment's number of the same name must not replace them.
+        return {f"episode/{name}": float(np.mean(values)) for name, values in self._numbers.items()} | {
+            "episode/mean_return": float(np.mean(self._returns)) if self._returns else math.nan,
+            "episode/mean_length": float(np.mean(self._lengths)) if self._lengths else math.nan,
             "episode/count": self.num_episodes,
         }
 
-    def abandon_episodes(self, streams: NDArray[np.bool_] | None = None) -> None:
-        """Drops the running episodes of some streams ([B] bool), or of all. They count nowhere."""
+    def abandon_episodes(self, streams: NDArray[np.bool_] | slice = slice(None)) -> None:
+        """Forgets the running episodes of some streams ([B] bool), or of all."""
         self._fetch()
-        abandoned = slice(None) if streams is None else streams
-        self.running_returns[abandoned] = 0.0
-        self.running_lengths[abandoned] = 0
+        self.running_returns[streams] = 0.0
+        self.running_lengths[streams] = 0
 
     def state(self) -> dict[str, Any]:
-        """JSON that `restore` takes back."""
+        """JSON that `restore` reads."""
         self._fetch()
         return {
             "running_returns": self.running_returns.tolist(),
             "running_lengths": self.running_lengths.tolist(),
-            "returns": list(self.returns),
-            "lengths": list(self.lengths),
-            "numbers": {name: list(values) for name, values in self.numbers.items()},
+            "returns": list(self._returns),
+            "lengths": list(self._lengths),
+            "numbers": {name: list(values) for name, values in self._numbers.items()},
             "num_episodes": self.num_episodes,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Takes back what `state` gave.
-
-        Raises:
-            ValueError: it is of another number of streams.
-        """
+        """Continues from a `state`; ValueError if it has another number of streams."""
         running = np.array(state["running_returns"], dtype=np.float64)
         if running.shape != self.running_returns.shape:
             raise ValueError(f"episodes of {len(running)} streams, expected {len(self.running_returns)}")
-        self._waiting = []
-        self.running_returns = running
+        self.running_returns, self._waiting = running, []
         self.running_lengths = np.array(state["running_lengths"], dtype=np.int64)
-        self.returns = deque(map(float, state["returns"]), maxlen=EPISODE_WINDOW)
-        self.lengths = deque(map(int, state["lengths"]), maxlen=EPISODE_WINDOW)
-        self.numbers = {name: deque(values, maxlen=EPISODE_WINDOW) for name, values in state["numbers"].items()}
+        self._returns, self._lengths = _window(map(float, state["returns"])), _window(map(int, state["lengths"]))
+        self._numbers = {name: _window(values) for name, values in state["numbers"].items()}
         self.num_episodes = int(state["num_episodes"])

@@ -3,28 +3,44 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
+from dualhead.errors import DataError, RunError, UnavailableEnvironment
 from dualhead.running.checkpoint import save_best
 from dualhead.running.config import EVAL_EPISODES, EVALUATION_SEED
-from dualhead.running.environment import Environment, is_streams, open_streams
+from dualhead.running.environment import Environment, is_streams, open_streams, settings_of
 from dualhead.running.evaluation import SELECTION_SEED, evaluation_size, play_episodes
-from dualhead.running.randomness import preserved_randomness
+from dualhead.running.machine import preserved_randomness
 from dualhead.running.session import Session
 from dualhead.running.writers import CSVWriter
-from dualhead.types import DataError
+from dualhead.worlds.streams import Streams
+
+
+def open_evaluation(session: Session, env: str | Environment | None) -> Streams:
+    """Streams for evaluating a session's policy; RunError if they cannot be opened, or have other spaces."""
+    config = session.config
+    num_envs, _ = evaluation_size(config, config.eval_episodes or EVAL_EPISODES)
+    try:
+        if env is not None:
+            settings_of(env)  # checks it
+        with preserved_randomness():
+            streams = open_streams(config, env, num_envs=num_envs)  # type: ignore[arg-type]
+        for name in ("observation_space", "action_space"):
+            expected, given = getattr(session.streams, name), getattr(streams, name)
+            if given != expected:
+                raise ValueError(f"expected the {name} of the training, {expected}, got {given}")
+    except (TypeError, ValueError, UnavailableEnvironment) as error:
+        raise RunError(f"eval_env: {str(error).removeprefix('env: ')}") from error
+    return streams
 
 
 class Evaluator:
-    """Evaluates a session's policy in environments of its own; rows of `evaluations.csv`, and the best checkpoint.
+    """Evaluates a session's policy in streams of its own: rows of `evaluations.csv`, and the best checkpoint.
 
-    Training does not notice: global random states are as before.
+    Training does not notice: global random states stay as they are.
 
     Args:
-        session: whose policy plays.
-        run_dir: of the run.
         env: what to play in; None: what the run's settings name.
-        resume_at: environment steps of the checkpoint that the run goes on from.
+        resume_at: environment steps of the checkpoint that the run resumes from.
     """
 
     def __init__(
@@ -32,8 +48,7 @@ class Evaluator:
     ) -> None:
         self._session, self._run_dir, self._env = session, run_dir, env
         self._writer = CSVWriter(run_dir, name="evaluations.csv", resume_at=resume_at)
-        self._num_envs, self._episodes = evaluation_size(session.config, session.config.eval_episodes or EVAL_EPISODES)
-        self._streams: Any = None
+        self._streams: Streams | None = None
         self._last: tuple[int, dict[str, float]] = (-1, {})
 
     def __enter__(self) -> Evaluator:
@@ -45,41 +60,32 @@ class Evaluator:
             self._streams.close()
 
     def evaluate(self) -> dict[str, float]:
-        """Plays episodes on the way; metrics `evaluation/*`. The best by mean return is kept as `best.safetensors`.
-
-        Raises:
-            DataError: the environment gave what a policy cannot look at.
-            RunError: something cannot be written.
-        """
-        session, num_steps = self._session, self._session.learner.num_steps
-        if self._last[0] == num_steps:
-            return self._last[1]
-        summary = self._play(SELECTION_SEED)
-        save_best(self._run_dir, *session.learner.state(), score=summary["mean_return"])
-        metrics = {f"evaluation/{name}": value for name, value in summary.items()}
-        self._last = num_steps, metrics
-        return metrics
+        """Plays episodes during training; metrics `evaluation/*`. Saves the best mean return as `best.safetensors`."""
+        num_steps = self._session.learner.num_steps
+        if self._last[0] != num_steps:
+            summary = self._play(SELECTION_SEED)
+            save_best(self._run_dir, *self._session.learner.state(), score=summary["mean_return"])
+            self._last = num_steps, {f"evaluation/{name}": value for name, value in summary.items()}
+        return self._last[1]
 
     def conclude(self) -> dict[str, float]:
-        """The summary of the run's last evaluation: of the episodes that `dualhead eval` plays, which chose nothing.
-
-        Raises:
-            DataError, RunError: as `evaluate`.
-        """
+        """The summary of the episodes that `dualhead eval` plays too, and that did not choose the best checkpoint."""
         if self._session.config.eval_every:
             self.evaluate()
         return self._play(EVALUATION_SEED)
 
     def _play(self, seed: int) -> dict[str, float]:
-        """Plays episodes and writes their row, unless these steps have one."""
-        session, num_steps = self._session, self._session.learner.num_steps
-        with preserved_randomness():
-            if self._streams is None:
-                self._streams = open_streams(session.config, self._env, num_envs=self._num_envs)
-            try:
-                played = play_episodes(session.learner.policy, self._streams, episodes=self._episodes, seed=seed)
-            except DataError as error:
-                raise DataError(f"in an evaluation, {error}") from error
-        if self._writer.last_steps != num_steps:  # a run that was killed after this evaluation makes it once more
-            self._writer.write(num_steps, played.summary())
-        return played.summary()
+        """Plays episodes, and writes their row unless there is one of these steps."""
+        session = self._session
+        if self._streams is None:
+            self._streams = open_evaluation(session, self._env)
+        _, episodes = evaluation_size(session.config, session.config.eval_episodes or EVAL_EPISODES)
+        try:
+            with preserved_randomness():
+                played = play_episodes(session.learner.policy, self._streams, episodes=episodes, seed=seed)
+        except DataError as error:
+            raise DataError(f"in an evaluation, {error}") from error
+        summary = played.summary()
+        if self._writer.last_steps != session.learner.num_steps:  # a killed run may have written it
+            self._writer.write(session.learner.num_steps, summary)
+        return summary

@@ -1,39 +1,41 @@
-"""What a run asks of the machine it runs on: threads, and an allocator that keeps what it has."""
+"""What a run asks of its process and its machine: memory, cores, requests to stop, and random states."""
 
 from __future__ import annotations
 
 import ctypes
 import math
 import os
+import random
+import signal
 import sys
+import threading
 import time
 import warnings
-from contextlib import suppress
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
 
+import numpy as np
 import psutil
 import torch
 
-SECONDS_OF_LOOKING = 2.0
+_SECONDS_BEFORE_LOOKING = 2.0
 """After this many seconds a run checks once whether other programs compete for its cores."""
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_WORK = ("user", "nice", "system", "irq", "softirq", "interrupt")
+"""CPU times that are work; the others are idle, counted in these already, or of other virtual machines."""
 
 
 def keep_freed_memory() -> None:
-    """Lets glibc keep freed blocks for the next update instead of giving them back to the kernel.
+    """Lets glibc keep freed blocks for the next update instead of returning them to the kernel.
 
-    An update frees and takes the same large blocks again and again; fetched from the kernel each time, they must be
-    zeroed page by page, which makes a large recurrent call up to 2.8 times slower (docs/performance.md). Does nothing
-    where the C library is another one.
+    An update allocates the same large blocks again and again. The kernel zeroes each page that it hands out, which
+    makes a large recurrent call up to 2.8 times slower (docs/performance.md). Does nothing with another C library.
     """
-    if not sys.platform.startswith("linux"):
-        return
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
-        libc.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
-    except (OSError, AttributeError):
-        return
+    if sys.platform.startswith("linux"):
+        with suppress(OSError, AttributeError):
+            libc = ctypes.CDLL("libc.so.6")
+            libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+            libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
 
 
 def num_cores() -> int:
@@ -42,94 +44,118 @@ def num_cores() -> int:
 
 
 class Stopwatch:
-    """What the seconds of a run go into.
-
-    Args:
-        seconds: that it took before, in the parts that it goes on from.
-        num_steps: environment steps done.
-    """
+    """Seconds of rollouts, of updates, and of the whole training; a resumed run passes those and the steps before."""
 
     def __init__(self, seconds: float, num_steps: int) -> None:
-        self._lap_begun = self._update_begun = time.perf_counter()
-        self._begun, self._num_steps = self._lap_begun - seconds, num_steps
+        self._lap_began = self._update_began = time.perf_counter()
+        self._began, self._num_steps = self._lap_began - seconds, num_steps
 
     @property
     def seconds(self) -> float:
-        """Of training, over all parts of the run."""
-        return time.perf_counter() - self._begun
+        return time.perf_counter() - self._began
 
     def begin_update(self) -> None:
-        """The rollout is over."""
-        self._update_begun = time.perf_counter()
+        self._update_began = time.perf_counter()
 
     def end_update(self, num_steps: int) -> dict[str, float]:
-        """The update is over, and the next rollout begins; metrics `time/*` of both."""
+        """Metrics `time/*` of the rollout and the update that are over; the next rollout begins."""
         now = time.perf_counter()
         metrics = {
-            "time/steps_per_s": (num_steps - self._num_steps) / (now - self._lap_begun),
-            "time/rollout_s": self._update_begun - self._lap_begun,
-            "time/update_s": now - self._update_begun,
+            "time/steps_per_s": (num_steps - self._num_steps) / (now - self._lap_began),
+            "time/rollout_s": self._update_began - self._lap_began,
+            "time/update_s": now - self._update_began,
         }
-        self._lap_begun, self._num_steps = now, num_steps
+        self._lap_began, self._num_steps = now, num_steps
         return metrics
 
 
 class CoreUse:
-    """What runs beside this process, from its making on.
+    """What other programs use of our cores, from the construction on.
 
-    Two trainings that want all cores each wait for one another's threads at every operation: both become many times
-    slower, not half as fast. The number of threads is never lowered unasked, because another number adds up in
-    another order and the run would no longer repeat to the bit; but it is said.
+    Two trainings that use all cores wait for each other's threads at every operation: both become many times slower.
+    A run only warns. Fewer threads would add up in another order, so that the run would not repeat to the bit.
     """
 
     def __init__(self) -> None:
-        self._begun, self._before, self._has_looked = time.perf_counter(), _seconds_of_others(), False
-
-    @property
-    def seconds(self) -> float:
-        """How long it has been looked at."""
-        return time.perf_counter() - self._begun
+        self._began, self._before, self._has_looked = time.perf_counter(), _seconds_of_others(), False
 
     def others(self) -> float:
-        """Cores of ours that others kept busy on average; 0 where the system does not tell."""
-        return max(0.0, (_seconds_of_others() - self._before) / self.seconds)
+        """Cores of ours that other programs kept busy on average; 0 where the system does not tell."""
+        return max(0.0, (_seconds_of_others() - self._before) / (time.perf_counter() - self._began))
 
     def warn_once(self) -> None:
-        """After a while looks once whether others leave too few cores for our threads, and says so."""
-        if not self._has_looked and self.seconds > SECONDS_OF_LOOKING:
+        """After the first seconds of a run checks once, as `warn`."""
+        if not self._has_looked and time.perf_counter() - self._began > _SECONDS_BEFORE_LOOKING:
             self._has_looked = True
             self.warn()
 
     def warn(self) -> None:
-        """Says so where others leave too few cores for our threads."""
+        """Warns where other programs leave too few cores for our threads."""
         threads, cores, others = torch.get_num_threads(), num_cores(), self.others()
         if threads > 1 and others + threads > 1.25 * cores:
             warnings.warn(
                 f"this run uses {threads} threads, and other programs keep {others:.1f} of the {cores} cores busy: "
-                f"trainings that fight for cores slow each other many times over; wait, or give each --num-threads 1",
+                f"trainings that compete for cores slow each other many times over; wait, or give each --num-threads 1",
                 stacklevel=2,
             )
 
 
 def _seconds_of_others() -> float:
-    """What all our cores have worked, but for this process and its children; NaN where the system does not tell."""
+    """CPU seconds of other programs than this process and its children, on our cores; NaN where they are unknown."""
     try:
         by_core = psutil.cpu_times(percpu=True)
-        busy = sum(_working(by_core[core]) for core in _cores() if core < len(by_core))
+        busy = sum(getattr(by_core[core], name, 0.0) for core in _cores() if core < len(by_core) for name in _WORK)
         here = psutil.Process()
-        own = sum(here.cpu_times()[:4])  # of children that have ended as well
+        own = sum(here.cpu_times()[:4])  # includes children that have ended
         for child in here.children(recursive=True):
             with suppress(psutil.NoSuchProcess):
                 own += sum(child.cpu_times()[:2])
-        return busy - own
+        return float(busy - own)
     except (psutil.Error, OSError):
         return math.nan
 
 
-def _working(times: Any) -> float:
-    # What Linux counts besides is idle, counted in these already, or another machine's on the same processor.
-    return float(sum(getattr(times, name, 0.0) for name in ("user", "nice", "system", "irq", "softirq", "interrupt")))
-
-
 def _cores() -> set[int]:
     return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+
+
+@contextmanager
+def stop_requests() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM in a list; the second signal raises KeyboardInterrupt."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+        yield received
+        return
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+        with suppress(RuntimeError, OSError):  # it may arrive during another print, or after the reader has gone
+            print("stopping after this step; once more to stop at once", file=sys.stderr)
+
+    before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds the global generators of Python, NumPy and torch, which environments may use and our code never does."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    torch.manual_seed(seed)
+
+
+@contextmanager
+def preserved_randomness() -> Iterator[None]:
+    """Restores the global random states at the end."""
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])  # noqa: NPY002
+        torch.set_rng_state(before[2])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import operator
 import os
 import sys
 from types import ModuleType
@@ -12,7 +13,7 @@ from dualhead.errors import RunError
 
 
 def import_module(name: str, *, what: str) -> ModuleType:
-    """Imports what a user has named, from the working directory as well.
+    """Imports a user's module, from the working directory as well.
 
     Raises:
         RunError: it cannot be imported.
@@ -26,22 +27,24 @@ def import_module(name: str, *, what: str) -> ModuleType:
 
 
 def find_part(given: Any, *, what: str) -> Any:
-    """What `MODULE:NAME` names; anything but a string is the part itself.
+    """The object that `MODULE:NAME` names; anything but a string is the part itself.
 
     Raises:
-        RunError: there is no such thing.
+        RunError: there is no such object.
     """
     if not isinstance(given, str):
         return given
     module, _, name = given.partition(":")
     if not module or not name:
-        raise RunError(f"{what}={given!r}: expected MODULE:NAME, such as my_package.nets:MyNet")
-    found: Any = import_module(module, what=what)
-    for attribute in name.split("."):
-        if not hasattr(found, attribute):
-            raise RunError(f"{what}={given!r}: {module} has no {name}")
-        found = getattr(found, attribute)
-    return found
+        raise RunError(
+            f"{what}={given!r}: expected MODULE:NAME of a part of your own, such as my_package.nets:MyNet; those of "
+            f"dualhead are settings, such as network=NetworkConfig(memory='gru')"
+        )
+    found = import_module(module, what=what)
+    try:
+        return operator.attrgetter(name)(found)
+    except AttributeError:
+        raise RunError(f"{what}={given!r}: {module} has no {name}") from None
 
 
 def name_of(part: Any) -> str | None:

@@ -1,10 +1,10 @@
-"""A trained policy that acts: with a recurrent state and random numbers of its own, and away from any training."""
+"""A trained policy that acts, with a recurrent state and random numbers of its own."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dualhead import snapshot
+from dualhead.errors import DataError
 from dualhead.networks.encoders import EncoderFactory
 from dualhead.networks.memory import MemoryFactory
 from dualhead.networks.policy import RecurrentPolicy
@@ -19,7 +20,7 @@ from dualhead.population import IndependentPolicies
 from dualhead.running.checkpoint import RunError, read_newest
 from dualhead.spaces import ActionSpec, ObservationSpec, all_finite, as_tensor, holds_tensors
 from dualhead.storage import CheckpointError, fill, read_tensors, without_prefix
-from dualhead.types import DataError, RecurrentState, on_device
+from dualhead.types import RecurrentState, on_device
 
 Policy = RecurrentPolicy | IndependentPolicies
 
@@ -38,7 +39,7 @@ class Player:
                 observation, _ = env.reset()
 
     Args:
-        policy: is read only; what it learns elsewhere meanwhile is played.
+        policy: is only read. If it goes on learning elsewhere, the player uses its newest weights.
         observation_space, action_space: of one stream.
         seed: of sampled actions; the global random state is neither read nor changed.
     """
@@ -54,7 +55,7 @@ class Player:
         self._actions = torch.empty(0)  # of the last call, in the policy's units
 
     def reset(self) -> None:
-        """Forgets everything seen: the next call of `act` begins an episode in every stream, in any number of them."""
+        """Forgets everything: the next call of `act` begins an episode in every stream, in any number of streams."""
         self._state = None
 
     @torch.no_grad()
@@ -62,17 +63,16 @@ class Player:
         """Chooses actions and advances the recurrent state.
 
         Args:
-            observations: [B, ...] nested as the observation space is; of one plain environment without the B.
-            episode_starts: [B] bool, this observation is the first of an episode: its stream remembers nothing of
-                before. A single bool for one plain environment. The first call begins an episode everywhere.
-            rewards: [B] what the environment paid for the last actions (of one plain environment a number). Needed by
-                a policy that was trained with `previous_reward`, unless an episode begins in every stream; other
-                policies do not look at it.
+            observations: [B, ...] nested like the observation space; without the B for one plain environment.
+            episode_starts: [B] bool, this observation is the first of an episode, so the stream's state is reset. A
+                single bool for one plain environment. The first call begins an episode in every stream.
+            rewards: [B] task rewards of the last actions (one number for one plain environment). Only a policy that was
+                trained with `previous_reward` needs them, unless an episode begins in every stream.
             deterministic: the likeliest actions, or sampled ones.
 
         Returns:
-            Actions as the action space has them, with a batch axis, or without where `episode_starts` was a single
-            bool: NumPy arrays, or tensors where tensors came in.
+            Actions as the action space has them, with a batch axis, or without it where `episode_starts` was a single
+            bool: tensors where observations are tensors, else NumPy arrays.
 
         Raises:
             DataError: wrong shapes, missing parts, missing rewards, non-finite numbers, a mask without a legal choice.
@@ -81,51 +81,48 @@ class Player:
         starts = np.asarray(episode_starts)
         if starts.ndim > 1 or not ((starts == 0) | (starts == 1)).all():
             raise DataError(f"episode_starts: expected a bool for each stream, or one bool, got {episode_starts!r}")
-        num_streams = starts.size
-        if self._state is not None and self._state.num_streams != num_streams:
+        num_streams, policy, state = starts.size, self.policy, self._state
+        if state is not None and state.num_streams != num_streams:
             raise ValueError(
-                f"episode_starts of {num_streams} streams after calls with {self._state.num_streams}: "
+                f"episode_starts of {num_streams} streams after calls with {state.num_streams}: "
                 f"reset() comes before another number of streams"
             )
-        policy = self.policy
         tensors = self._observation_spec.to_tensors(observations, num_streams, dtype=policy.dtype)
         policy.heads.check_mask(tensors)
         tensors = {name: on_device(tensor, policy.device) for name, tensor in tensors.items()}
-        if self._state is None or starts.all():
+        if state is None or starts.all():
             state = policy.initial_state(num_streams)
             tensors |= policy.previous.nothing(num_streams, device=policy.device, dtype=policy.dtype)
         else:
             begins = on_device(torch.from_numpy(starts.reshape(num_streams) != 0), policy.device)
-            state = self._state.reset_where(begins)
+            state = state.reset_where(begins)
             previous = policy.previous.after(self._actions, self._rewards(rewards, num_streams))
             tensors |= policy.previous.reset_where(previous, begins)
         output, self._state = policy.step(tensors, state)
         distribution = output.distribution
-        chosen = distribution.mode() if deterministic else distribution.sample(self._sampling)
-        self._actions = chosen
-        actions = self._action_spec.to_env(chosen, numpy=not holds_tensors(observations))
+        self._actions = distribution.mode() if deterministic else distribution.sample(self._sampling)
+        # A copy: the caller may change what is returned.
+        actions = self._action_spec.to_env(self._actions.clone(), numpy=not holds_tensors(observations))
         return actions if starts.ndim else _first(actions)
 
     def _rewards(self, rewards: Any, num_streams: int) -> Tensor:
-        """[B] rewards of the last actions, on the policy's device; zeros where the policy does not look at them."""
+        """[B] rewards of the last actions; zeros for a policy that does not see them."""
         policy = self.policy
         if not policy.previous.sees_reward:
             return torch.zeros(num_streams, dtype=policy.dtype, device=policy.device)
         if rewards is None:
             raise DataError(
-                "rewards: this policy was trained with previous_reward and sees what its last actions were paid: "
+                "rewards: this policy was trained with previous_reward: "
                 "expected act(observations, episode_starts, rewards=...) within an episode, got none"
             )
         tensor = as_tensor(rewards, "rewards")
-        if tensor.numel() == num_streams == 1:
-            tensor = tensor.reshape(1)
+        tensor = tensor.reshape(1) if tensor.numel() == num_streams == 1 else tensor
         if tuple(tensor.shape) != (num_streams,) or not all_finite(tensor):
             raise DataError(f"rewards: expected {num_streams} finite numbers, one per stream, got {rewards!r}")
         return on_device(tensor.to(policy.dtype), policy.device)
 
 
 def _first(actions: Any) -> Any:
-    """The action of the only stream, without the batch axis."""
     return {key: _first(part) for key, part in actions.items()} if isinstance(actions, dict) else actions[0]
 
 
@@ -136,51 +133,26 @@ def load_policy(
     memory: nn.Module | MemoryFactory | None = None,
     seed: int = 0,
 ) -> Player:
-    """A trained policy, ready to act; see `Player.act`. No environment is made: the file knows the spaces.
+    """A trained policy, ready to act; see `Player.act`. The file describes the spaces, so no environment is made.
 
     Args:
         run: a run directory (its newest whole checkpoint is taken), one of its checkpoint files, or a file that
             `DualHeadRecurrentPPO.save` wrote.
-        encoder, memory: the parts of its own that the policy was trained with.
+        encoder, memory: the parts of its own that the policy was trained with; independent policies need a class or
+            factory, which makes one for each.
         seed: of sampled actions.
 
     Raises:
         RunError: no run, or no whole checkpoint, is there.
-        CheckpointError: the checkpoint cannot be read, or a part is missing.
+        CheckpointError: the checkpoint cannot be read, a part is missing, or a part is of another class.
     """
-    loaded = load_weights(run, encoder=encoder, memory=memory)
-    return Player(loaded.policy, loaded.observation_space, loaded.action_space, seed=seed)
+    return load_player(run, seed=seed, encoder=encoder, memory=memory)[0]
 
 
-class LoadedPolicy(NamedTuple):
-    """Fields:
-    policy: with its weights.
-    observation_space, action_space: of one stream.
-    path, metadata: the checkpoint that it is from.
-    """
-
-    policy: Policy
-    observation_space: gym.Space
-    action_space: gym.Space
-    path: Path
-    metadata: dict[str, Any]
-
-    def expect_spaces(self, observation_space: gym.Space, action_space: gym.Space, *, of: str) -> None:
-        """Refuses a world of other spaces than the policy's.
-
-        Raises:
-            CheckpointError: says both.
-        """
-        for what, ours, theirs in (
-            ("observation", self.observation_space, observation_space),
-            ("action", self.action_space, action_space),
-        ):
-            if ours != theirs:
-                raise CheckpointError(f"{self.path} has the {what} space {ours}, but {of} has {theirs}")
-
-
-def load_weights(run: str | os.PathLike[str], **foreign: Any) -> LoadedPolicy:
-    """The policy of a run's newest whole checkpoint, or of the checkpoint file given; see `load_policy`."""
+def load_player(
+    run: str | os.PathLike[str], *, seed: int = 0, world: Any = None, **foreign: Any
+) -> tuple[Player, Path, dict[str, Any]]:
+    """As `load_policy`, with the checkpoint's path and metadata. The spaces of a `world` must be the policy's."""
     path = Path(run)
     if path.is_file():
         tensors, metadata = read_tensors(path)
@@ -188,27 +160,38 @@ def load_weights(run: str | os.PathLike[str], **foreign: Any) -> LoadedPolicy:
         raise RunError(f"{run} holds no run: expected a run directory, or a checkpoint file")
     else:
         path, tensors, metadata = read_newest(path)
-    source = str(path)
-    policies: list[RecurrentPolicy] = []
     learners = metadata.get("learners")
+    for name, part in foreign.items():
+        if learners and isinstance(part, nn.Module):
+            raise CheckpointError(f"{name}: {path} has several policies: expected a class or factory, got a module")
+    policies: list[RecurrentPolicy] = []
     for number, of_learner in enumerate(learners if isinstance(learners, list) and learners else [metadata]):
-        arguments = snapshot.arguments(of_learner, source=source)
-        observation_space, action_space = arguments["observation_space"], arguments["action_space"]
+        arguments = snapshot.arguments(of_learner, source=str(path))
+        spaces = arguments["observation_space"], arguments["action_space"]
+        theirs = spaces if world is None else (world.observation_space, world.action_space)
+        if spaces != theirs:
+            raise CheckpointError(f"{path} has the spaces {spaces}, but the environment has {theirs}")
+        parts = snapshot.foreign_arguments(of_learner, source=str(path), **foreign)
         try:
-            made = RecurrentPolicy(
-                ObservationSpec(observation_space),
-                ActionSpec(action_space),
-                config=arguments["network"],
-                normalize_observations=arguments["config"].normalize_observations,
-                **snapshot.foreign_arguments(of_learner, source=source, **foreign),
-            ).to(arguments["dtype"])
+            with torch.random.fork_rng(devices=[]):  # the initial weights are overwritten
+                made = RecurrentPolicy(
+                    ObservationSpec(spaces[0]),
+                    ActionSpec(spaces[1]),
+                    config=arguments["network"],
+                    normalize_observations=arguments["config"].normalize_observations,
+                    **parts,
+                ).to(arguments["dtype"])
         except (TypeError, ValueError) as error:
-            raise CheckpointError(f"{source} describes no possible policy: {error}") from error
-        weights: dict[str, Any] = made.state_dict(keep_vars=True)
-        fill(weights, without_prefix(f"agent_{number}/policy" if learners else "policy", tensors), what=source)
+            raise CheckpointError(f"{path} describes no possible policy: {error}") from error
+        for name, part in made.foreign_parts.items():
+            saved = str(of_learner["foreign_parts"][name])
+            if saved.rpartition(":")[2] != part.rpartition(":")[2]:  # the class may have moved to another module
+                raise CheckpointError(f"{path} was saved with the {name} {saved}, got {part}")
+        prefix = f"agent_{number}/policy" if learners else "policy"
+        fill(made.state_dict(keep_vars=True), without_prefix(prefix, tensors), what=str(path))
         policies.append(made)
     policy: Policy = IndependentPolicies(policies) if learners else policies[0]
-    return LoadedPolicy(policy, observation_space, action_space, path, metadata)
+    return Player(policy, *spaces, seed=seed), path, metadata
 
 
 def run_directory(run: str | os.PathLike[str]) -> Path:

@@ -11,14 +11,14 @@ import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any
 
 import numpy as np
 
 from dualhead.config import Config, flat
 from dualhead.running.checkpoint import RunError
-from dualhead.running.config import EVALUATION_SEED, RunConfig, preset_settings
-from dualhead.running.report_figures import DASHES, NUM_COLORS, NUM_MEANS, Figure, curves, draw, number
+from dualhead.running.config import EVALUATION_SEED, default_settings, preset_settings
+from dualhead.running.report_figures import DASHES, NUM_COLORS, NUM_STRETCHES, curves, draw, number
 from dualhead.running.results import Run, read_run
 from dualhead.storage import CheckpointError
 from dualhead.worlds.streams import UnavailableEnvironment
@@ -27,20 +27,7 @@ REPLAY_STEPS = 500
 MAX_REPLAY_BYTES = 10_000_000
 MAX_REPLAYS = 4
 MAX_NAMED_SETTINGS = 3
-"""Groups that differ in more than these are named by some of them only."""
-_NOT_A_CONDITION = ("seed", "run_dir")
-
-
-class Replay(NamedTuple):
-    """Fields:
-    run: whose it is.
-    image: a data URI, or "".
-    problem: why there is no image, or "".
-    """
-
-    run: str
-    image: str
-    problem: str
+"""Groups that differ in more settings than this are named by their folders."""
 
 
 def write_report(
@@ -53,7 +40,7 @@ def write_report(
 ) -> Path:
     """Writes the page of one run, or of several side by side.
 
-    Runs that differ in nothing but seed and directory form a group: mean, range and single seeds.
+    Runs that differ only in seed and directory form a group: the page shows their mean, range and single seeds.
 
     Args:
         runs: run directories, at least one; the same one twice counts once.
@@ -63,18 +50,22 @@ def write_report(
         encoder, memory: the parts of its own that the policy was trained with; only the replay needs them.
 
     Returns:
-        Where the page is.
+        The file.
 
     Raises:
-        RunError: a run is missing or has no numbers yet, the page cannot be written, or plotly is missing.
+        RunError: a run is missing or has no numbers yet, the page cannot be written, or a package is missing.
     """
-    _require_plotly()
-    paths = list(dict.fromkeys(Path(run) for run in runs))
+    try:
+        import jinja2  # noqa: F401
+        import plotly  # noqa: F401
+    except ImportError as error:
+        raise RunError(f"reports need {error.name}: pip install -e '.[report]' in the checkout") from error
+    paths = list(dict.fromkeys(map(Path, runs)))
     if not paths:
         raise RunError("expected at least one run directory, got none")
     groups = group_runs([read_run(path) for path in paths])
-    shown = list(groups.values())[: MAX_REPLAYS if replay else 0]
-    page = render(groups, replays=[_replay(members[0].path, encoder=encoder, memory=memory) for members in shown])
+    shown = [members[0].path for members in groups.values()][: MAX_REPLAYS if replay else 0]
+    page = render(groups, [_replay(path, encoder=encoder, memory=memory) for path in shown])
     path = Path(out) if out is not None else (paths[0] if len(paths) == 1 else Path()) / "report.html"
     try:
         path.write_text(page, encoding="utf-8")
@@ -87,39 +78,43 @@ def group_runs(runs: Sequence[Run]) -> dict[str, list[Run]]:
     """Groups of runs that differ only in seed and directory, named by the settings in which the groups differ."""
     by_settings: dict[frozenset[tuple[str, str]], list[Run]] = {}
     for run in runs:
-        condition = ((name, value) for name, value in _settings(run).items() if name not in _NOT_A_CONDITION)
-        by_settings.setdefault(frozenset((n, _text(v)) for n, v in condition if v is not None), []).append(run)
+        by_settings.setdefault(frozenset(_settings(run.config.model_dump()).items()), []).append(run)
     groups = list(by_settings.values())
     if len(groups) == 1:
         return {runs[0].config.memory_name: groups[0]}
-    settings = [_settings(members[0]) for members in groups]
-    differing = differing_settings(settings)
-    folders = [{run.path.absolute().parent.name for run in members} for members in groups]
-    if len(differing) > MAX_NAMED_SETTINGS and len(set().union(*folders)) == len(groups) == sum(map(len, folders)):
-        # Each group has a folder of its own, as in a study: its name is shorter than a list of many settings.
-        return {folder: members for (folder,), members in zip(folders, groups)}
-    shown = 1  # as many as tell the groups apart
-    while len({tuple(_text(one.get(name)) for name in differing[:shown]) for one in settings}) < len(groups):
-        shown += 1
-    shown = len(differing) if len(differing) <= MAX_NAMED_SETTINGS else shown
-    more = f" and {len(differing) - shown} more" if len(differing) > shown else ""
-    return {
-        ", ".join(_named(name, one.get(name)) for name in differing[:shown]) + more: members
-        for one, members in zip(settings, groups)
-    }
+    settings = [_settings(members[0].config.model_dump()) for members in groups]
+    differing = _differing(settings)
+    names = [members[0].path.absolute().parent.name for members in groups]  # as in a study: a folder per condition
+    if len(differing) <= MAX_NAMED_SETTINGS:
+        names = [", ".join(_named(name, one.get(name, "none")) for name in differing) for one in settings]
+    elif len(set(names)) < len(names):
+        names = [str(members[0].path) for members in groups]
+    return dict(zip(names, groups))
 
 
-def _named(name: str, value: Any) -> str:
-    return _text(value) if name == "env" else f"{name.removeprefix('ppo.').removeprefix('network.')}={_text(value)}"
+def _named(name: str, value: str) -> str:
+    return value if name == "env" else f"{name.removeprefix('ppo.').removeprefix('network.')}={value}"
 
 
-def differing_settings(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Names of settings that are not the same everywhere, without seed and directory."""
-    names = dict.fromkeys(name for one in settings for name in one if name not in _NOT_A_CONDITION)
-    return [name for name in names if len({_text(one.get(name)) for one in settings}) > 1]
+def _settings(of_run: Mapping[str, Any]) -> dict[str, str]:
+    """Settings by dotted name, as on the command line; without those that tell seeds of a group apart."""
+    settings = flat(of_run)
+    return {name: _text(value) for name, value in settings.items() if name not in ("seed", "run_dir")}
 
 
-def render(groups: Mapping[str, Sequence[Run]], *, replays: Sequence[Replay]) -> str:
+def _text(value: Any) -> str:
+    if isinstance(value, (tuple, list)):
+        return " ".join(map(_text, value))
+    return "none" if value is None else str(value)
+
+
+def _differing(settings: Sequence[Mapping[str, str]]) -> list[str]:
+    """Names of settings that are not the same everywhere."""
+    names = dict.fromkeys(name for one in settings for name in one)
+    return [name for name in names if len({one.get(name, "none") for one in settings}) > 1]
+
+
+def render(groups: Mapping[str, Sequence[Run]], replays: Sequence[Mapping[str, str]]) -> str:
     """The page."""
     import jinja2
     import plotly.graph_objects as go
@@ -127,106 +122,81 @@ def render(groups: Mapping[str, Sequence[Run]], *, replays: Sequence[Replay]) ->
     from plotly.offline import get_plotlyjs
 
     sections, empty = draw({name: [curves(run) for run in members] for name, members in groups.items()})
-    figures = [figure for members in sections.values() for figure in members]
-    facts = [_facts(name, members, style) for style, (name, members) in enumerate(groups.items())]
-    runs = [_facts(str(run.path), [run], style) for style, members in enumerate(groups.values()) for run in members]
+    figures = [figure for of_section in sections.values() for figure in of_section]
+    # plotly checks the traces and packs their numbers.
+    drawn = [{"traces": go.Figure(figure.traces).to_dict()["data"], "unit": figure.unit} for figure in figures]
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters["number"] = number
     template = environment.from_string(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
     return template.render(
         title=_title(groups),
-        groups=facts,
-        runs=runs,
+        groups=[_facts(name, members, style) for style, (name, members) in enumerate(groups.items())],
+        runs=[_facts(str(r.path), [r], style) for style, members in enumerate(groups.values()) for r in members],
         sections=sections,
         empty=empty,
-        settings=_settings_rows(groups),
-        seeds_differ=any(len(members) > 1 for members in groups.values()),
+        settings=_settings_table(groups),
         replays=replays,
-        num_means=NUM_MEANS,
+        num_stretches=NUM_STRETCHES,
         num_colors=NUM_COLORS,
         dashes=DASHES,
         made=f"{datetime.datetime.now():%Y-%m-%d %H:%M}",
         nonce=secrets.token_urlsafe(16),
         # Both are text of scripts. to_json_plotly escapes <, > and /, so that no text can end the element.
-        figures=to_json_plotly([_plotly(figure, go) for figure in figures]),
+        figures=to_json_plotly(drawn),
         plotly=get_plotlyjs(),
     )
 
 
-def _plotly(figure: Figure, go: Any) -> dict[str, Any]:
-    """Traces checked by plotly, with their numbers packed."""
-    traces: Any = go.Figure(figure.traces).to_dict()["data"]
-    return {"traces": traces, "unit": figure.unit, "title": figure.title}
-
-
 def _title(groups: Mapping[str, Sequence[Run]]) -> str:
     runs = [run for members in groups.values() for run in members]
-    environments = ", ".join(dict.fromkeys(run.config.env for run in runs))
-    if len(runs) == 1:
-        return f"{runs[0].config.memory_name} on {environments}"
-    if len(groups) == 1:
-        return f"{runs[0].config.memory_name} on {environments}, {len(runs)} seeds"
-    if len(groups) <= 3 and "," not in environments:
-        return f"{' against '.join(groups)} on {environments}"
-    return f"{len(groups)} settings on {environments}"
-
-
-def _settings(run: Run) -> dict[str, Any]:
-    """Settings by dotted name."""
-    return flat(run.config.model_dump())
-
-
-def _num_steps(run: Run) -> int:
-    """Environment steps so far."""
-    newest = max(int(table.steps[-1]) for table in (run.metrics, run.evaluations) if len(table.steps))
-    return max(newest, run.summary.get("steps", 0))
-
-
-def _seconds(run: Run) -> float:
-    """Spent training, as far as the metrics say so."""
-    parts = [run.column(name) for name in ("time/rollout_s", "time/update_s")]
-    known = [part for part in parts if not np.isnan(part).all()]
-    return float(sum(np.nansum(part) for part in known)) if known else run.summary.get("seconds", math.nan)
-
-
-def _speed(runs: Sequence[Run]) -> str:
-    """Environment steps per second."""
-    speeds = [_num_steps(run) / _seconds(run) for run in runs if _seconds(run) > 0]
-    return f"{np.mean(speeds):,.0f}" if speeds else "–"
+    what = " against ".join(groups) if len(groups) <= 3 else f"{len(groups)} settings"
+    seeds = f", {len(runs)} seeds" if len(runs) > len(groups) == 1 else ""
+    return f"{what} on {', '.join(dict.fromkeys(run.config.env for run in runs))}{seeds}"
 
 
 def _facts(name: str, members: Sequence[Run], style: int) -> dict[str, Any]:
-    """What the page says of a run, or of a group of them."""
+    """What the page says about a run, or about a group of runs."""
     outcomes = [outcome for run in members if (outcome := _outcome(run)) is not None]
     final, about = outcomes[0] if outcomes else (math.nan, "no episode has ended yet")
     if len(outcomes) > 1:
         means = [mean for mean, _ in outcomes]
         final, about = float(np.mean(means)), f"mean; seeds reach from {number(min(means))} to {number(max(means))}"
+    steps, seconds = [_num_steps(run) for run in members], [_seconds(run) for run in members]
     states = [_status(run) for run in members]
-    counts = Counter(state for state, _ in states)
+    mean_seconds = float(np.mean(seconds))
     return {
         "name": name,
         "style": style,
         "seeds": ", ".join(str(run.config.seed) for run in members),
         "final": number(final),
         "about": about,
-        "steps": " to ".join(dict.fromkeys(f"{f(map(_num_steps, members)):,}" for f in (min, max))),
+        "steps": " to ".join(dict.fromkeys(f"{count:,}" for count in (min(steps), max(steps)))),
         "total": f"{members[0].config.total_steps:,}",
-        "time": _duration(float(np.mean(list(map(_seconds, members))))),
-        "speed": _speed(members),
+        "time": str(datetime.timedelta(seconds=round(mean_seconds))) if math.isfinite(mean_seconds) else "–",
+        "speed": number(float(np.mean(np.divide(steps, seconds)))),
         "state": states[0][0],
         "state_about": states[0][1],
-        "states": ", ".join(f"{count} {state}" for state, count in counts.items()),
+        "states": ", ".join(f"{count} {state}" for state, count in Counter(state for state, _ in states).items()),
     }
+
+
+def _num_steps(run: Run) -> int:
+    """Environment steps so far."""
+    newest = [int(table.steps[-1]) for table in (run.metrics, run.evaluations) if len(table.steps)]
+    return max(*newest, run.summary.get("steps", 0))
+
+
+def _seconds(run: Run) -> float:
+    """Spent training; NaN where the run does not say."""
+    known = np.nansum([run.column(name) for name in ("time/rollout_s", "time/update_s")])
+    return float(known) or run.summary.get("seconds", math.nan)
 
 
 def _outcome(run: Run) -> tuple[float, str] | None:
     """A run's final return, with its interval and source: the final evaluation, else the newest, else training."""
     evaluation = run.summary.get("evaluation")
     if isinstance(evaluation, dict) and "mean_return" in evaluation:
-        about = f"evaluation over {evaluation['episodes']} episodes"
         spread = _interval(evaluation) or f"± {number(evaluation['std_return'])} (deviation)"
-        return evaluation["mean_return"], f"{spread}, {about}"
+        return evaluation["mean_return"], f"{spread}, evaluation over {evaluation['episodes']} episodes"
     for table, name, source in (
         (run.evaluations, "mean_return", "evaluation"),
         (run.metrics, "episode/mean_return", "training"),
@@ -252,100 +222,61 @@ def _status(run: Run) -> tuple[str, str]:
     return ("stopped", "before its end, with a checkpoint") if run.summary.get("stopped_early") else ("finished", "")
 
 
-def _settings_rows(groups: Mapping[str, Sequence[Run]]) -> list[dict[str, Any]]:
+def _settings_table(groups: Mapping[str, Sequence[Run]]) -> dict[str, Any]:
     """Settings that are not the default in some group, or that differ between groups."""
-    first = [members[0] for members in groups.values()]
-    default = flat(RunConfig(env=first[0].config.env).model_dump())
-    tuned = [flat(preset_settings(run.config.preset, run.config.env)) for run in first]
-    settings = [_settings(run) for run in first]
-    differing = differing_settings(settings)
-    descriptions = _descriptions(RunConfig)
-    rows = []
-    for name in dict.fromkeys(name for one in settings for name in one):
-        values = [one.get(name) for one in settings]
-        if name in _NOT_A_CONDITION or (name == "env" and name not in differing):
-            continue
-        if name in differing or any(_text(value) != _text(default.get(name)) for value in values):
-            rows.append(
-                {
-                    "name": name,
-                    "description": descriptions.get(name, ""),
-                    "default": "" if name == "env" else _text(default.get(name)),
-                    "differs": name in differing,
-                    "values": [
-                        {"text": _text(value), "tuned": name in known and _text(known[name]) == _text(value)}
-                        for value, known in zip(values, tuned)
-                    ],
-                }
-            )
-    return rows
+    configs = [members[0].config for members in groups.values()]
+    default = _settings(default_settings(configs[0].env))
+    settings = [_settings(config.model_dump()) for config in configs]
+    differing = _differing(settings)
+    names = _differing([default, *settings])
+    return {
+        "names": [name for name in names if name != "env" or name in differing],
+        "default": default | {"env": ""},
+        "groups": settings,
+        "tuned": [
+            {name: _text(value) for name, value in flat(preset_settings(config.preset, config.env)).items()}
+            for config in configs
+        ],
+        "differing": differing,
+        "descriptions": {name: text for config in configs for name, text in _descriptions(config).items()},
+    }
 
 
-def _descriptions(model: type[Config], prefix: str = "") -> dict[str, str]:
+def _descriptions(config: Config, prefix: str = "") -> dict[str, str]:
     """Descriptions of settings by dotted name."""
     result: dict[str, str] = {}
-    for name, field in model.model_fields.items():
-        nested = [part for part in (field.annotation, *get_args(field.annotation)) if isinstance(part, type)]
-        nested = [part for part in nested if issubclass(part, Config)]
-        if nested:
-            result |= _descriptions(nested[0], f"{prefix}{name}.")
-        else:
-            result[f"{prefix}{name}"] = field.description or ""
+    for name, field in type(config).model_fields.items():
+        value = getattr(config, name)
+        nested = isinstance(value, Config)
+        result |= _descriptions(value, f"{prefix}{name}.") if nested else {prefix + name: field.description or ""}
     return result
 
 
-def _replay(run_dir: Path, **parts: Any) -> Replay:
+def _replay(run_dir: Path, **parts: Any) -> dict[str, str]:
+    """The run's `replay.gif`, or an episode played for this page, as a data URI; or why there is none."""
+    image = problem = ""
     try:
-        return Replay(str(run_dir), _replay_image(run_dir, **parts), "")
-    except ImportError as error:
-        return Replay(str(run_dir), "", f"recording needs {error.name or error}")
-    except (RunError, CheckpointError, UnavailableEnvironment) as error:
-        return Replay(str(run_dir), "", str(error))
-
-
-def _replay_image(run_dir: Path, **parts: Any) -> str:
-    """The run's `replay.gif`, or an episode played for this page, as a data URI."""
-    with tempfile.TemporaryDirectory() as folder:
         path = run_dir / "replay.gif"
-        if not path.exists():
-            path = Path(folder) / "replay.gif"
-            _record(run_dir, path, **parts)
-        try:
-            contents = path.read_bytes()
-        except OSError as error:
-            raise RunError(f"cannot read {path}: {error.strerror or error}") from error
-    if contents[:4] != b"GIF8":
-        raise RunError(f"{path.name} is no GIF")
-    if len(contents) > MAX_REPLAY_BYTES:
-        raise RunError(f"{path.name} has {len(contents) / 1e6:.0f} MB, more than fits well into a page")
-    return "data:image/gif;base64," + base64.b64encode(contents).decode()
+        contents = path.read_bytes() if path.exists() else _record(run_dir, **parts)
+        if contents[:4] != b"GIF8":
+            problem = "replay.gif is no GIF"
+        elif len(contents) > MAX_REPLAY_BYTES:
+            problem = f"replay.gif has {len(contents) / 1e6:.0f} MB, more than fits well into a page"
+        else:
+            image = "data:image/gif;base64," + base64.b64encode(contents).decode()
+    except ImportError as error:
+        problem = f"recording needs {error.name or error}"
+    except OSError as error:
+        problem = f"cannot read replay.gif: {error.strerror or error}"
+    except (RunError, CheckpointError, UnavailableEnvironment) as error:
+        problem = str(error)
+    return {"run": str(run_dir), "image": image, "problem": problem}
 
 
-def _record(run_dir: Path, path: Path, **parts: Any) -> None:
+def _record(run_dir: Path, **parts: Any) -> bytes:
     from dualhead.running.video import record_video
 
-    record_video(run_dir, path, max_steps=REPLAY_STEPS, seed=EVALUATION_SEED, **parts)
-
-
-def _require_plotly() -> None:
-    try:
-        import jinja2  # noqa: F401
-        import plotly  # noqa: F401
-    except ImportError as error:
-        raise RunError(f"reports need {error.name}: pip install -e '.[report]' in the checkout") from error
-
-
-def _text(value: Any) -> str:
-    """A setting as it is written on the command line."""
-    if isinstance(value, (tuple, list)):
-        return " ".join(map(_text, value))
-    return "none" if value is None else str(value)
-
-
-def _duration(seconds: float) -> str:
-    if not math.isfinite(seconds):
-        return "–"
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "replay.gif"
+        record_video(run_dir, path, max_steps=REPLAY_STEPS, seed=EVALUATION_SEED, **parts)
+        return path.read_bytes()

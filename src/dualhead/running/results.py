@@ -12,42 +12,29 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dualhead.running.checkpoint import RunError, read_config, read_json
+from dualhead.errors import RunError
+from dualhead.running.checkpoint import read_config, read_json
 from dualhead.running.config import RunConfig
 
 FloatArray = NDArray[np.float64]
 
 
 class Table(NamedTuple):
-    """Numbers of a `metrics.csv` or `evaluations.csv`.
+    """Numbers of a `metrics.csv` or `evaluations.csv`."""
 
-    Fields:
-        steps: [U] environment steps of each row, rising.
-        columns: name -> [U]; NaN where a cell is empty or no number.
-    """
-
-    steps: NDArray[np.int64]
-    columns: dict[str, FloatArray]
+    steps: NDArray[np.int64]  # [U] environment steps of each row, rising
+    columns: dict[str, FloatArray]  # [U] each; NaN where a cell is empty or no number
 
 
 class Run(NamedTuple):
-    """A run that is finished, stopped, or still going.
-
-    Fields:
-        path: its directory.
-        config: environment, seed and all other settings.
-        metrics: a row per update.
-        evaluations: a row per evaluation.
-        summary: of `summary.json`; empty where it is missing, or older than the newest row.
-        condition: of the study that it belongs to, or "".
-    """
+    """A run that is finished, stopped, or still going."""
 
     path: Path
     config: RunConfig
-    metrics: Table
-    evaluations: Table
-    summary: dict[str, Any]
-    condition: str = ""
+    metrics: Table  # a row per update
+    evaluations: Table  # a row per evaluation
+    summary: dict[str, Any]  # empty if `summary.json` is missing, or older than the newest row
+    condition: str = ""  # of the study that the run belongs to
 
     @property
     def steps(self) -> NDArray[np.int64]:
@@ -65,11 +52,7 @@ class Run(NamedTuple):
 
 
 def read_run(path: Path, *, condition: str = "") -> Run:
-    """Reads a run directory.
-
-    Raises:
-        RunError: no run is there, or it has no row of metrics yet.
-    """
+    """Reads a run directory; RunError if no run is there, or it has no row of metrics yet."""
     config = read_config(path)
     metrics, evaluations = read_table(path / "metrics.csv"), read_table(path / "evaluations.csv")
     if not len(metrics.steps):
@@ -80,7 +63,7 @@ def read_run(path: Path, *, condition: str = "") -> Run:
 
 
 def read_table(path: Path) -> Table:
-    """The numbers of a file of metrics; no rows where the file is missing."""
+    """The numbers of a file of metrics; no rows if the file is missing."""
     columns, rows, _ = read_rows(path)
     cells = list(zip(*rows)) or [()] * len(columns)
     return Table(
@@ -89,28 +72,28 @@ def read_table(path: Path) -> Table:
     )
 
 
+def _number(cell: str) -> float:
+    try:
+        return float(cell)
+    except ValueError:
+        return math.nan
+
+
 def read_rows(path: Path) -> tuple[list[str], list[list[str]], int]:
-    """The cells of a file of metrics as they are written.
+    """The columns and rows of a file of metrics as text, and the number of damaged rows that are left out.
 
     A last line without its end is left out: its process was killed while it wrote, or is writing it now. Where steps do
-    not rise, a resumed run wrote the same steps again: the later rows count.
-
-    Returns:
-        Names of the columns (none where there is no file, or nothing in it), rows, and the number of damaged rows that
-        are left out.
+    not rise, a resumed run wrote the same steps again: the later rows count. No file: no columns.
 
     Raises:
-        RunError: it is no file of metrics.
+        RunError: the file cannot be read, or holds something else.
     """
     try:
         text = path.read_text(encoding="utf-8", errors="replace").replace("\0", "")
-    except FileNotFoundError:
-        return [], [], 0
-    except OSError as error:
-        raise RunError(f"cannot read {path}: {error.strerror or error}") from error
-    try:
         lines = list(csv.reader(io.StringIO(text[: text.rfind("\n") + 1], newline="")))
-    except csv.Error as error:
+    except FileNotFoundError:
+        lines = []
+    except (OSError, csv.Error) as error:
         raise RunError(f"cannot read {path}: {error}; repair it or move it away") from error
     if not lines:
         return [], [], 0
@@ -130,7 +113,7 @@ def read_rows(path: Path) -> tuple[list[str], list[list[str]], int]:
 
 
 def last_steps(path: Path) -> int:
-    """Environment steps of the last row of a file of metrics; 0 where there is none."""
+    """Environment steps of the last row of a file of metrics; 0 if there is none."""
     try:
         contents = path.read_bytes()
     except OSError:
@@ -139,19 +122,12 @@ def last_steps(path: Path) -> int:
     return int(steps) if steps.isdigit() else 0
 
 
-def _number(cell: str) -> float:
-    try:
-        return float(cell)
-    except ValueError:
-        return math.nan
-
-
 def interval(values: Sequence[float] | FloatArray) -> tuple[float, float]:
-    """95% interval of a mean by Student's t; NaN for one value, or where one is not finite.
+    """95% interval of a mean by Student's t; NaN for one value, or if one is not finite.
 
     mean ± t_{0.975, n − 1} s / √n,  s² = Σ (value − mean)² / (n − 1)
     """
-    from scipy.special import stdtrit  # takes a quarter of a second: only who asks for an interval pays it
+    from scipy.special import stdtrit  # its import takes a quarter of a second
 
     if len(values) < 2 or not np.isfinite(values).all():
         return math.nan, math.nan

@@ -1,48 +1,47 @@
-"""Everything of a run that goes on from one step to the next, and how it is saved and taken back."""
+"""A run in progress: everything that continues from one step to the next, and how it is saved and restored."""
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dualhead.agent import DualHeadRecurrentPPO
+from dualhead.errors import CheckpointError, DataError, RunError
 from dualhead.population import IndependentLearners, Turnover, strengths_by_agent
-from dualhead.running.checkpoint import RunError, save_checkpoint
+from dualhead.running.checkpoint import save_checkpoint
 from dualhead.running.config import RunConfig
 from dualhead.running.environment import Environment, is_streams, open_streams
 from dualhead.running.episodes import EpisodeTracker
-from dualhead.storage import RUN_PREFIX, CheckpointError, with_prefix, without_prefix
+from dualhead.storage import RUN_PREFIX, with_prefix, without_prefix
 from dualhead.worlds.replay import CannotReplay
 from dualhead.worlds.streams import Streams, StreamStep, restart
 
 
 class Session:
-    """A run in progress: learner, world, and what is counted on the way.
+    """A run in progress: learner, streams, and what is counted.
 
     Args:
-        config: of the run.
-        env: in place of the environment that the settings name; it stays open.
-        encoder, memory: parts of the user's own for the policy.
-        schedule: step size of the optimiser by progress, from 0 to 1; None: as configured.
+        env: in place of the environment that the settings name; streams are not closed.
+        encoder, memory: the user's own parts of the policy.
+        schedule: learning rate by progress, from 0 to 1; None: as configured.
 
     Attributes:
         observations: [B, ...] what the next actions answer to.
-        learning_rate: of the next updates, in place of what the settings say; None: as they say. It goes with
-            checkpoints, and a schedule sets it before every update.
         metrics: of the last update.
-        seconds: training took so far, over all parts of a resumed run.
-        next_checkpoint, next_evaluation: environment steps.
+        seconds: of training so far, over all parts of a resumed run.
 
     Raises:
         UnavailableEnvironment: the environment cannot be made.
-        RunError: spaces, settings or the device do not go together.
+        RunError: spaces, settings or the device do not fit each other.
     """
 
     observations: Any
@@ -57,152 +56,179 @@ class Session:
         schedule: Callable[[float], float] | None = None,
     ) -> None:
         self.config, self._schedule = config, schedule
-        self.learning_rate: float | None = None
+        self._learning_rate: float | None = None
         device = choose_device(config)
         self.streams = open_streams(config, env, vectorization=config.vectorization, device=device)
         self._owns_streams = not is_streams(env)
         try:
-            if self.streams.num_streams != config.num_streams:
+            if self.streams.num_streams != config.num_streams:  # streams that `resume` got
                 raise ValueError(f"expected {config.num_streams} streams, got {self.streams.num_streams}")
             self.learner = make_learner(config, self.streams, device=device, encoder=encoder, memory=memory)
         except (TypeError, ValueError) as error:
             self.close()
             raise RunError(f"{config.env}: {error}") from error
-        self.turnover = make_turnover(config)
+        self.turnover: Turnover | None = None
+        if config.turnover.first_turn is not None:
+            self.turnover = Turnover(
+                config.turnover,
+                resources=config.world.resources,
+                num_agents=config.world.num_agents,
+                num_worlds=config.num_envs,
+                seed=config.seed,
+            )
         self.tracker = EpisodeTracker(self.streams.num_streams)
         self.metrics: dict[str, float] = {}
         self.seconds = 0.0
-        self.next_checkpoint = config.checkpoint_every
-        self.next_evaluation = config.eval_every or math.inf
+        self._due = {"checkpoint": config.checkpoint_every, "eval": config.eval_every}
+
+    @property
+    def learning_rate(self) -> float | None:
+        """Of the next updates, in place of the configured one; None: as configured. Checkpoints keep it."""
+        return self._learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, rate: Any) -> None:
+        self._learning_rate = None if rate is None else _possible_rate(rate)
 
     def begin(self) -> None:
-        """The first observations."""
+        """Resets the streams."""
         self.observations = self.streams.reset(seed=self.config.seed)
 
     def record(self, step: StreamStep) -> None:
-        """Takes in what the world answered to the last actions."""
-        self.learner.record(
-            step.rewards,
-            step.terminated,
-            step.truncated,
-            final_observations=step.final_observations,
-            events=step.events if self.config.enforce_norms else None,
-        )
-        self.tracker.step(step, step.numbers)
+        """Records what followed the last actions; DataError if a part is missing or cannot be learned from."""
+        try:
+            self.learner.record(
+                step.rewards,
+                step.terminated,
+                step.truncated,
+                final_observations=step.final_observations,
+                events=step.events if self.config.enforce_norms else None,
+            )
+        except ValueError as error:
+            raise DataError(str(error)) from error
+        self.tracker.step(step)
         if self.turnover is not None and step.events is not None:
             self.turnover.count(step.events)
         self.observations = step.observations
 
     def learn(self) -> dict[str, float]:
-        """Updates the learner, and lets newcomers in where they are due; metrics of the rollout and the update."""
+        """Updates the learner, then replaces agents where turnover is due; metrics of the rollout and the update."""
         if self._schedule is not None:
             before = self.learner.num_steps - self.config.num_streams * self.config.ppo.rollout_length
-            rate = self._schedule(before / self.config.total_steps)
-            if not (isinstance(rate, float | int) and 0 <= rate < math.inf):
-                raise RunError(f"learning_rate: expected the schedule to give a number of at least 0, got {rate!r}")
-            self.learning_rate = float(rate)
-        self.metrics = metrics = self.learner.learn(self.observations, learning_rate=self.learning_rate)
+            self._learning_rate = _possible_rate(self._schedule(before / self.config.total_steps))
+        self.metrics = metrics = self.learner.learn(self.observations, learning_rate=self._learning_rate)
         metrics |= self.tracker.metrics() | self.streams.statistics()
         if self.turnover is not None:
-            metrics |= self.turnover.metrics(strengths_by_agent(self.learner, self.config.world.num_agents))
-            turn = self.learner.num_steps // self.streams.num_streams
+            num_agents, num_streams = self.config.world.num_agents, self.streams.num_streams
+            metrics |= self.turnover.metrics(strengths_by_agent(self.learner, num_agents))
+            turn = self.learner.num_steps // num_streams
             while self.turnover.is_due(turn):
                 newcomers = self.turnover.replace(self.learner, turn)
-                places = np.arange(self.streams.num_streams) % self.config.world.num_agents
-                self.tracker.abandon_episodes(np.isin(places, newcomers))
+                self.tracker.abandon_episodes(np.isin(np.arange(num_streams) % num_agents, newcomers))
         return metrics
 
-    def is_due_for_evaluation(self) -> bool:
-        """Whether an evaluation is due; the next one is planned then."""
-        is_due = self.learner.num_steps >= self.next_evaluation
-        if is_due:
-            self.next_evaluation = self.learner.num_steps + self.config.eval_every
-        return is_due
+    def is_due(self, what: Literal["checkpoint", "eval"]) -> bool:
+        """Whether a checkpoint or an evaluation is due; if so, plans the next one."""
+        every, num_steps = getattr(self.config, f"{what}_every"), self.learner.num_steps
+        if every == 0 or num_steps < self._due[what]:
+            return False
+        self._due[what] = num_steps + every
+        return True
 
-    def is_due_for_checkpoint(self) -> bool:
-        """Whether a checkpoint is due; the next one is planned then."""
-        is_due = self.learner.num_steps >= self.next_checkpoint
-        if is_due:
-            self.next_checkpoint = self.learner.num_steps + self.config.checkpoint_every
-        return is_due
-
-    def save(self, run_dir: Path, *, seconds: float) -> Path:
+    def save(self, run_dir: Path, *, seconds: float) -> None:
         """Writes a checkpoint, after so many seconds of training."""
         self.seconds = seconds
-        tensors, metadata = self.state()
-        return save_checkpoint(run_dir, tensors, metadata, keep=self.config.keep_checkpoints)
+        save_checkpoint(run_dir, *self.state(), keep=self.config.keep_checkpoints)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and JSON of a checkpoint: the learner's own, and the rest under the prefix `run`."""
+        """Tensors and JSON of a checkpoint: the learner's own, and those of the run under the prefix `run`."""
         tensors, metadata = self.learner.state()
         run: dict[str, Any] = {
             "seconds": self.seconds,
-            "learning_rate": self.learning_rate,
-            "next_checkpoint": self.next_checkpoint,
-            "next_evaluation": None if math.isinf(self.next_evaluation) else self.next_evaluation,
+            "learning_rate": self._learning_rate,
+            "next_checkpoint": self._due["checkpoint"],
+            "next_evaluation": self._due["eval"] if self.config.eval_every else None,
             "metrics": self.metrics,
             "tracker": self.tracker.state(),
             "turnover": None if self.turnover is None else self.turnover.state(),
             "streams": None,
         }
-        kept = {"rng": torch.get_rng_state()}
+        of_run = {"rng": torch.get_rng_state()}
         if self.streams.resumable is None:
             try:
                 of_streams, run["streams"] = self.streams.state()
-                kept |= with_prefix("streams", of_streams)
-            except CannotReplay as error:  # they could be saved when the run began
+                of_run |= with_prefix("streams", of_streams)
+            except CannotReplay as error:  # such as an episode that has become too long
                 warnings.warn(f"{self.config.env} is not saved with this checkpoint: {error}", stacklevel=2)
-        return tensors | with_prefix(RUN_PREFIX, kept), metadata | {RUN_PREFIX: run}
+        return tensors | with_prefix(RUN_PREFIX, of_run), metadata | {RUN_PREFIX: run}
 
     def restore(self, tensors: dict[str, Tensor], metadata: dict[str, Any], *, source: str) -> None:
-        """Goes on where `state` was taken.
+        """Continues from a `state`; CheckpointError if it belongs to another run.
 
-        Where the environments could not be saved their episodes begin again, with zero recurrent states, and steps
-        that were recorded but not learned from are forgotten.
-
-        Raises:
-            CheckpointError: it belongs to another run.
+        Streams that could not be saved begin new episodes, with zero recurrent states. Recorded steps that were not
+        learned from are dropped then.
         """
         own = {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{RUN_PREFIX}/")}
-        kept = without_prefix(RUN_PREFIX, tensors)
+        of_run = without_prefix(RUN_PREFIX, tensors)
         self.learner.restore(own, metadata, source=source)
         try:
             run = metadata[RUN_PREFIX]
-            self.seconds, self.next_checkpoint = float(run["seconds"]), int(run["next_checkpoint"])
-            # Settings that a resumed run may change decide, not what was planned before.
-            if self.config.eval_every:
-                planned = run["next_evaluation"] or self.learner.num_steps + self.config.eval_every
-                self.next_evaluation = int(planned)
-            rate = run["learning_rate"]
-            self.learning_rate = None if rate is None else float(rate)
-            self.metrics = dict(run["metrics"])
+            self.seconds, self.metrics = float(run["seconds"]), dict(run["metrics"])
+            self.learning_rate = run["learning_rate"]
+            # A resumed run may evaluate where it did not before.
+            evaluation = run["next_evaluation"] or self.learner.num_steps + self.config.eval_every
+            self._due = {"checkpoint": int(run["next_checkpoint"]), "eval": int(evaluation)}
             self.tracker.restore(run["tracker"])
             if self.turnover is not None:
                 self.turnover.restore(run["turnover"])
             of_streams = run["streams"]
-            torch.set_rng_state(kept["rng"])
+            torch.set_rng_state(of_run["rng"])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{source} lacks a part of the run: {error!r}") from error
         why_not = "their state was not saved"
         if of_streams is not None:
             try:
-                self.observations = self.streams.restore(without_prefix("streams", kept), of_streams, source=source)
+                self.observations = self.streams.restore(without_prefix("streams", of_run), of_streams, source=source)
                 return
             except CannotReplay as error:
                 why_not = str(error)
-        forgotten = self.learner.abandon_rollout()
+        dropped = self.learner.abandon_rollout()
         self.tracker.abandon_episodes()
         self.observations = restart(self.streams, seed=self.config.seed, num_steps=self.learner.num_steps)
         warnings.warn(
             f"the episodes of {self.config.env} begin again, with recurrent states reset: {why_not}"
-            + (f", and {forgotten} steps that were not learned from yet are forgotten" if forgotten else ""),
+            + (f", and {dropped} steps that were not learned from yet are dropped" if dropped else ""),
             stacklevel=2,
         )
 
     def close(self) -> None:
-        """Closes the environments, unless they were handed over."""
+        """Closes the environments, unless they were passed as streams."""
         if self._owns_streams:
             self.streams.close()
+
+
+def make_numbers(metrics: dict[str, Any]) -> None:
+    """Converts every metric to a Python number, in place; RunError if one is no number, or is called `steps`."""
+    if "steps" in metrics:
+        raise RunError("metric 'steps': expected another name, this one is taken by the number of environment steps")
+    for name, value in metrics.items():
+        metrics[name] = _number(f"metric {name!r}", value)
+
+
+def _possible_rate(rate: Any) -> float:
+    number = float(_number("learning_rate", rate))
+    if not 0 <= number < math.inf:
+        raise RunError(f"learning_rate: expected a finite number of at least 0, got {rate!r}")
+    return number
+
+
+def _number(name: str, given: Any) -> float:
+    """The Python number of a number of Python, NumPy or torch."""
+    with suppress(ValueError, RuntimeError):  # an array of several numbers
+        number = given.item() if isinstance(given, np.generic | np.ndarray | Tensor) else given
+        if isinstance(number, int | float):
+            return float(number) if isinstance(number, bool) else number
+    raise RunError(f"{name}: expected a number, got {given!r}")
 
 
 def choose_device(config: RunConfig) -> str:
@@ -217,7 +243,7 @@ def choose_device(config: RunConfig) -> str:
 def make_learner(
     config: RunConfig, streams: Streams, *, device: str = "cpu", encoder: Any = None, memory: Any = None
 ) -> DualHeadRecurrentPPO | IndependentLearners:
-    """The agent, or independent agents, that a configuration asks for."""
+    """The agent, or the independent agents, of a configuration."""
     ppo, norms = config.ppo, None
     num_learners = config.world.num_agents if config.policies == "independent" else 1
     if ppo.learning_rate_schedule == "linear" and ppo.learning_rate_decay_steps is None:
@@ -225,36 +251,21 @@ def make_learner(
     if config.enforce_norms:
         norms = config.norms.model_copy(update={"resources": config.world.resources})
 
-    def make(seed: int) -> DualHeadRecurrentPPO:
-        return DualHeadRecurrentPPO(
-            streams.observation_space,
-            streams.action_space,
-            num_streams=streams.num_streams // num_learners,
-            config=ppo,
-            network=config.network,
-            norms=norms,
-            encoder=encoder,
-            memory=memory,
-            seed=seed,
-            device=device,
-        )
-
+    make = functools.partial(
+        DualHeadRecurrentPPO,
+        streams.observation_space,
+        streams.action_space,
+        num_streams=streams.num_streams // num_learners,
+        config=ppo,
+        network=config.network,
+        norms=norms,
+        encoder=encoder,
+        memory=memory,
+        device=device,
+    )
     if config.policies == "shared":
-        return make(config.seed)
+        return make(seed=config.seed)
     for name, part in (("encoder", encoder), ("memory", memory)):
         if isinstance(part, nn.Module):
             raise ValueError(f"{name}: independent policies need one each: expected a class or factory, got a module")
-    return IndependentLearners(make, num_agents=num_learners, seed=config.seed)
-
-
-def make_turnover(config: RunConfig) -> Turnover | None:
-    """The schedule of newcomers, where a run has one."""
-    if config.turnover.first_turn is None:
-        return None
-    return Turnover(
-        config.turnover,
-        resources=config.world.resources,
-        num_agents=config.world.num_agents,
-        num_worlds=config.num_envs,
-        seed=config.seed,
-    )
+    return IndependentLearners(lambda seed: make(seed=seed), num_agents=num_learners, seed=config.seed)

@@ -1,4 +1,4 @@
-"""Training runs: begin one, go on with one, and the loop."""
+"""Training runs: how one begins, how one is resumed, and the loop."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from dualhead.agent import DualHeadRecurrentPPO
-from dualhead.errors import RunError, SettingsError
+from dualhead.errors import DataError, DivergedError, RunError, SettingsError
 from dualhead.population import IndependentLearners
+from dualhead.running import machine
 from dualhead.running.checkpoint import (
     checkpoints,
     locked,
@@ -25,27 +27,33 @@ from dualhead.running.checkpoint import (
 )
 from dualhead.running.config import RunConfig, planned
 from dualhead.running.environment import Environment, is_streams, settings_of
-from dualhead.running.evaluator import Evaluator
-from dualhead.running.machine import CoreUse, Stopwatch, keep_freed_memory
+from dualhead.running.evaluator import Evaluator, open_evaluation
 from dualhead.running.parts import find_part, name_of
-from dualhead.running.randomness import preserved_randomness, seed_everything
-from dualhead.running.session import Session
-from dualhead.running.signals import stop_requests
+from dualhead.running.session import Session, make_numbers
 from dualhead.running.writers import Writer, expect_writers, make_writers, require_packages
-from dualhead.types import DataError, DivergedError
 
 OnUpdate = Callable[[Session, dict[str, float]], bool | None]
 Schedule = Callable[[float], float]
 
 
 class TrainingResult(NamedTuple):
-    """Fields:
-    summary: what `summary.json` says: steps, seconds, the last metrics, the evaluation, and where the run is.
-    agent: as it is after the last update; an agent for each place with `policies="independent"`.
-    """
+    """The contents of `summary.json` (steps, seconds, last metrics, evaluation, where the run is), and the agent."""
 
     summary: dict[str, Any]
-    agent: DualHeadRecurrentPPO | IndependentLearners
+    agent: DualHeadRecurrentPPO | IndependentLearners  # one agent for each place with `policies="independent"`
+
+
+class _Given(NamedTuple):
+    """What `train` and `resume` get besides settings, in the order of their arguments."""
+
+    env: Environment | None
+    encoder: Any
+    memory: Any
+    learning_rate: Schedule | None
+    writers: Iterable[Writer]
+    on_update: OnUpdate | None
+    eval_env: str | Environment | None
+    show_progress: bool
 
 
 def train(
@@ -56,69 +64,59 @@ def train(
     learning_rate: Schedule | None = None,
     writers: Iterable[Writer] = (),
     on_update: OnUpdate | None = None,
-    eval_env: Environment | None = None,
+    eval_env: str | Environment | None = None,
     show_progress: bool = True,
     **settings: Any,
 ) -> TrainingResult:
-    """Trains an agent and leaves a run directory behind, as `dualhead train` does.
+    """Trains an agent and writes a run directory, as `dualhead train` does.
 
         result = dualhead.train("CartPole-v1", total_steps=50_000, ppo=PPOConfig(gamma=0.95))
         result = dualhead.train(lambda: MyEnv(size=7), num_envs=8, writers=[MyWriter()])
 
-    Ctrl-C (or SIGTERM) ends it after the step at hand, with a checkpoint; a second one ends it at once.
+    Ctrl-C (or SIGTERM) ends the run after the current step, with a checkpoint; a second one ends it at once.
 
     Args:
         env: an environment id, a callable that makes one environment, a Gymnasium vector environment in SAME_STEP
-            mode, or `Streams`; or all settings of a run. Who handed over an object hands it over again to resume.
-        encoder, memory: parts of your own for the policy, see `DualHeadRecurrentPPO`; or MODULE:NAME of one.
-        learning_rate: step size by progress, which rises from 0 to 1 over `total_steps`. A number: `ppo=`.
-        writers: get the metrics of each update, beside those that the run has. They are closed with the run.
-        on_update: called after each update with the session and its metrics, before these are written, and may add to
-            them. True ends the run, with a checkpoint and an evaluation. `session.learning_rate = ...` sets the step
-            size from the next update on.
-        eval_env: what evaluations play in, like `env`; needed where that is a vector environment or `Streams` and
+            mode, or `Streams`; or all settings of a run. `resume` needs the same object again.
+        encoder, memory: your own parts of the policy, see `DualHeadRecurrentPPO`; or MODULE:NAME of one.
+        learning_rate: schedule of the learning rate by progress, which rises from 0 to 1 over `total_steps`.
+        writers: get the metrics of each update, besides the run's own writers. They are closed with the run.
+        on_update: called after each update with the session and its metrics, before they are written; may add numbers
+            to them. Returning True ends the run, with a checkpoint and an evaluation. `session.learning_rate = ...`
+            sets the learning rate from the next update on.
+        eval_env: what evaluations play in, like `env`; needed when `env` is a vector environment or `Streams` and
             evaluations are asked for.
         show_progress: on the terminal.
-        settings: the fields of `RunConfig`. Where no `preset` is asked for, those that are not given are the ones that
-            were tuned for this environment, if there are any; `PPOConfig(gamma=0.95)` gives one of them.
-
-    Returns:
-        The summary, and the agent.
+        settings: fields of `RunConfig`. Without a `preset`, settings that are not given are the tuned ones of this
+            environment if there are any; `PPOConfig(gamma=0.95)` gives one setting.
 
     Raises:
-        SettingsError: settings that are not possible.
+        TypeError: an argument is none of what is expected.
+        ValueError: `env` is a vector environment in another mode than SAME_STEP.
+        SettingsError: impossible settings.
         UnavailableEnvironment: the environment cannot be made.
-        RunError: spaces or settings do not go together, the run directory cannot be written or is in use, or the
-            environment gave what cannot be learned from.
+        RunError: spaces or settings do not fit each other, `eval_env` cannot be used, the run directory cannot be
+            written or is in use, the environment gave data that cannot be learned from, or a metric is no number.
     """
+    own_env = None if isinstance(env, str | RunConfig) else env
+    given = _Given(own_env, encoder, memory, learning_rate, writers, on_update, eval_env, show_progress)
     if isinstance(env, RunConfig):
         if settings:
             raise TypeError(f"train(RunConfig(...)) takes no further settings, got {sorted(settings)}")
-        config, given = env, None
+        config = env
     else:
         of_env = settings_of(env)
         if twice := sorted(settings.keys() & of_env.keys()):
-            raise TypeError(f"{', '.join(twice)}: the environment that was given decides")
-        config = planned(**_without_evaluation(of_env, eval_env) | of_env | settings)
-        given = None if isinstance(env, str) else env
-    learning_rate_from = "config" if learning_rate is None else "callable"
-    encoder, memory = encoder or config.encoder, memory or config.memory
-    named = {"encoder": name_of(encoder), "memory": name_of(memory), "learning_rate_from": learning_rate_from}
-    config = config.model_copy(update=named)
-    own_writers = expect_writers(writers)
-    evaluation_env = _evaluation_env(config, given, eval_env)
-    require_packages(config)
-    _prepare(config)
-    session = Session(config, env=given, schedule=learning_rate, **_parts(encoder, memory))
-    try:
-        run_dir = new_run_dir(config)
-        with locked(run_dir):
-            if show_progress:
-                print(f"writing to {run_dir}", flush=True)
-            session.begin()
-            return _run(session, run_dir, own_writers, on_update, evaluation_env, show_progress=show_progress)
-    finally:
-        session.close()
+            raise TypeError(f"{', '.join(twice)}: the environment that was given decides, expected no such setting")
+        # Streams that were passed are in use by training: no evaluation unless it is asked for.
+        in_use = of_env.get("env_from") == "streams" and eval_env is None
+        config = planned(**({"eval_episodes": 0} if in_use else {}) | of_env | settings)
+    given = given._replace(
+        encoder=config.encoder if encoder is None else encoder, memory=config.memory if memory is None else memory
+    )
+    named = {"encoder": name_of(given.encoder), "memory": name_of(given.memory)}
+    named["learning_rate_from"] = "config" if learning_rate is None else "callable"
+    return _run(config.model_copy(update=named), given)
 
 
 def resume(
@@ -131,100 +129,29 @@ def resume(
     learning_rate: Schedule | None = None,
     writers: Iterable[Writer] = (),
     on_update: OnUpdate | None = None,
-    eval_env: Environment | None = None,
+    eval_env: str | Environment | None = None,
     show_progress: bool = True,
 ) -> TrainingResult:
-    """Goes on with a run that was stopped, from its newest whole checkpoint, to the bits of one that never stopped.
+    """Resumes a run that was stopped, from its newest whole checkpoint, bit-identically.
 
     Args:
-        run: its directory; one that was killed before its first checkpoint begins again.
+        run: its directory; a run that was killed before its first checkpoint begins again.
         total_steps: new end of the run, written into its configuration; None: as it was. A learning rate that falls
             over the whole run then falls to the new end.
-        env, encoder, memory, learning_rate: what was handed to `train` as an object; its files only name it.
+        env, encoder, memory, learning_rate: what `train` got as an object; the run's files only name it.
         writers, on_update, eval_env, show_progress: as for `train`.
 
-    Returns:
-        As `train` does.
-
     Raises:
-        RunError: no run is there, it is complete, another process is writing it, an object is missing, or as `train`
-            does.
+        RunError: no run is there, it is complete, another process is writing it, an object is missing, or as `train`.
         CheckpointError: its checkpoint does not fit its configuration.
     """
-    run_dir = Path(run)
-    config = read_config(run_dir).model_copy(update={"run_dir": str(run_dir)})
+    given = _Given(env, encoder, memory, learning_rate, writers, on_update, eval_env, show_progress)
+    config = read_config(run).model_copy(update={"run_dir": str(run)})
     if total_steps is not None:
         try:
             config = RunConfig(**config.model_dump() | {"total_steps": total_steps})
         except SettingsError as error:
             raise RunError(str(error)) from None
-    _expect_objects(config, env=env, encoder=encoder, memory=memory, learning_rate=learning_rate)
-    own_writers = expect_writers(writers)
-    evaluation_env = _evaluation_env(config, env, eval_env)
-    require_packages(config)
-    _prepare(config)
-    with locked(run_dir):
-        saved = read_newest(run_dir) if checkpoints(run_dir) else None
-        if saved is not None:
-            num_steps = saved[2].get("num_steps", 0)
-            _expect_unfinished(run_dir, num_steps, config)
-            if total_steps is not None and total_steps < num_steps:
-                raise RunError(f"{run_dir} has done {num_steps} steps: expected at least that, got {total_steps=}")
-        session = Session(config, env=env, schedule=learning_rate, **_parts(encoder, memory))
-        try:
-            if saved is None:
-                print(f"{run_dir} was stopped before its first checkpoint: it begins again")
-                session.begin()
-            else:
-                path, tensors, metadata = saved
-                session.restore(tensors, metadata, source=str(path))
-                print(f"going on from {path}")
-            if total_steps is not None:
-                write_json(run_dir / "config.json", config.model_dump())
-            return _run(
-                session,
-                run_dir,
-                own_writers,
-                on_update,
-                evaluation_env,
-                resume_at=session.learner.num_steps,
-                show_progress=show_progress,
-            )
-        finally:
-            session.close()
-
-
-def _without_evaluation(of_env: dict[str, Any], eval_env: Environment | None) -> dict[str, Any]:
-    """Streams that were handed over are busy with training: unasked, nothing is evaluated."""
-    return {"eval_episodes": 0} if of_env.get("env_from") == "streams" and eval_env is None else {}
-
-
-def _evaluation_env(config: RunConfig, env: Environment | None, eval_env: Environment | None) -> Environment | None:
-    """What evaluations play in; None: what the settings name.
-
-    Raises:
-        RunError: nothing, but they are asked for.
-    """
-    if eval_env is not None or not is_streams(env):
-        return eval_env or env
-    if config.eval_episodes or config.eval_every:
-        raise RunError(
-            f"eval_episodes={config.eval_episodes}, eval_every={config.eval_every}: the streams that were given are "
-            f"busy with training; pass eval_env=... to evaluate in, or set both to 0"
-        )
-    return None
-
-
-def _parts(encoder: Any, memory: Any) -> dict[str, Any]:
-    return {"encoder": find_part(encoder, what="encoder"), "memory": find_part(memory, what="memory")}
-
-
-def _expect_objects(config: RunConfig, **given: Any) -> None:
-    """Refuses to resume without what was handed over, or with what was not.
-
-    Raises:
-        RunError: says which argument to pass.
-    """
     expected = {
         "env": None if config.env_from == "id" else f"{config.env_from} {config.env!r}",
         "encoder": config.encoder,
@@ -232,69 +159,103 @@ def _expect_objects(config: RunConfig, **given: Any) -> None:
         "learning_rate": None if config.learning_rate_from == "config" else "schedule",
     }
     for name, part in expected.items():
-        if (part is None) != (given[name] is None):
-            if part is None:
-                raise RunError(f"{name}: this run was begun without one of its own: expected None, got {given[name]!r}")
+        if part is None and getattr(given, name) is not None:
+            raise RunError(f"{name}: this run began without its own: expected None, got {getattr(given, name)!r}")
+        if part is not None and getattr(given, name) is None:
             how = f"--{name} {part}, or {name}=... in Python" if ":" in part else f"dualhead.resume(run, {name}=...)"
-            raise RunError(
-                f"{name}: this run was begun with the {part}, which its files name and cannot hold: pass it, {how}"
-            )
+            raise RunError(f"{name}: this run began with the {part}, which its files cannot hold: pass it, {how}")
+    return _run(config, given, resumed=Path(run))
 
 
-def _prepare(config: RunConfig) -> None:
-    keep_freed_memory()
+def _run(config: RunConfig, given: _Given, *, resumed: Path | None = None) -> TrainingResult:
+    """Begins a run, or resumes the one in `resumed`; trains to the end, evaluates, and writes the summary."""
+    own_writers, schedule = expect_writers(given.writers), given.learning_rate
+    if schedule is not None and not callable(schedule):
+        raise TypeError(
+            f"learning_rate: expected a schedule, a function of progress from 0 to 1, got {schedule!r}; pass a number "
+            f"by ppo=PPOConfig(learning_rate=...)"
+        )
+    if is_streams(given.env) and given.eval_env is None and (config.eval_episodes or config.eval_every):
+        raise RunError(
+            f"eval_episodes={config.eval_episodes}, eval_every={config.eval_every}: evaluations cannot use the "
+            f"streams of the training; pass eval_env=..., or set both to 0"
+        )
+    require_packages(config)
+    machine.keep_freed_memory()
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
-    seed_everything(config.seed)
-
-
-def _expect_unfinished(run_dir: Path, num_steps: int, config: RunConfig) -> None:
-    """Refuses a run that trained to its end and summed up; one that was killed in between still has that to do."""
-    summary = read_json(run_dir / "summary.json") or {}
-    concluded = summary.get("steps") == num_steps and not summary.get("stopped_early")
-    if num_steps >= config.total_steps and concluded:
-        raise RunError(f"{run_dir} is complete: say --total-steps with more than {num_steps} to train it longer")
-
-
-def _run(
-    session: Session,
-    run_dir: Path,
-    own_writers: list[Writer],
-    on_update: OnUpdate | None,
-    evaluation_env: Environment | None,
-    *,
-    resume_at: int | None = None,
-    show_progress: bool,
-) -> TrainingResult:
-    """Trains to the end, evaluates and sums up."""
-    config, learner = session.config, session.learner
-    with preserved_randomness():  # it is found by playing
-        reason = session.streams.resumable
-    if reason is not None:
-        warnings.warn(
-            f"{config.env}: {reason}. A resumed run will begin new episodes, with recurrent states reset, instead of "
-            f"going on exactly",
-            stacklevel=3,
-        )
+    machine.seed_everything(config.seed)
     with ExitStack() as stack:
+        saved = None
+        if resumed is not None:
+            stack.enter_context(locked(resumed))
+            saved = _newest_unfinished(resumed, config)
+        parts = {name: find_part(getattr(given, name), what=name) for name in ("encoder", "memory")}
+        session = Session(config, env=given.env, schedule=schedule, **parts)
+        stack.callback(session.close)
+        evaluation_env = given.env
+        if given.eval_env is not None:
+            evaluation_env = open_evaluation(session, given.eval_env)
+            if not is_streams(given.eval_env):
+                stack.callback(evaluation_env.close)
+        run_dir = resumed or new_run_dir(config)
+        if resumed is None:
+            stack.enter_context(locked(run_dir))
+            if given.show_progress:
+                print(f"writing to {run_dir}", flush=True)
+        elif saved is None:
+            print(f"{run_dir} was stopped before its first checkpoint: it begins again")
+        if saved is None:
+            session.begin()
+        else:
+            session.restore(saved[1], saved[2], source=str(saved[0]))
+            print(f"going on from {saved[0]}")
+        if resumed is not None and read_config(run_dir).total_steps != config.total_steps:
+            write_json(run_dir / "config.json", config.model_dump())
+        with machine.preserved_randomness():  # `resumable` plays a trial episode
+            reason = session.streams.resumable
+        if reason is not None:
+            warnings.warn(
+                f"{config.env}: {reason}. A resumed run will begin new episodes, with recurrent states reset, instead "
+                f"of continuing exactly",
+                stacklevel=3,
+            )
+        resume_at = None if resumed is None else session.learner.num_steps
         for writer in own_writers:
             stack.callback(writer.close)
-        writers = make_writers(config, run_dir, resume_at=resume_at, show_progress=show_progress)
+        writers = make_writers(config, run_dir, resume_at=resume_at, show_progress=given.show_progress)
         for writer in writers:
             stack.callback(writer.close)
+        writers += own_writers
         evaluator = stack.enter_context(Evaluator(session, run_dir, env=evaluation_env, resume_at=resume_at))
-        stop = stack.enter_context(stop_requests())
+        stop = stack.enter_context(machine.stop_requests())
         try:
-            run_loop(session, [*writers, *own_writers], evaluator, run_dir, stop=stop, on_update=on_update)
-            return TrainingResult(_conclude(session, evaluator, run_dir, interrupted=bool(stop)), learner)
+            run_loop(session, writers, evaluator, run_dir, stop=stop, on_update=given.on_update)
+            return TrainingResult(_conclude(session, evaluator, run_dir, interrupted=bool(stop)), session.learner)
         except (DataError, DivergedError) as error:
-            raise RunError(
-                f"{config.env} after {learner.num_steps} steps "
-                f"({learner.num_steps // config.num_streams} of each stream): {error}; {_name_newest(run_dir)}"
-            ) from error
+            num_steps = session.learner.num_steps
+            done = f"{num_steps} steps ({num_steps // config.num_streams} of each stream)"
+            raise RunError(f"{config.env} after {done}: {error}; {_name_newest(run_dir)}") from error
         except KeyboardInterrupt:
             print(f"stopped at once; {_name_newest(run_dir)}; go on with: dualhead resume {run_dir}", file=sys.stderr)
             raise
+
+
+def _newest_unfinished(run_dir: Path, config: RunConfig) -> tuple[Path, dict[str, Tensor], dict[str, Any]] | None:
+    """The checkpoint to resume from, or None before the first one; RunError if the run has reached its end."""
+    if not checkpoints(run_dir):
+        return None
+    newest = read_newest(run_dir)
+    num_steps, summary = newest[2].get("num_steps", 0), read_json(run_dir / "summary.json") or {}
+    # A run that was killed in its last evaluation has no summary yet.
+    is_concluded = summary.get("steps") == num_steps and not summary.get("stopped_early")
+    if num_steps >= config.total_steps and is_concluded:
+        raise RunError(f"{run_dir} is complete: say --total-steps with more than {num_steps} to train it longer")
+    if num_steps >= config.total_steps + config.num_streams:
+        raise RunError(
+            f"{run_dir} has done {num_steps} steps: expected at least that, got total_steps={config.total_steps}"
+        )
+    return newest
 
 
 def _name_newest(run_dir: Path) -> str:
@@ -313,7 +274,7 @@ def run_loop(
 ) -> None:
     """Act, step, record, learn, log, until `total_steps`, a request to stop, or an `on_update` that asks for it."""
     learner, streams = session.learner, session.streams
-    clock, cores, is_enough = Stopwatch(session.seconds, learner.num_steps), CoreUse(), False
+    clock, cores, is_enough = machine.Stopwatch(session.seconds, learner.num_steps), machine.CoreUse(), False
     while learner.num_steps < session.config.total_steps and not stop and not is_enough:
         actions = learner.act(session.observations)
         step = streams.step(actions)
@@ -322,13 +283,14 @@ def run_loop(
             clock.begin_update()
             metrics = session.learn()
             metrics |= clock.end_update(learner.num_steps)
-            if session.is_due_for_evaluation():
+            if session.is_due("eval"):
                 metrics |= evaluator.evaluate()
             is_enough = on_update is not None and bool(on_update(session, metrics))
+            make_numbers(metrics)
             for writer in writers:
                 writer.write(learner.num_steps, metrics)
             cores.warn_once()
-            if session.is_due_for_checkpoint():
+            if session.is_due("checkpoint"):
                 session.save(run_dir, seconds=clock.seconds)
     session.save(run_dir, seconds=clock.seconds)
 
@@ -344,7 +306,7 @@ def _conclude(session: Session, evaluator: Evaluator, run_dir: Path, *, interrup
         "seconds": round(session.seconds, 3),
         "steps_per_s": round(num_steps / session.seconds, 1),
         "run_dir": str(run_dir),
-        "checkpoint": str(next(iter(checkpoints(run_dir)))),
+        "checkpoint": str(checkpoints(run_dir)[0]),
         "metrics": session.metrics,
     }
     if config.eval_episodes and not interrupted:

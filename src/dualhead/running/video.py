@@ -8,7 +8,6 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,10 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
+from dualhead.errors import DataError
 from dualhead.running.checkpoint import RunError, read_config
 from dualhead.running.config import EVALUATION_SEED
-from dualhead.running.playing import Player, load_weights, run_directory
-from dualhead.types import DataError
+from dualhead.running.playing import Player, load_player, run_directory
 from dualhead.worlds.commons.config import CommonsConfig
 from dualhead.worlds.commons.world import Commons
 from dualhead.worlds.streams import make_env
@@ -60,26 +59,31 @@ def record_video(
         CheckpointError, UnavailableEnvironment: as for `load_policy`.
     """
     out = Path(out)
-    write = {".mp4": _write_mp4, ".gif": _write_gif}.get(out.suffix.lower())
-    if write is None:
+    suffix = out.suffix.lower()
+    if suffix not in (".mp4", ".gif"):
         raise RunError(f"video {out}: expected a name that ends in .mp4 or .gif, got {out.suffix!r}")
     if max_steps < 1:
         raise RunError(f"max_steps: expected at least 1, got {max_steps}")
-    _imageio(out)
+    try:
+        for package in ("imageio.v3", "imageio_ffmpeg")[: 1 + (suffix == ".mp4")]:
+            importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        raise RunError(
+            f"a {suffix} video needs the package {error.name}: pip install -e '.[video]' in the checkout"
+        ) from error
     config = read_config(run_directory(run_dir))
     if config.env_from != "id":
         raise RunError(f"{config.env!r} was handed over in Python: its files cannot make it to be filmed")
-    env: gym.Env | Commons = (
-        Commons(config.world) if isinstance(config.world, CommonsConfig) else _renderable(config.env)
-    )
+    env = Commons(config.world) if isinstance(config.world, CommonsConfig) else _renderable(config.env)
     try:
-        loaded = load_weights(run_dir, encoder=encoder, memory=memory)
-        loaded.expect_spaces(env.observation_space, env.action_space, of=config.env)
-        player = Player(loaded.policy, env.observation_space, env.action_space, seed=seed)
+        player, _, _ = load_player(run_dir, seed=seed, world=env, encoder=encoder, memory=memory)
         fps = COMMONS_FPS if isinstance(env, Commons) else float(env.metadata.get("render_fps") or DEFAULT_FPS)
         frames = _frames(env, player, max_steps, seed=seed, deterministic=deterministic)
-        with _replacing(out) as unfinished:
-            write(unfinished, frames, fps)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
+            unfinished = Path(folder) / f"video{suffix}"
+            _write(unfinished, frames, fps)
+            os.replace(unfinished, out)
     except DataError as error:
         raise RunError(f"{config.env}: {error}") from error
     except gym.error.DependencyNotInstalled as error:
@@ -92,14 +96,13 @@ def record_video(
 
 
 def _renderable(name: str) -> gym.Env:
-    """The environment in a form whose `render` gives pictures."""
     plain = make_env(name)
     modes = plain.metadata.get("render_modes") or []
     plain.close()
     if "rgb_array" not in modes:
         raise RunError(f"{name} cannot be filmed: its render modes are {modes}, expected 'rgb_array' among them")
     if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
-        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # else pygame complains of the screen that it does not need
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # else pygame warns that there is no screen
     return make_env(name, render_mode="rgb_array")
 
 
@@ -107,88 +110,46 @@ def _frames(
     env: gym.Env | Commons, player: Player, max_steps: int, *, seed: int, deterministic: bool
 ) -> Iterator[NDArray[np.uint8]]:
     """Pictures [height, width, 3] of the reset and of every step, to the end of the episode or epoch."""
-    observation: Any
-    reward: Any = None
+    observation: Any = env.reset(seed=seed)
+    reward, start, ended = None, np.array(True), False
     if isinstance(env, Commons):
-        observation, start = env.reset(seed=seed), np.ones(env.num_streams, dtype=bool)
-        max_steps = min(max_steps, env.config.epoch_turns)
+        start, max_steps = np.ones(env.num_streams, dtype=bool), min(max_steps, env.config.epoch_turns)
     else:
-        (observation, _), start = env.reset(seed=seed), np.array(True)
-    ended = False
+        observation, _ = observation
     yield _frame(env)
     while max_steps and not ended:
         action = player.act(observation, start, rewards=reward, deterministic=deterministic)
-        if isinstance(env, Commons):
-            observation, reward, *_ = env.step(action)
-        else:
-            observation, reward, terminated, truncated, _ = env.step(action)
-            ended = terminated or truncated
+        observation, reward, *ends = env.step(action)[:4]
+        ended = not isinstance(env, Commons) and any(ends)  # the commons has no episodes that end in between
         start, max_steps = np.zeros_like(start), max_steps - 1
         yield _frame(env)
 
 
 def _frame(env: gym.Env | Commons) -> NDArray[np.uint8]:
-    if isinstance(env, Commons):
-        return env.frame()
-    frame = np.asarray(env.render())
+    """The picture as a copy: an environment may draw into the same array again."""
+    frame = np.array(env.frame() if isinstance(env, Commons) else env.render())
     if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
-        raise RunError(
-            f"{env.spec.id if env.spec else env} renders {frame.dtype} {frame.shape}: expected uint8 pictures "
-            f"[height, width, 3]"
-        )
+        raise RunError(f"{env} renders {frame.dtype} {frame.shape}: expected uint8 pictures [height, width, 3]")
     return frame
 
 
-def _write_mp4(path: Path, frames: Iterator[NDArray[np.uint8]], fps: float) -> None:
-    imageio = _imageio(path)
-    with imageio.v2.get_writer(path, format="FFMPEG", fps=fps, macro_block_size=1) as writer:
-        for frame in frames:
-            # Most players want H.264 with halved colour planes, which need even sides.
-            height, width, _ = frame.shape
-            writer.append_data(np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge"))
+def _write(path: Path, frames: Iterator[NDArray[np.uint8]], fps: float) -> None:
+    import imageio.v3
+    from PIL import Image
 
-
-def _write_gif(path: Path, frames: Iterator[NDArray[np.uint8]], fps: float) -> None:
-    imageio = _imageio(path)
+    if path.suffix == ".mp4":
+        # Most players want H.264 with halved colour planes, which need even sides.
+        even: Any = (np.pad(frame, [(0, size % 2) for size in frame.shape[:2]] + [(0, 0)], "edge") for frame in frames)
+        imageio.v3.imwrite(path, even, plugin="FFMPEG", is_batch=True, fps=fps, macro_block_size=1)
+        return
     every = math.ceil(fps / GIF_MAX_FPS)
     kept = []
     for number, frame in enumerate(frames):
         if number % every == 0:
-            kept.append(_scaled_down(frame))
+            height, width, _ = frame.shape
+            size = GIF_MAX_WIDTH, max(1, round(height * GIF_MAX_WIDTH / width))
+            resized = Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS) if width > size[0] else frame
+            kept.append(np.asarray(resized))
         if len(kept) > GIF_MAX_FRAMES:
             kept, every = kept[::2], 2 * every
     imageio.v3.imwrite(path, kept, extension=".gif", plugin="pillow", duration=1000 * every / fps, loop=0)
-
-
-def _scaled_down(frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    from PIL import Image
-
-    height, width, _ = frame.shape
-    if width <= GIF_MAX_WIDTH:
-        return frame.copy()  # an environment may draw into the same array again
-    size = GIF_MAX_WIDTH, max(1, round(height * GIF_MAX_WIDTH / width))
-    return np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS))
-
-
-def _imageio(path: Path) -> Any:
-    """The package, with what it needs for this kind of file."""
-    needed = ["imageio.v3", *(["imageio_ffmpeg"] if path.suffix.lower() == ".mp4" else [])]
-    try:
-        for name in needed:
-            importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        raise RunError(
-            f"a {path.suffix} video needs the package {error.name}: pip install -e '.[video]' in the checkout"
-        ) from error
-    import imageio
-
-    return imageio
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that replaces it if no error occurs."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        yield Path(folder) / f"video{path.suffix.lower()}"
-        os.replace(Path(folder) / f"video{path.suffix.lower()}", path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import importlib.util
 import io
 import json
@@ -14,16 +15,20 @@ import socket
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Protocol, TextIO, runtime_checkable
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from dualhead.config import flat
-from dualhead.running.checkpoint import RunError, write_json
+from dualhead.errors import RunError
+from dualhead.running.checkpoint import write_json, writing
 from dualhead.running.config import RunConfig
 from dualhead.running.results import read_rows
 from dualhead.storage import write_bytes
@@ -31,65 +36,44 @@ from dualhead.storage import write_bytes
 
 @runtime_checkable
 class Writer(Protocol):
-    """Takes a run's metrics, once per update. Any object with these two methods is one."""
+    """Gets a run's metrics once per update. Any object with these two methods is a writer."""
 
     def write(self, num_steps: int, metrics: Mapping[str, float]) -> None:
-        """Takes the metrics after `num_steps` environment steps. A number may be NaN."""
+        """Writes the metrics after `num_steps` environment steps. A number may be NaN."""
 
     def close(self) -> None:
-        """Writes what is not written yet. Called once, also where the run fails."""
+        """Writes what is not written yet. Called once, also when the run fails."""
 
 
 def expect_writers(writers: Iterable[object]) -> list[Writer]:
-    """The same objects, as a list, if they are writers.
-
-    Raises:
-        TypeError: one is not; a class instead of its instance, say.
-    """
-    given = list(writers)
-    for writer in given:
+    """The same objects as a list; TypeError if one is no writer, such as a class in place of its instance."""
+    checked: list[Writer] = []
+    for writer in writers:
         if isinstance(writer, type) or not isinstance(writer, Writer):
-            raise TypeError(
-                f"expected a writer, with the methods write(num_steps, metrics) and close(), got {writer!r}"
-            )
-    return given  # type: ignore[return-value]
+            raise TypeError(f"expected a writer, with methods write(num_steps, metrics) and close(), got {writer!r}")
+        checked.append(writer)
+    return checked
 
 
 def make_writers(
     config: RunConfig, run_dir: Path, *, resume_at: int | None = None, show_progress: bool = True
 ) -> list[Writer]:
-    """Opens the writers of a run.
+    """Opens the writers of a run; RunError if one cannot be opened.
 
-    Args:
-        config: of the run.
-        run_dir: of the run.
-        resume_at: environment steps of the checkpoint that the run resumes from; what was written after it is dropped.
-        show_progress: add the display on the terminal.
-
-    Raises:
-        RunError: a package is missing, or something cannot be opened or written.
+    `resume_at`: environment steps of the checkpoint that the run resumes from; what was written after it is dropped.
     """
-    require_packages(config)
+    services: list[Any] = [functools.partial(ServiceWriter, name, config=config) for name in config.log_to]
     writers: list[Writer] = []
-    try:
-        writers.append(CSVWriter(run_dir, resume_at=resume_at))
-        writers.append(TensorBoardWriter(run_dir, resume_at=resume_at))
-        for name in config.log_to:
-            writer = WandbWriter if name == "wandb" else MLflowWriter
-            writers.append(writer(run_dir, config=config, resume_at=resume_at))
-    except BaseException:
-        for opened in writers:
-            opened.close()
-        raise
+    with ExitStack() as opened:  # where one cannot be opened the others are closed
+        for make in (CSVWriter, TensorBoardWriter, *services):
+            writers.append(make(run_dir, resume_at=resume_at))
+            opened.callback(writers[-1].close)
+        opened.pop_all()
     return [*writers, ProgressDisplay(config.total_steps)] if show_progress else writers
 
 
 def require_packages(config: RunConfig) -> None:
-    """Checks that the packages which the writers of a run need are installed, without importing them.
-
-    Raises:
-        RunError: one is missing; the message says how to install it.
-    """
+    """Checks, without an import, that the packages of a run's writers are installed; if not, RunError says how."""
     for name in config.log_to:
         if importlib.util.find_spec(name) is None:
             raise RunError(
@@ -103,16 +87,14 @@ class CSVWriter:
     A row is written whole or not at all, even when the disk is full.
 
     Args:
-        run_dir: where the file lies.
-        name: of the file.
-        resume_at: keep the rows of the existing file up to this many environment steps; later rows, and a row that
-            was cut off when its process was killed, are dropped. None: the first row starts a new file.
+        run_dir, name: of the file.
+        resume_at: keep the rows of the existing file up to this many environment steps. None: start a new file.
 
     Attributes:
         last_steps: environment steps of the last row; None if there is no row.
 
     Raises:
-        RunError: the existing file is no file of metrics, or it cannot be written.
+        RunError: the existing file holds no metrics, or the file cannot be written.
     """
 
     def __init__(self, run_dir: Path, *, name: str = "metrics.csv", resume_at: int | None = None) -> None:
@@ -120,26 +102,26 @@ class CSVWriter:
         self.last_steps: int | None = None
         self._columns: list[str] = []
         self._file: io.FileIO | None = None
-        if resume_at is not None and self.path.exists():
-            try:
-                self._take_up(resume_at)
-            except OSError as error:
-                raise self._failed(error) from error
+        if resume_at is None:
+            return
+        columns, rows, num_damaged = read_rows(self.path)
+        if num_damaged:
+            warnings.warn(f"{self.path}: {num_damaged} damaged rows are left out", stacklevel=4)
+        if columns:
+            kept = [row for row in rows if int(row[0]) <= resume_at]
+            self.last_steps = int(kept[-1][0]) if kept else None
+            with writing(self.path):
+                self._replace(columns, kept)
 
     def write(self, num_steps: int, metrics: Mapping[str, float]) -> None:
-        """Raises:
-        RunError: it cannot be written; the rows before are there.
-        """
         row: dict[str, Any] = {"steps": num_steps, **metrics}
         added = [name for name in row if name not in self._columns]
-        try:
+        with writing(self.path):
             if added:
                 rows = read_rows(self.path)[1] if self._columns else []
                 self._replace([*self._columns, *added], [old + [""] * len(added) for old in rows])
             assert self._file is not None
             append_whole(self._file, _lines([[row.get(name, "") for name in self._columns]]))
-        except OSError as error:
-            raise self._failed(error) from error
         self.last_steps = num_steps
 
     def close(self) -> None:
@@ -151,18 +133,6 @@ class CSVWriter:
         self.close()
         self._columns, self._file = columns, io.FileIO(self.path, "a")
 
-    def _take_up(self, resume_at: int) -> None:
-        columns, rows, num_damaged = read_rows(self.path)
-        if num_damaged:
-            warnings.warn(f"{self.path}: {num_damaged} damaged rows are left out", stacklevel=4)
-        kept = [row for row in rows if int(row[0]) <= resume_at]
-        if columns:
-            self._replace(columns, kept)
-        self.last_steps = int(kept[-1][0]) if kept else None
-
-    def _failed(self, error: OSError) -> RunError:
-        return RunError(f"cannot write {self.path}: {error.strerror or error}; the rows before this one are there")
-
 
 def _lines(rows: Iterable[Iterable[Any]]) -> bytes:
     text = io.StringIO(newline="")
@@ -173,189 +143,150 @@ def _lines(rows: Iterable[Iterable[Any]]) -> bytes:
 class TensorBoardWriter:
     """TensorBoard event files in the run directory; non-finite numbers are left out.
 
-    One record per update, written immediately and whole. (`torch.utils.tensorboard` writes every number separately
-    from a thread, in which nobody catches the error of a full disk.)
-
-    Args:
-        run_dir: of the run.
-        resume_at: TensorBoard drops what an earlier part of this run logged after this many environment steps.
+    One record per update, written whole and at once: `torch.utils.tensorboard` writes every number separately from a
+    thread, where nobody catches the error of a full disk. With `resume_at`, TensorBoard drops what an earlier part of
+    the run logged after that many environment steps.
 
     Raises:
-        RunError: they cannot be written.
+        RunError: the file cannot be written.
     """
 
     def __init__(self, run_dir: Path, *, resume_at: int | None = None) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-
-        folder = run_dir / "tensorboard"
         # TensorBoard reads files in the order of their names.
-        self.path = folder / f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
-        try:
-            folder.mkdir(exist_ok=True)
+        name = f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
+        self.path = run_dir / "tensorboard" / name
+        with writing(self.path):
+            self.path.parent.mkdir(exist_ok=True)
             self._file = io.FileIO(self.path, "a")
-        except OSError as error:
-            raise self._failed(error) from error
-        try:
-            self._add(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        with ExitStack() as opened:
+            opened.callback(self.close)
+            self._add(file_version="brain.Event:2")
             if resume_at is not None:
-                start = SessionLog(status=SessionLog.START)
-                self._add(Event(wall_time=time.time(), step=resume_at + 1, session_log=start))
-        except RunError:
-            self.close()
-            raise
+                self._add(step=resume_at + 1, session_log=SessionLog(status=SessionLog.START))
+            opened.pop_all()
 
     def write(self, num_steps: int, metrics: Mapping[str, float]) -> None:
-        """Raises:
-        RunError: it cannot be written; what was logged before is there.
-        """
-        from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
         values = [Summary.Value(tag=name, simple_value=value) for name, value in finite(metrics).items()]
-        self._add(Event(wall_time=time.time(), step=num_steps, summary=Summary(value=values)))
+        self._add(step=num_steps, summary=Summary(value=values))
 
     def close(self) -> None:
         self._file.close()
 
-    def _add(self, event: Any) -> None:
-        from tensorboard.summary.writer.record_writer import RecordWriter
-
+    def _add(self, **event: Any) -> None:
         record = io.BytesIO()
-        RecordWriter(record).write(event.SerializeToString())
-        try:
+        RecordWriter(record).write(Event(wall_time=time.time(), **event).SerializeToString())
+        with writing(self.path):
             append_whole(self._file, record.getvalue())
-        except OSError as error:
-            raise self._failed(error) from error
-
-    def _failed(self, error: OSError) -> RunError:
-        return RunError(f"cannot write {self.path}: {error.strerror or error}")
 
 
-class WandbWriter:
-    """A run of Weights & Biases: `steps` is the horizontal axis, the settings are its config.
+class ServiceWriter:
+    """A run at Weights & Biases (`name="wandb"`) or MLflow (`name="mlflow"`).
 
-    `wandb.json` keeps its id, so that a resumed run continues the same W&B run; what was logged after the checkpoint
-    is logged again. Project, entity and mode (`WANDB_MODE=offline`) are taken from W&B's own environment variables.
-
-    Args:
-        run_dir: of the run.
-        config: of the run.
-        resume_at: not None to continue the existing run.
+    The service's own environment variables say where to log. `wandb.json` or `mlflow.json` in the run directory keeps
+    the run's id, so that a resumed run continues it; what was logged after the checkpoint is logged again. If the
+    service fails later, the run warns once and goes on; metrics.csv has the metrics.
 
     Raises:
-        RunError: W&B refuses; not logged in, most likely.
+        RunError: the service refuses, or its file cannot be read or written.
     """
 
-    def __init__(self, run_dir: Path, *, config: RunConfig, resume_at: int | None = None) -> None:
-        remembered = _remembered(run_dir / "wandb.json") if resume_at is not None else {}
-        run_id = remembered.get("id") or secrets.token_hex(4)
+    def __init__(self, name: str, run_dir: Path, *, config: RunConfig, resume_at: int | None = None) -> None:
+        path, known = run_dir / f"{name}.json", {}
+        title = f"{config.env} {config.memory_name}-seed{config.seed}"
+        self._service, begin, hint = _SERVICES[name]
         try:
-            import wandb
-
-            self._run = wandb.init(
-                project=os.environ.get("WANDB_PROJECT", "dualhead"),
-                id=run_id,
-                name=_title(config),
-                dir=str(run_dir),
-                config=config.model_dump(),
-                resume="allow",
-                settings={"console": "off"},  # standard output and error stay as they are
-            )
-            self._run.define_metric("steps")
-            self._run.define_metric("*", step_metric="steps")
+            if resume_at is not None and path.exists():
+                known = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise RunError(f"cannot read {path}: {error}; repair it, or remove it to log a new run") from error
+        try:
+            known, self._log, self._end = begin(run_dir, config, title, known)
         except Exception as error:
-            raise RunError(
-                f"cannot begin a W&B run: {error} (WANDB_MODE=offline logs to the run directory, without an account)"
-            ) from error
-        write_json(run_dir / "wandb.json", {"id": run_id})
-        self._warned = False
+            raise RunError(f"cannot begin a run of {self._service}: {error} ({hint})") from error
+        self._has_warned = False
+        write_json(path, known)
 
     def write(self, num_steps: int, metrics: Mapping[str, float]) -> None:
-        """Warns once if W&B refuses metrics. The run continues, and metrics.csv has them."""
         try:
-            self._run.log({"steps": num_steps, **finite(metrics)})
+            self._log(num_steps, finite(metrics))
         except Exception as error:
-            if not self._warned:
-                warnings.warn(f"W&B took no metrics: {error}", stacklevel=2)
-            self._warned = True
+            if not self._has_warned:
+                warnings.warn(f"{self._service} refused metrics: {error}", stacklevel=2)
+            self._has_warned = True
 
     def close(self) -> None:
-        self._run.finish(exit_code=int(_is_failing()))
-
-
-class MLflowWriter:
-    """A run of MLflow; the settings are its parameters.
-
-    It is stored in `mlflow.db` in the run directory, or at `MLFLOW_TRACKING_URI` if that is set, in the experiment
-    `dualhead` unless `MLFLOW_EXPERIMENT_NAME` names another. `mlflow.json` keeps its id, so that a resumed run
-    continues the same MLflow run; what was logged after the checkpoint is logged again.
-
-    Args:
-        run_dir: of the run.
-        config: of the run.
-        resume_at: not None to go on with the run that is there.
-
-    Raises:
-        RunError: MLflow refuses.
-    """
-
-    _MOST_PARAMS = 100  # in one call
-
-    def __init__(self, run_dir: Path, *, config: RunConfig, resume_at: int | None = None) -> None:
-        uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(run_dir / 'mlflow.db').resolve()}"
-        remembered = _remembered(run_dir / "mlflow.json") if resume_at is not None else {}
         try:
-            from mlflow import MlflowClient
-            from mlflow.entities import Param
-
-            self._client = MlflowClient(tracking_uri=uri)
-            if remembered.get("tracking_uri") == uri:
-                self._run_id = remembered["run_id"]
-                self._client.update_run(self._run_id, status="RUNNING")
-            else:
-                name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "dualhead")
-                experiment = self._client.get_experiment_by_name(name)
-                experiment_id = experiment.experiment_id if experiment else self._client.create_experiment(name)
-                self._run_id = self._client.create_run(experiment_id, run_name=_title(config)).info.run_id
-                params = [Param(name, str(value)) for name, value in flat(config.model_dump()).items()]
-                for begin in range(0, len(params), self._MOST_PARAMS):
-                    self._client.log_batch(self._run_id, params=params[begin : begin + self._MOST_PARAMS])
+            self._end(sys.exc_info()[0] is not None)  # a failed run closes its writers while the error is raised
         except Exception as error:
-            raise RunError(f"cannot begin an MLflow run at {uri}: {error}") from error
-        write_json(run_dir / "mlflow.json", {"run_id": self._run_id, "tracking_uri": uri})
-        self._warned = False
+            warnings.warn(f"{self._service} could not end its run: {error}", stacklevel=2)
 
-    def write(self, num_steps: int, metrics: Mapping[str, float]) -> None:
-        """Warns once if MLflow refuses metrics. The run continues, and metrics.csv has them."""
-        from mlflow.entities import Metric
 
+_Known = dict[str, str]
+_Service = tuple[_Known, Callable[[int, dict[str, float]], None], Callable[[bool], None]]
+"""The contents of the service's file, what logs metrics after a number of steps, and what ends a run, failed or not."""
+
+
+def _wandb(run_dir: Path, config: RunConfig, title: str, known: _Known) -> _Service:
+    import wandb
+
+    run_id = known.get("id") or secrets.token_hex(4)
+    run = wandb.init(
+        project=os.environ.get("WANDB_PROJECT", "dualhead"),
+        id=run_id,
+        name=title,
+        dir=str(run_dir),
+        config=config.model_dump(),
+        resume="allow",
+        settings={"console": "off"},  # standard output and error stay as they are
+    )
+    run.define_metric("steps")
+    run.define_metric("*", step_metric="steps")
+
+    return (
+        {"id": run_id},
+        lambda num_steps, metrics: run.log({"steps": num_steps, **metrics}),
+        lambda is_failed: run.finish(exit_code=int(is_failed)),
+    )
+
+
+def _mlflow(run_dir: Path, config: RunConfig, title: str, known: _Known) -> _Service:
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric, Param
+
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(run_dir / 'mlflow.db').resolve()}"
+    client = MlflowClient(tracking_uri=uri)
+    if known.get("tracking_uri") == uri:
+        run_id = known["run_id"]
+        client.update_run(run_id, status="RUNNING")
+    else:
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "dualhead")
+        experiment = client.get_experiment_by_name(name)
+        experiment_id = experiment.experiment_id if experiment else client.create_experiment(name)
+        run_id = client.create_run(experiment_id, run_name=title).info.run_id
+        params = [Param(name, str(value)) for name, value in flat(config.model_dump()).items()]
+        for begin in range(0, len(params), 100):  # MLflow takes no more in one call
+            client.log_batch(run_id, params=params[begin : begin + 100])
+
+    def log(num_steps: int, metrics: dict[str, float]) -> None:
         now = int(time.time() * 1000)
-        try:
-            self._client.log_batch(
-                self._run_id,
-                metrics=[
-                    Metric(re.sub(r"[^\w./ -]", "_", name), value, now, num_steps)
-                    for name, value in finite(metrics).items()
-                ],
-            )
-        except Exception as error:
-            if not self._warned:
-                warnings.warn(f"MLflow took no metrics: {error}", stacklevel=2)
-            self._warned = True
+        legal = {re.sub(r"[^\w./ -]", "_", name): value for name, value in metrics.items()}
+        client.log_batch(run_id, metrics=[Metric(name, value, now, num_steps) for name, value in legal.items()])
 
-    def close(self) -> None:
-        try:
-            self._client.set_terminated(self._run_id, status="FAILED" if _is_failing() else "FINISHED")
-        except Exception as error:
-            warnings.warn(f"MLflow was not told of the end: {error}", stacklevel=2)
+    return (
+        {"run_id": run_id, "tracking_uri": uri},
+        log,
+        lambda is_failed: client.set_terminated(run_id, status="FAILED" if is_failed else "FINISHED"),
+    )
+
+
+_SERVICES = {
+    "wandb": ("W&B", _wandb, "WANDB_MODE=offline logs to the run directory, without an account"),
+    "mlflow": ("MLflow", _mlflow, "MLFLOW_TRACKING_URI names the server; unset, the run directory is used"),
+}
 
 
 def append_whole(file: io.FileIO, contents: bytes) -> None:
-    """Writes all of it at the end of a file that was opened for appending, or nothing.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Writes all of it at the end of a file that was opened for appending, or nothing."""
     size, left = os.fstat(file.fileno()).st_size, memoryview(contents)
     try:
         while left:  # a disk that is nearly full accepts a part before it refuses the rest
@@ -370,39 +301,11 @@ def finite(metrics: Mapping[str, float]) -> dict[str, float]:
     return {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
 
 
-def _remembered(path: Path) -> dict[str, str]:
-    try:
-        known = json.loads(path.read_text())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise RunError(
-            f"cannot read {path}: {error}; without it a new run would be logged: mend or remove it"
-        ) from error
-    return known if isinstance(known, dict) else {}
-
-
-def _title(config: RunConfig) -> str:
-    return f"{config.env} {config.memory_name}-seed{config.seed}"
-
-
-def _is_failing() -> bool:
-    """Whether a writer is closed because of an error: writers are closed in a `finally`."""
-    return sys.exc_info()[0] is not None
-
-
 class ProgressDisplay:
-    """A live progress line on a terminal; elsewhere a plain line per update.
-
-    Args:
-        total_steps: of the run.
-        stream: where to write; standard error by default.
-    """
+    """A live progress line on a terminal; elsewhere a plain line per update."""
 
     def __init__(self, total_steps: int, *, stream: TextIO | None = None) -> None:
-        self.total_steps = total_steps
-        self.stream = stream or sys.stderr
-        self.started = time.perf_counter()
+        self.total_steps, self.stream = total_steps, stream or sys.stderr
         self._progress: Progress | None = None
         if self.stream.isatty() and os.environ.get("TERM") != "dumb":
             self._progress = Progress(
@@ -412,7 +315,7 @@ class ProgressDisplay:
                 TextColumn("{task.fields[speed]:,.0f} steps/s  return {task.fields[score]:.3g}  left"),
                 TimeRemainingColumn(),
                 console=Console(file=self.stream),
-                refresh_per_second=2,  # each takes half a millisecond from the training
+                refresh_per_second=2,  # each costs the training half a millisecond
             )
             self._progress.start()
             self._task = self._progress.add_task("", total=total_steps, speed=0.0, score=math.nan)
@@ -424,13 +327,9 @@ class ProgressDisplay:
             return
         left = max(0, self.total_steps - num_steps) / max(speed, 1e-9)
         shown = "-" if math.isnan(score) else f"{score:.3f}"  # no episode has ended yet
-        with suppress(OSError):  # the reader is gone or the disk is full: the run must not end for that
-            print(
-                f"steps {num_steps:>9,} / {self.total_steps:,}  {speed:>8,.0f} steps/s  return {shown:>8}  "
-                f"left {left:>5.0f} s",
-                file=self.stream,
-                flush=True,
-            )
+        line = f"steps {num_steps:>9,} / {self.total_steps:,}  {speed:>8,.0f} steps/s  return {shown:>8}  left"
+        with suppress(OSError):  # the reader is gone or the disk is full: the run goes on
+            print(line, f"{left:>5.0f} s", file=self.stream, flush=True)
 
     def close(self) -> None:
         if self._progress is not None:

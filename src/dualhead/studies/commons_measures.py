@@ -1,11 +1,10 @@
-"""Measures of a study of the commons alone: shares, rewards and relapses by phase."""
+"""Measures of a study of the commons: shares, rewards and relapses by phase."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections import Counter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,13 +13,11 @@ from dualhead.norms import guilt_outweighs_until, steps_until
 from dualhead.running.config import RunConfig
 from dualhead.running.results import FloatArray, Run
 from dualhead.studies.config import StudyConfig
-from dualhead.studies.measures import mean_of_known
-from dualhead.studies.tables import print_table, say, seeds_in_words, with_interval
+from dualhead.studies.measures import Measured, mean_of_known
 from dualhead.worlds.commons.config import CommonsConfig
 
 RELAPSE_SHARE = 0.5
 """A relapse is the first time that more than this share of what is taken is the harmful resource."""
-
 GROUPS = ("newcomers", "incumbents")
 
 
@@ -34,6 +31,20 @@ class Span(NamedTuple):
     punishes: bool
 
 
+class Fading(NamedTuple):
+    """A norm at the end of punishment.
+
+    Fields:
+        turn: punishment ends after this turn.
+        strength: of the norm against the harmful resource then; a mean over streams.
+        lasts: turns without punishment for which guilt outweighs the gain, by the closed form.
+    """
+
+    turn: int
+    strength: float
+    lasts: float
+
+
 def rules(config: RunConfig) -> CommonsConfig:
     """The commons' own settings in those of a run."""
     assert isinstance(config.world, CommonsConfig)
@@ -41,11 +52,10 @@ def rules(config: RunConfig) -> CommonsConfig:
 
 
 def share(run: Run, harmful: str, prefix: str = "commons") -> FloatArray:
-    """[U] share of the harmful resource among all that were taken; NaN where nothing was (or nobody was there)."""
+    """[U] share of the harmful resource among all that were taken; NaN where nothing was taken."""
     taken = np.stack([run.column(f"{prefix}/taken/{kind}") for kind in rules(run.config).resources])
-    ours = run.column(f"{prefix}/taken/{harmful}")
     with np.errstate(invalid="ignore", divide="ignore"):
-        return ours / taken.sum(0)
+        return run.column(f"{prefix}/taken/{harmful}") / taken.sum(0)
 
 
 def spans(config: RunConfig) -> list[Span]:
@@ -67,26 +77,24 @@ def spans(config: RunConfig) -> list[Span]:
     return found
 
 
-def measures(study: StudyConfig, run: Run) -> dict[str, float]:
-    """The numbers of one run that the summary is made of; what does not apply is left out.
+def measure_commons(study: StudyConfig, run: Run) -> Measured:
+    """A run with the numbers that the summary of a study of the commons is made of.
 
-    Shares of the harmful resource and rewards are means over the second half of a phase, when most of the learning
-    that it causes is done.
+    Shares of the harmful resource and rewards are means over the second half of a phase, after most of the learning
+    that the phase causes.
     """
     found: dict[str, float] = {}
     phases = spans(run.config)
     for span in phases:
         late = second_half(run, span)
         in_phase = f", {span.name}" if len(phases) > 1 else ""
-        of_groups = {group: share(run, study.harmful, group)[late] for group in GROUPS}
+        of_groups = {group: mean_of_known(share(run, study.harmful, group)[late]) for group in GROUPS}
         found[f"{study.harmful} share{in_phase}"] = mean_of_known(share(run, study.harmful)[late])
-        if not np.isnan(of_groups["newcomers"]).all():
-            found |= {
-                f"{study.harmful} share of {group}{in_phase}": mean_of_known(of_groups[group]) for group in GROUPS
-            }
+        if not math.isnan(of_groups["newcomers"]):
+            found |= {f"{study.harmful} share of {group}{in_phase}": mean for group, mean in of_groups.items()}
         found[f"reward{in_phase}"] = mean_of_known(run.column("rollout/task_reward")[late])
     found |= _relapse(study, run)
-    return {name: value for name, value in found.items() if not np.isnan(value)}
+    return Measured(run, {name: value for name, value in found.items() if not math.isnan(value)})
 
 
 def second_half(run: Run, span: Span | None = None) -> NDArray[np.bool_]:
@@ -95,7 +103,7 @@ def second_half(run: Run, span: Span | None = None) -> NDArray[np.bool_]:
     return (run.turns > (begin + end) / 2) & (run.turns <= end)
 
 
-def end_of_punishment(config: RunConfig) -> int | None:
+def _end_of_punishment(config: RunConfig) -> int | None:
     """Turns before the first phase without punishment that follows one with it; None where there is none."""
     return next((b.begin for a, b in itertools.pairwise(spans(config)) if a.punishes and not b.punishes), None)
 
@@ -103,43 +111,35 @@ def end_of_punishment(config: RunConfig) -> int | None:
 def _relapse(study: StudyConfig, run: Run) -> dict[str, float]:
     """How long compliance outlived punishment, beside the closed form.
 
-    Counted from the end of punishment to the end of the first rollout without any in which most of what was taken is
-    harmful; infinite where there was none until the end of the run.
+    Counted from the end of punishment to the end of the first unpunished rollout in which most of what was taken is
+    harmful; infinite if the run has no such rollout.
     """
-    stop = end_of_punishment(run.config)
-    after = run.turns - run.config.ppo.rollout_length >= (np.inf if stop is None else stop)
+    stop = _end_of_punishment(run.config)
+    after = run.turns - run.config.ppo.rollout_length >= (math.inf if stop is None else stop)
     if stop is None or not after.any():
         return {}
     found = {}
-    groups = {"": share(run, study.harmful)} | {f", {group}": share(run, study.harmful, group) for group in GROUPS}
-    if np.isnan(groups[", newcomers"][after]).all():
-        groups = {"": groups[""]}
-    for group, shares in groups.items():
-        if np.isnan(shares[after]).all():
-            continue
-        relapsed = run.turns[after & (shares > RELAPSE_SHARE)]
-        found[f"turns to relapse{group}"] = float(relapsed[0] - stop) if len(relapsed) else np.inf
-    strength = strength_at(study, run, stop)
-    if strength is not None:
-        found["turns by the closed form"] = closed_form(study, run.config, strength)
-        found["norm strength at the end of punishment"] = strength
+    of_groups = {f", {group}": share(run, study.harmful, group) for group in GROUPS}
+    if np.isnan(of_groups[", newcomers"][after]).all():
+        of_groups = {}
+    for group, shares in {"": share(run, study.harmful), **of_groups}.items():
+        if not np.isnan(shares[after]).all():
+            relapsed = run.turns[after & (shares > RELAPSE_SHARE)]
+            found[f"turns to relapse{group}"] = float(relapsed[0] - stop) if len(relapsed) else math.inf
+    norm = fading(study, run)
+    if norm is not None:
+        found |= {"turns by the closed form": norm.lasts, "norm strength at the end of punishment": norm.strength}
     return found
 
 
-def strength_at(study: StudyConfig, run: Run, turn: int) -> float | None:
-    """Mean strength of the norm against the harmful resource at the last update until a turn, if it was logged."""
-    strengths = run.column(f"norms/strength/{study.harmful}")[run.turns <= turn]
-    return float(strengths[-1]) if len(strengths) and not np.isnan(strengths[-1]) else None
-
-
-def closed_form_turn(study: StudyConfig, run: Run) -> float | None:
-    """Turn until which guilt outweighs the gain after punishment has ended; None where it never does."""
-    stop = end_of_punishment(run.config)
-    strength = None if stop is None else strength_at(study, run, stop)
-    if stop is None or strength is None:
+def fading(study: StudyConfig, run: Run) -> Fading | None:
+    """The norm at the last update before punishment ends; None if it never ends, or strengths were not logged."""
+    stop = _end_of_punishment(run.config)
+    strengths = run.column(f"norms/strength/{study.harmful}")[run.turns <= (stop or 0)]
+    if stop is None or not len(strengths) or np.isnan(strengths[-1]):
         return None
-    lasts = closed_form(study, run.config, strength)
-    return stop + lasts if lasts > 0.0 else None
+    strength = float(strengths[-1])
+    return Fading(stop, strength, closed_form(study, run.config, strength))
 
 
 def phases_repeat(runs: list[Run]) -> bool:
@@ -158,50 +158,3 @@ def closed_form(study: StudyConfig, config: RunConfig, strength: float) -> float
         intrinsic_scale=config.norms.intrinsic_scale,
     )
     return 0.0 if math.isinf(outweighs) else steps_until(strength, outweighs, decay_rate=config.norms.decay_rate)
-
-
-def results(study: StudyConfig, runs: list[Run]) -> tuple[list[dict[str, Any]], list[str]]:
-    """Every update of every run, as rows of a tidy table; and the table's columns."""
-    rows: list[dict[str, Any]] = []
-    names: dict[str, None] = {}
-    for run in runs:
-        shares = {
-            f"{prefix}/share/{study.harmful}": share(run, study.harmful, prefix) for prefix in ("commons", *GROUPS)
-        }
-        columns = {
-            name: column for name, column in (shares | run.metrics.columns).items() if not np.isnan(column).all()
-        }
-        names |= dict.fromkeys(columns)
-        phases = spans(run.config)
-        for i, turn in enumerate(run.turns.tolist()):
-            # Of a rollout in which the phase changes: the one that it ends in.
-            phase = next((span.name for span in phases if span.begin < turn <= span.end), "")
-            row: dict[str, Any] = {"condition": run.condition, "seed": run.config.seed}
-            row |= {"steps": turn * run.config.num_streams, "turn": turn, "phase": phase}
-            rows.append(row | {name: column[i] for name, column in columns.items() if not np.isnan(column[i])})
-    return rows, ["condition", "seed", "steps", "turn", "phase", *names]
-
-
-def print_summary(study: StudyConfig, rows: list[dict[str, Any]]) -> None:
-    """The summary as a table: measures down, conditions across."""
-    text = (
-        f"Shares (of all that is taken) and rewards (per agent and turn): second half of a phase; "
-        f"{seeds_in_words(study)}."
-    )
-    if any(row["measure"].startswith("turns to relapse") for row in rows):
-        text += (
-            f" Relapse: turns without punishment until more than half of what is taken is {study.harmful}."
-            f" Closed form: turns for which guilt outweighs what {study.harmful} gains; then relapse must be learned."
-        )
-    counts = Counter(row["condition"] for row in rows)  # the fullest condition has the order of all
-    names = dict.fromkeys(row["measure"] for row in sorted(rows, key=lambda row: -counts[row["condition"]]))
-    cells = {(row["measure"], row["condition"]): _cell(row) for row in rows}
-    print_table(names, study.conditions, cells, title=study.title)
-    say(text)
-
-
-def _cell(row: dict[str, Any]) -> str:
-    """A mean and half of its interval; turns are whole, and what no seed saw is `never`."""
-    if np.isinf(row["max"]):
-        return "never" if np.isinf(row["min"]) else f"{row['min']:.0f} to never"
-    return with_interval(row, digits=0 if row["measure"].startswith("turns") else 2)

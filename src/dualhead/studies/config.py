@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import string
+import re
 from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
@@ -10,8 +10,6 @@ from pydantic import Field, field_validator, model_validator
 from dualhead.config import Config, NonNegativeInt, merged
 from dualhead.running.config import RunConfig
 from dualhead.worlds.commons.config import COMMONS
-
-_NAME_CHARACTERS = string.ascii_letters + string.digits + "-_"
 
 
 class StudyConfig(Config):
@@ -50,11 +48,7 @@ class StudyConfig(Config):
         return list(self.worlds) == [COMMONS] and not self.measures
 
     def run(self, condition: str, seed: int, run_dir: str, *, env: str | None = None) -> RunConfig:
-        """Settings of one run: the preset < base < environment < condition.
-
-        Args:
-            condition, seed, run_dir: which run, and where it goes.
-            env: one of the study's environments; None: its only one.
+        """Settings of one run: the preset < base < environment (None: the only one) < condition.
 
         Raises:
             ValueError: they are not possible; the message names condition and environment.
@@ -69,7 +63,7 @@ class StudyConfig(Config):
                     raise ValueError(f"{name}: not to be set in a study's settings; {instead}")
             if settings.pop("env", env) != env:
                 raise ValueError("env: expected in [base] alone; `environments` lists several")
-            # Runs of a study stand side by side: more threads each would fight for the cores.
+            # Runs of a study train at the same time: with more threads they would compete for the cores.
             defaults: dict[str, Any] = {"num_threads": 1} | ({"eval_episodes": 0} if self.is_of_the_commons else {})
             return RunConfig(**defaults | settings | {"env": env, "seed": seed, "run_dir": run_dir})
         except ValueError as error:
@@ -79,7 +73,7 @@ class StudyConfig(Config):
     @field_validator("environments", mode="before")
     @classmethod
     def _environments_by_name(cls, given: Any) -> Any:
-        """A list of ids stands for a table of them without settings."""
+        """Makes a list of ids a table of ids without settings."""
         if not isinstance(given, list | tuple) or not all(isinstance(name, str) for name in given):
             return given
         if not given or len(set(given)) < len(given):
@@ -92,10 +86,10 @@ class StudyConfig(Config):
             if len(set(values)) < len(values):
                 raise ValueError(f"{name}: expected different ones, got {values}")
         for name in self.conditions:
-            if not name or not set(name) <= set(_NAME_CHARACTERS):
+            if not re.fullmatch("[A-Za-z0-9_-]+", name):
                 raise ValueError(f"conditions: expected names of letters, digits, '-' and '_', got {name!r}")
-            configs = [self.run(name, 0, "", env=env) for env in self.worlds]
-            rules = configs[0].world
-            if self.is_of_the_commons and self.harmful not in rules.resources:
-                raise ValueError(f"harmful={self.harmful!r} is none of condition {name!r}'s {rules.resources}")
+            for env in self.worlds:
+                rules = self.run(name, 0, "", env=env).world
+                if self.is_of_the_commons and self.harmful not in rules.resources:
+                    raise ValueError(f"harmful={self.harmful!r} is none of condition {name!r}'s {rules.resources}")
         return self

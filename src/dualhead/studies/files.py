@@ -7,11 +7,12 @@ from pathlib import Path
 
 from dualhead.errors import RunError
 
+_FOLDER = resources.files("dualhead.studies")
+
 
 def study_names() -> list[str]:
     """Studies that come with the package."""
-    folder = resources.files("dualhead.studies")
-    return sorted(file.name.removesuffix(".toml") for file in folder.iterdir() if file.name.endswith(".toml"))
+    return sorted(file.name.removesuffix(".toml") for file in _FOLDER.iterdir() if file.name.endswith(".toml"))
 
 
 def study_text(name: str) -> str:
@@ -21,18 +22,14 @@ def study_text(name: str) -> str:
         RunError: there is none.
     """
     try:
-        if name in study_names():
-            return (resources.files("dualhead.studies") / f"{name}.toml").read_text(encoding="utf-8")
-        return Path(name).read_text(encoding="utf-8")
+        return (_FOLDER / f"{name}.toml" if name in study_names() else Path(name)).read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise RunError(
             f"no study {name!r}: expected a TOML file, or one of {', '.join(study_names())}; "
             f"`dualhead study norms --copy my.toml` writes one to change"
         ) from error
-    except OSError as error:
-        raise RunError(f"cannot read the study {name}: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise RunError(f"{name} is no TOML file: {error}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise RunError(f"cannot read the study {name}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def copy_study(name: str, path: str) -> None:

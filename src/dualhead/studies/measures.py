@@ -20,51 +20,44 @@ LAST_PART = 0.1
 
 
 class Measured(NamedTuple):
-    """A run and its measures; a measure that the run lacks is left out."""
+    """A run and its measures by name. A measure that the run does not have is left out."""
 
     run: Run
     values: dict[str, float]
 
 
-def numbers(run: Run) -> dict[str, float]:
-    """Numbers of a run's summary.json by name; those of the final evaluation begin with `evaluation/`."""
-    evaluation = {f"evaluation/{name}": value for name, value in run.summary.get("evaluation", {}).items()}
-    settings = ("seed", "evaluation")  # what is given is no outcome
-    return {
-        name: float(value)
-        for name, value in (run.summary | evaluation).items()
-        if type(value) in (int, float) and name not in settings
-    }
-
-
 def curves(run: Run) -> set[str]:
-    """Columns that can be a measure. An evaluation during training cannot: the final one has its name."""
+    """Columns that can be a measure. Evaluations during training cannot: the final evaluation has their names."""
     return {name for name in run.metrics.columns if not name.startswith("evaluation/")}
 
 
-def measure(run: Run, name: str) -> float:
-    """One run's number for a measure.
+def measures_of(run: Run) -> dict[str, float]:
+    """All that a run can be measured by, as docs/studies.md defines it; NaN where a column is empty.
 
-    A number of summary.json is taken as it is: `evaluation/mean_return` is that of the final evaluation, `steps_per_s`
-    that of the whole run. A column of metrics.csv becomes its mean over the last tenth of the run's updates, a
-    `time/...` column its median over all updates.
-
-    Returns:
-        NaN where the run has no such measure.
+    A number of summary.json is taken as it is; those of the final evaluation are `evaluation/...`. A column of
+    metrics.csv becomes its mean over the last tenth of the run's updates, a `time/...` column its median over all.
     """
-    if name in (known := numbers(run)):
-        return known[name]
-    if name not in curves(run):
-        return math.nan
-    column = run.column(name)
-    if name.startswith("time/"):
-        return float(np.median(column[~np.isnan(column)])) if not np.isnan(column).all() else math.nan
-    return mean_of_known(column[-math.ceil(LAST_PART * len(column)) :])
+    evaluation = {f"evaluation/{name}": value for name, value in run.summary.get("evaluation", {}).items()}
+    found = {name: float(value) for name, value in (run.summary | evaluation).items() if type(value) in (int, float)}
+    found.pop("seed", None)  # a setting
+    for name in curves(run) - found.keys():
+        column = run.column(name)
+        last = column[-math.ceil(LAST_PART * len(column)) :]
+        over, values = (np.median, column) if name.startswith("time/") else (np.mean, last)
+        values = values[~np.isnan(values)]
+        found[name] = float(over(values)) if len(values) else math.nan
+    return found
+
+
+def measure(run: Run, names: Iterable[str]) -> Measured:
+    """A run with the measures of these names."""
+    found = measures_of(run)
+    return Measured(run, {name: found[name] for name in names if not math.isnan(found.get(name, math.nan))})
 
 
 def unknown_measures(names: Iterable[str], runs: list[Run]) -> list[str]:
-    """A line for each measure that no run has, with the nearest ones that there are."""
-    known = {name: None for run in runs for name in sorted(curves(run) | numbers(run).keys())}
+    """A line for each measure that no run has, with the nearest names that runs have."""
+    known = {name: None for run in runs for name in sorted(measures_of(run))}
     return [
         f"{name!r} is no measure of these runs; the nearest: "
         + ", ".join(difflib.get_close_matches(name, known, n=3, cutoff=0.0))
@@ -88,16 +81,10 @@ def chosen_measures(study: StudyConfig, runs: list[Run]) -> tuple[str, ...]:
     return study.measures or tuple(name for name in DEFAULT_MEASURES if not unknown_measures([name], runs))
 
 
-def curves_among(measures: Iterable[str], runs: list[Run]) -> list[str]:
-    """Those measures that change during a run; the return in training where there is none among them."""
+def curves_among(names: Iterable[str], runs: list[Run]) -> list[str]:
+    """Those measures that change during a run; if there is none, the return in training."""
     columns = {name for run in runs for name in curves(run)}
-    return [name for name in measures if name in columns] or ["episode/mean_return"]
-
-
-def measure_all(run: Run, names: Iterable[str]) -> Measured:
-    """A run with its measures."""
-    found = {name: measure(run, name) for name in names}
-    return Measured(run, {name: value for name, value in found.items() if not math.isnan(value)})
+    return [name for name in names if name in columns] or ["episode/mean_return"]
 
 
 def summarise(measured: list[Measured]) -> list[dict[str, Any]]:
@@ -117,5 +104,5 @@ def summarise(measured: list[Measured]) -> list[dict[str, Any]]:
 
 
 def mean_of_known(values: FloatArray) -> float:
-    """Mean of the numbers that are not NaN; NaN if there are none."""
-    return float(np.nanmean(values)) if not np.isnan(values).all() else float("nan")
+    """Mean of the values that are not NaN; NaN if there are none."""
+    return float(np.nanmean(values)) if not np.isnan(values).all() else math.nan

@@ -10,25 +10,22 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Generator, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from dualhead.running.checkpoint import RunError
+from dualhead.errors import CheckpointError, RunError, UnavailableEnvironment
 from dualhead.running.config import RunConfig
+from dualhead.running.parts import import_module
 from dualhead.running.results import last_steps
-from dualhead.storage import CheckpointError
-from dualhead.worlds.streams import UnavailableEnvironment
 
 OUTPUT = "output.txt"
 """File in the run directory with what the run printed."""
 _LONGEST_ANSWER = 10_000
 """Characters; the whole of it is in OUTPUT."""
-
 _PRELOADED = [
     "dualhead.running.trainer",
     # Loaded when first used, which takes longer than a small run.
@@ -42,66 +39,64 @@ class _Worker(NamedTuple):
     process: Any
     answer: Connection
     begun: float
+    bar: TaskID
 
 
-def run_in_processes(
-    configs: Mapping[str, RunConfig], *, jobs: int
+def run_all(
+    tasks: Mapping[str, RunConfig], *, jobs: int, modules: Sequence[str] = ()
 ) -> Generator[tuple[str, str | None, float], None, None]:
-    """Trains runs, or resumes them, at most `jobs` at a time.
+    """Trains runs, or resumes them, at most `jobs` at a time; a terminal shows a bar for each and one for all.
 
     When this process ends, by Ctrl-C or otherwise, the runs under way save a checkpoint and end. A second Ctrl-C kills
     them.
 
     Args:
-        configs: settings of each run, with its `run_dir`, by what it is called on the terminal.
+        tasks: settings of each run, with its `run_dir`, by its name on the terminal.
         jobs: number of processes.
+        modules: imported in each process first, such as those that register environments.
 
     Yields:
         When a run ends: its name, what went wrong (None: nothing), and the seconds that it took.
     """
-    waiting = list(configs.items())
-    running: dict[str, _Worker] = {}
-    with _progress(configs) as show:
+    waiting, running = dict(tasks), dict[str, _Worker]()
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f}%"), TimeElapsedColumn())
+    with Progress(*columns, transient=True, disable=not sys.stdout.isatty() or not tasks) as progress:
+        steps = dict.fromkeys(tasks, 0)
+        together = progress.add_task("all runs", total=sum(config.total_steps for config in tasks.values()))
         try:
             while waiting or running:
-                while waiting and len(running) < jobs:
-                    key, config = waiting.pop(0)
-                    running[key] = _start(config)
-                sentinels = [worker.process.sentinel for worker in running.values()]
-                multiprocessing.connection.wait(sentinels, timeout=1.0)
-                show(list(running))
-                for key in [key for key, worker in running.items() if not worker.process.is_alive()]:
-                    worker = running.pop(key)
-                    yield key, _outcome(worker, configs[key]), time.perf_counter() - worker.begun
+                for name in list(waiting)[: jobs - len(running)]:
+                    bar = progress.add_task(name, total=tasks[name].total_steps)
+                    running[name] = _Worker(*_start(waiting.pop(name), modules), time.perf_counter(), bar)
+                multiprocessing.connection.wait([worker.process.sentinel for worker in running.values()], timeout=1.0)
+                for name, worker in list(running.items()):
+                    if not progress.disable:
+                        steps[name] = min(last_steps(folder_of(tasks[name]) / "metrics.csv"), tasks[name].total_steps)
+                        progress.update(worker.bar, completed=steps[name])
+                        progress.update(together, completed=sum(steps.values()))
+                    if not worker.process.is_alive():
+                        progress.remove_task(running.pop(name).bar)
+                        yield name, _outcome(worker, tasks[name]), time.perf_counter() - worker.begun
         finally:
             _stop([worker.process for worker in running.values()])
 
 
-def _start(config: RunConfig) -> _Worker:
+def folder_of(config: RunConfig) -> Path:
+    """The run directory of a study's run."""
+    assert config.run_dir is not None
+    return Path(config.run_dir)
+
+
+def _start(config: RunConfig, modules: Sequence[str]) -> tuple[Any, Connection]:
     # The fork server has imported what runs need and done nothing else, so a run starts immediately.
-    context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+    context: Any = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
     if sys.platform == "linux":
         context.set_forkserver_preload(_PRELOADED)
     receiver, sender = context.Pipe(duplex=False)
-    process: Any = context.Process(target=_work, args=(config, sender))  # type: ignore[attr-defined]
-    with _one_thread():
-        process.start()
+    process = context.Process(target=_work, args=(config, modules, sender))
+    process.start()
     sender.close()
-    return _Worker(process, receiver, time.perf_counter())
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Limits libraries in child processes to one thread; they read it from the environment."""
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["OMP_NUM_THREADS"]
-        else:
-            os.environ["OMP_NUM_THREADS"] = before
+    return process, receiver
 
 
 def _outcome(worker: _Worker, config: RunConfig) -> str | None:
@@ -118,7 +113,7 @@ def _outcome(worker: _Worker, config: RunConfig) -> str | None:
 
 
 def _stop(processes: list[Any]) -> None:
-    """Asks processes to end and waits until they have; a KeyboardInterrupt meanwhile kills them."""
+    """Asks processes to end and waits for them; a KeyboardInterrupt meanwhile kills them."""
     try:
         for process in processes:
             process.terminate()
@@ -131,25 +126,26 @@ def _stop(processes: list[Any]) -> None:
         raise
 
 
-def _work(config: RunConfig, answer: Connection) -> None:
+def _work(config: RunConfig, modules: Sequence[str], answer: Connection) -> None:
     """Runs in the child process: trains, and sends back what went wrong, or None."""
     if hasattr(os, "setsid"):
         os.setsid()  # Ctrl-C at the terminal reaches the parent alone, which tells its children to stop
+    os.environ["OMP_NUM_THREADS"] = "1"  # for libraries that are loaded later, and processes of environments
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
+        for module in modules:
+            import_module(module, what="--import")
         problem = _train(config)
-    except (RunError, CheckpointError, UnavailableEnvironment, ValueError) as error:
-        traceback.print_exc()
-        problem = str(error)
     except Exception as error:
         traceback.print_exc()
-        problem = f"{type(error).__name__}: {error}"
+        expected = isinstance(error, (RunError, CheckpointError, UnavailableEnvironment, ValueError))
+        problem = str(error) if expected else f"{type(error).__name__}: {error}"
     # The parent reads only after this process has ended, and a pipe holds 64 kB.
     answer.send(problem and problem[:_LONGEST_ANSWER])
 
 
 def _end_with_parent() -> None:
-    """Ends this process, with a checkpoint, when its parent is gone: a killed parent cannot tell its children."""
+    """Ends this process, with a checkpoint, after its parent: a killed parent cannot tell its children to stop."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -159,8 +155,7 @@ def _end_with_parent() -> None:
 def _train(config: RunConfig) -> str | None:
     from dualhead.running.trainer import resume, train
 
-    assert config.run_dir is not None
-    folder = Path(config.run_dir)
+    folder = folder_of(config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / OUTPUT).open("a") as file:
@@ -169,34 +164,8 @@ def _train(config: RunConfig) -> str | None:
     except OSError as error:
         raise RunError(f"cannot write the run directory {folder}: {error.strerror or error}") from error
     if (folder / "config.json").exists():
-        # Who wrote the study's file has named its parts.
+        # The user wrote the study's file, so the parts that it names may be imported.
         done = resume(folder, encoder=config.encoder, memory=config.memory, show_progress=False)
     else:
         done = train(config, show_progress=False)
     return f"stopped after {done.summary['steps']} steps" if done.summary["stopped_early"] else None
-
-
-@contextmanager
-def _progress(configs: Mapping[str, RunConfig]) -> Iterator[Callable[[list[str]], None]]:
-    """On a terminal: a bar for each run under way, and one for all. Call what it yields with the runs under way."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f}%"), TimeElapsedColumn())
-    with Progress(*columns, transient=True, disable=not sys.stdout.isatty() or not configs) as progress:
-        together = progress.add_task("all runs", total=sum(config.total_steps for config in configs.values()))
-        bars: dict[str, Any] = {}
-        steps: dict[str, int] = {}
-
-        def show(running: list[str]) -> None:
-            if progress.disable:
-                return
-            for name in running:
-                run_dir, total = configs[name].run_dir, configs[name].total_steps
-                assert run_dir is not None
-                steps[name] = min(last_steps(Path(run_dir) / "metrics.csv"), total)
-                if name not in bars:
-                    bars[name] = progress.add_task(name, total=total)
-                progress.update(bars[name], completed=steps[name])
-            for name in bars.keys() - set(running):
-                progress.remove_task(bars.pop(name))
-            progress.update(together, completed=sum(steps.values()))
-
-        yield show

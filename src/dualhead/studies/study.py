@@ -1,13 +1,6 @@
 """Studies: trains conditions x environments x seeds from one file, and writes tables with intervals and figures.
 
-STUDY/                           --out, default runs/study-NAME
-  study.json                     what was asked for
-  versions.json                  the versions that runs were made with, and the command
-  [ENVIRONMENT/]CONDITION/seedN/ a run like any other; ENVIRONMENT where the study lists `environments`
-  runs.csv                       a row per run: every seed's measures
-  summary.csv                    a row per environment, condition and measure: mean, 95% interval, range, seeds
-  results.csv                    the curves of every run
-  curves.png, final.png          commons: overview.png, details.png
+docs/studies.md lists the files that a study leaves in its directory.
 """
 
 from __future__ import annotations
@@ -15,29 +8,24 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import platform
+import re
 import shlex
 import sys
 import warnings
+from collections.abc import Iterable, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
-from typing import NamedTuple
 
 from dualhead.running.checkpoint import RunError, read_config, read_json, write_json
 from dualhead.running.config import RunConfig
 from dualhead.running.machine import num_cores
 from dualhead.running.results import Run, read_run
-from dualhead.studies import commons_measures, tables
+from dualhead.studies import tables
+from dualhead.studies.commons_measures import measure_commons
 from dualhead.studies.config import StudyConfig
 from dualhead.studies.files import study_text
-from dualhead.studies.measures import (
-    Measured,
-    chosen_measures,
-    curves_among,
-    measure_all,
-    summarise,
-    unknown_measures,
-)
-from dualhead.studies.processes import run_in_processes
+from dualhead.studies.measures import chosen_measures, measure, summarise, unknown_measures
+from dualhead.studies.processes import folder_of, run_all
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -46,13 +34,6 @@ else:
 
 PACKAGES = ("dualhead", "torch", "numpy", "gymnasium", "popgym", "minigrid")
 """Whose versions a study writes down, where they are installed."""
-
-
-class Planned(NamedTuple):
-    """A run of a study: its condition and its settings."""
-
-    condition: str
-    config: RunConfig
 
 
 def read_study(name: str) -> StudyConfig:
@@ -68,13 +49,14 @@ def read_study(name: str) -> StudyConfig:
         raise RunError(f"{name}: {error}") from error
 
 
-def run_study(name: str, *, out: str | None = None, jobs: int | None = None) -> Path:
+def run_study(name: str, *, out: str | None = None, jobs: int | None = None, modules: Sequence[str] = ()) -> Path:
     """Runs what is not finished yet, writes tables and figures, and prints the summary.
 
     Args:
         name: path or name of the study.
         out: its directory; None: runs/study-NAME.
         jobs: number of runs at a time; None: as many as the cores allow.
+        modules: imported in the process of each run first.
 
     Returns:
         The directory.
@@ -88,7 +70,7 @@ def run_study(name: str, *, out: str | None = None, jobs: int | None = None) -> 
         raise RunError(f"jobs: expected at least 1, got {jobs}")
     folder = Path(out) if out is not None else Path("runs") / f"study-{Path(name).stem}"
     planned = plan(study, folder)
-    missing = {label: config for label, (_, config) in planned.items() if not _is_finished(config)}
+    missing = {label: config for label, config in planned.items() if not _is_finished(config)}
     if importlib.util.find_spec("matplotlib") is None:
         warnings.warn("there will be tables only: figures need pip install -e '.[plot]' in the checkout", stacklevel=2)
     try:
@@ -98,47 +80,42 @@ def run_study(name: str, *, out: str | None = None, jobs: int | None = None) -> 
     write_json(folder / "study.json", study.model_dump())
     if missing:
         _write_versions(folder / "versions.json", shlex.join(["dualhead", "study", name]))
-    _run_missing(study, planned, missing, jobs)
+    threads = max(config.num_threads or 1 for config in planned.values())
+    with closing(run_all(missing, jobs=jobs or max(1, num_cores() // threads), modules=modules)) as outcomes:
+        _run_missing(study, planned, num_done=len(planned) - len(missing), outcomes=outcomes)
     for path in _write_outcome(study, planned, folder):
         print(f"figure: {path}")
     return folder
 
 
-def plan(study: StudyConfig, folder: Path) -> dict[str, Planned]:
-    """All runs of a study, by their names on the terminal.
+def plan(study: StudyConfig, folder: Path) -> dict[str, RunConfig]:
+    """Settings of all runs of a study in a folder, by their names on the terminal.
 
-    Args:
-        study: whose runs.
-        folder: of the study. If it lists `environments`, each of them has its own folder there.
+    If the study lists `environments`, each of them has its own folder there.
 
     Raises:
         RunError: two environments would share a folder.
     """
-    planned: dict[str, Planned] = {}
+    planned = {}
     places = {env: folder / safe_name(env) if study.environments else folder for env in study.worlds}
-    if study.environments and len(set(places.values())) < len(places):
+    if len(set(places.values())) < len(places):
         raise RunError(f"environments: two of {', '.join(places)} would have the same folder; rename one")
     for env, place in places.items():
         for condition in study.conditions:
             for seed in study.seeds:
                 label = f"{condition} seed {seed}"
                 config = study.run(condition, seed, str(place / condition / f"seed{seed}"), env=env)
-                planned[f"{env} {label}" if study.environments else label] = Planned(condition, config)
+                planned[f"{env} {label}" if study.environments else label] = config
     return planned
 
 
 def safe_name(env: str) -> str:
     """An environment id as the name of a folder: letters, digits, `-`, `_` and inner dots."""
-    kept = "".join(letter if letter.isascii() and (letter.isalnum() or letter in "-_.") else "-" for letter in env)
-    return kept.strip(".") or "-"
+    return re.sub(r"[^A-Za-z0-9_.-]", "-", env).strip(".") or "-"
 
 
 def _write_versions(path: Path, command: str) -> None:
-    """Adds the installed versions, unless the last call had the same ones.
-
-    Raises:
-        RunError: they cannot be written.
-    """
+    """Adds the installed versions, unless the last call had the same ones."""
     found = {"command": command, "python": platform.python_version()}
     for package in PACKAGES:
         with suppress(importlib.metadata.PackageNotFoundError):
@@ -148,105 +125,81 @@ def _write_versions(path: Path, command: str) -> None:
         write_json(path, {"runs_were_made_with": [*before, found]})
 
 
-def _write_outcome(study: StudyConfig, planned: dict[str, Planned], folder: Path) -> list[Path]:
-    """Writes and prints the tables, and draws the figures; the paths of these.
-
-    Raises:
-        RunError: a run cannot be read, no run has one of the measures, or something cannot be written.
-    """
-    runs = [_read(run) for run in planned.values()]
-    if study.is_of_the_commons:
-        measured = [Measured(run, commons_measures.measures(study, run)) for run in runs]
-        tables.write_csv(folder / "results.csv", *commons_measures.results(study, runs))
-    else:
-        names = chosen_measures(study, runs)
-        measured = [measure_all(run, names) for run in runs]
-        tables.write_csv(folder / "results.csv", *tables.results(runs, curves_among(names, runs)))
-    rows = summarise(measured)
-    tables.write_csv(folder / "runs.csv", *tables.every_seed(measured))
-    # Figures need matplotlib, which is an extra: the tables come first.
-    if study.is_of_the_commons:
-        tables.write_csv(folder / "summary.csv", rows, tables.SUMMARY[1:])
-        commons_measures.print_summary(study, rows)
-        from dualhead.studies import commons_figures
-
-        return commons_figures.draw_figures(study, runs, folder)
-    tables.write_csv(folder / "summary.csv", rows, tables.SUMMARY)
-    tables.print_tables(study, measured, rows, names)
-    from dualhead.studies import figures
-
-    return figures.draw_figures(study, measured, names, folder)
-
-
-def _read(planned: Planned) -> Run:
-    """A finished run.
-
-    Raises:
-        RunError: its files cannot be read.
-    """
-    assert planned.config.run_dir is not None
-    try:
-        return read_run(Path(planned.config.run_dir), condition=planned.condition)
-    except RunError as error:
-        raise RunError(f"{error}; remove this run, and the same command repeats it") from error
-
-
 def _run_missing(
-    study: StudyConfig, planned: dict[str, Planned], missing: dict[str, RunConfig], jobs: int | None
+    study: StudyConfig,
+    planned: dict[str, RunConfig],
+    *,
+    num_done: int,
+    outcomes: Iterable[tuple[str, str | None, float]],
 ) -> None:
-    """Runs what is missing, with a line as each run ends.
-
-    Raises:
-        RunError: some failed; the message names them.
-    """
-    num_done = len(planned) - len(missing)
+    """Runs what is missing, with a line as each run ends; RunError names those that failed."""
     if num_done:
         print(f"{num_done} of {len(planned)} runs are finished already", flush=True)
     failed: list[str] = []
-    threads = max(config.num_threads or 1 for _, config in planned.values())
     measures_are_checked = False
     try:
-        jobs = jobs or max(1, num_cores() // threads)
-        with closing(run_in_processes(missing, jobs=jobs)) as outcomes:
-            for label, problem, seconds in outcomes:
-                num_done += 1
-                if problem is not None:
-                    failed.append(f"{label}: {problem}")
-                ended = f"done in {seconds:.0f} s" if problem is None else f"failed after {seconds:.0f} s: {problem}"
-                print(f"[{num_done}/{len(planned)}] {label} {ended}", flush=True)
-                if problem is None and not measures_are_checked:
-                    # A warning only: another run may have the measure that this one lacks. A misspelt name shows early.
-                    for line in unknown_measures(study.measures, [_read(planned[label])]):
-                        warnings.warn(f"measures: {line}", stacklevel=2)
-                    measures_are_checked = True
+        for label, problem, seconds in outcomes:
+            num_done += 1
+            ended = f"done in {seconds:.0f} s" if problem is None else f"failed after {seconds:.0f} s: {problem}"
+            print(f"[{num_done}/{len(planned)}] {label} {ended}", flush=True)
+            if problem is not None:
+                failed.append(f"{label}: {problem}")
+            elif not measures_are_checked:
+                # A warning only: another run may have the measure that this one lacks. A misspelt name shows early.
+                for line in unknown_measures(study.measures, [_read(planned[label])]):
+                    warnings.warn(f"measures: {line}", stacklevel=2)
+                measures_are_checked = True
     except KeyboardInterrupt:
-        whole = sum(_is_finished(config) for _, config in planned.values())
-        print(f"{whole} of {len(planned)} runs are finished; the same command goes on", file=sys.stderr)
+        finished = sum(map(_is_finished, planned.values()))
+        print(f"{finished} of {len(planned)} runs are finished; the same command continues the study", file=sys.stderr)
         raise
     if failed:
-        lines = "\n  ".join(failed)
-        raise RunError(
-            f"{len(failed)} of {len(planned)} runs are missing; the same command goes on with them\n  {lines}"
-        )
+        message = f"{len(failed)} of {len(planned)} runs failed; the same command repeats them"
+        raise RunError("\n  ".join([message, *failed]))
 
 
 def _is_finished(config: RunConfig) -> bool:
-    """Whether a run is there and complete.
-
-    Raises:
-        RunError: one of other settings is there.
-    """
-    assert config.run_dir is not None
-    folder = Path(config.run_dir)
+    """Whether a run is there and complete; RunError if a run with other settings is there."""
+    folder = folder_of(config)
     if not (folder / "config.json").exists():
         return False
-    there = read_config(folder).model_dump(exclude={"run_dir"})  # a study may be moved
+    found = read_config(folder).model_dump(exclude={"run_dir"})  # a study may be moved
     settings = config.model_dump(exclude={"run_dir"})
-    if there != settings:
-        names = ", ".join(name for name in settings if there[name] != settings[name])
+    if found != settings:
+        names = ", ".join(name for name in settings if found[name] != settings[name])
         raise RunError(
             f"{folder} holds a run of other settings ({names}): the study was changed since; choose another --out, or "
             f"remove it"
         )
     summary = read_json(folder / "summary.json")
     return summary is not None and summary.get("stopped_early") is False
+
+
+def _write_outcome(study: StudyConfig, planned: dict[str, RunConfig], folder: Path) -> list[Path]:
+    """Writes and prints the tables, draws the figures, and returns the paths of these."""
+    runs = [_read(config) for config in planned.values()]
+    commons = study.is_of_the_commons
+    names = () if commons else chosen_measures(study, runs)
+    measured = [measure_commons(study, run) if commons else measure(run, names) for run in runs]
+    rows = summarise(measured)
+    # The commons is the only environment of its studies, so their tables do not name it.
+    without = ("environment",) if commons else ()
+    tables.write_csv(folder / "results.csv", tables.results(study, runs, names), without=without)
+    tables.write_csv(folder / "runs.csv", tables.every_seed(measured))
+    tables.write_csv(folder / "summary.csv", rows, without=without)
+    if commons:
+        tables.print_commons_table(study, rows)
+    else:
+        tables.print_tables(study, measured, rows, names)
+    # Figures need matplotlib, which is an extra: the tables come first.
+    from dualhead.studies.figures import draw_figures
+
+    return draw_figures(study, measured, names, folder)
+
+
+def _read(config: RunConfig) -> Run:
+    path = folder_of(config)
+    try:
+        return read_run(path, condition=path.parent.name)
+    except RunError as error:
+        raise RunError(f"{error}; remove this run, and the same command repeats it") from error

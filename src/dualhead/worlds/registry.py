@@ -25,16 +25,16 @@ class World(NamedTuple):
 
 
 def _open_commons(settings: CommonsConfig, *, num_worlds: int, device: torch.device | str) -> Streams:
-    from dualhead.worlds.commons.world import Commons  # takes torch, which `--help` can do without
+    from dualhead.worlds.commons.world import Commons  # imports torch, which `--help` does not need
 
     return Commons(settings, num_worlds=num_worlds, device=device)
 
 
-_WORLDS: dict[str, World] = {COMMONS: World(CommonsConfig, _open_commons)}
+WORLDS: dict[str, World] = {COMMONS: World(CommonsConfig, _open_commons)}
 
 
 def register_world(name: str, settings: type[WorldConfig], open: Callable[..., Streams]) -> None:
-    """Makes a world known by name: `dualhead train NAME --import MODULE --world.SETTING ...`.
+    """Registers a world by name: `dualhead train NAME --import MODULE --world.SETTING ...`.
 
     Args:
         name: instead of an environment id.
@@ -47,45 +47,13 @@ def register_world(name: str, settings: type[WorldConfig], open: Callable[..., S
     """
     if not (isinstance(settings, type) and issubclass(settings, WorldConfig)):
         raise TypeError(f"settings of world {name!r}: expected a class derived from WorldConfig, got {settings!r}")
-    if name in _WORLDS:
+    if name in WORLDS:
         raise ValueError(f"there is a world {name!r} already: choose another name")
-    _WORLDS[name] = World(settings, open)
-
-
-def worlds() -> dict[str, type[WorldConfig]]:
-    """Worlds with settings of their own, and the classes of these."""
-    return {name: world.settings for name, world in _WORLDS.items()}
-
-
-def world_settings(env: str) -> type[WorldConfig]:
-    """The class of a world's settings; `WorldConfig` itself for a Gymnasium id."""
-    return worlds().get(env, WorldConfig)
-
-
-def open_world(
-    env: str, settings: WorldConfig, *, num_envs: int, vectorization: str = "sync", device: torch.device | str = "cpu"
-) -> Streams:
-    """The streams of an environment id.
-
-    Args:
-        env: name of a world, or a Gymnasium id.
-        settings: of the world.
-        num_envs: environments, or worlds.
-        vectorization: of Gymnasium environments, see `make_streams`.
-        device: of a batched world.
-
-    Raises:
-        UnavailableEnvironment: it cannot be made.
-    """
-    from dualhead.worlds.streams import make_streams
-
-    if env in _WORLDS:
-        return _WORLDS[env].open(settings, num_worlds=num_envs, device=device)
-    return make_streams(env, num_envs, vectorization=vectorization)
+    WORLDS[name] = World(settings, open)
 
 
 def environment_ids() -> list[str]:
-    """Every name that can be trained here: our worlds, Gymnasium's ids, and those of installed extras."""
+    """Every name that can be trained here: registered worlds, Gymnasium's ids, and those of installed extras."""
     from dualhead.worlds.streams import gymnasium_ids
 
-    return sorted([*_WORLDS, *gymnasium_ids()])
+    return sorted([*WORLDS, *gymnasium_ids()])

@@ -1,6 +1,6 @@
 """Episodes in progress, saved as how they began and the actions since, and played again to resume.
 
-No object of an environment is written or read. A saved episode is numbers and a fingerprint, and it is not trusted: it
+No object of an environment is written or read: a saved episode is numbers and a fingerprint, and it is not trusted. It
 counts only if playing it again leads to the same last observation and the same state of the generators.
 """
 
@@ -8,252 +8,254 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterator, Mapping
+import random
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal
 
 import gymnasium as gym
 import numpy as np
+import torch
+from annotated_types import Predicate
 from gymnasium import spaces
-from gymnasium.vector.utils import batch_space, concatenate, create_empty_array, iterate
+from gymnasium.vector.utils import batch_space, create_empty_array, iterate
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
+
+from dualhead.errors import CheckpointError
+from dualhead.spaces import torch_dtype
 
 MAX_REPLAYED_STEPS = 100_000
-"""Longer episodes begin again on resume. An Atari game has at most 27,000 steps, a MuJoCo task 1,000: only an endless
-environment gets here, and to play it again would then take minutes."""
+"""Longer episodes begin again on resume. An Atari game has at most 27,000 steps, a MuJoCo task 1,000. Only an endless
+environment gets here, and to play it again would take minutes."""
 
 _SEEDED_EACH_EPISODE = ("ale_py.", "popgym.envs.labyrinth_")
 """Modules of environments whose `reset(seed=...)` seeds a generator that cannot be read: in C, or the process's own."""
 
-GeneratorState = tuple[int, int, int, int]
-"""Of a PCG64, Gymnasium's kind: state, increment, whether half a draw is left, and that half."""
+_KINDS = spaces.Dict | spaces.Tuple | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary | spaces.Box
+"""Action spaces whose actions are arrays of numbers. Only those can be saved."""
+
+_Uint32 = Annotated[int, Field(ge=0, lt=2**32)]
+_Uint128 = Annotated[int, Field(ge=0, lt=2**128)]
 
 
 class CannotReplay(RuntimeError):
     """An episode cannot be saved, or playing it again led elsewhere. The caller can begin a new one."""
 
 
-class Start(NamedTuple):
-    """How an episode began.
+class _Saved(BaseModel):
+    """What a checkpoint says in JSON. It may come from a stranger: every field is checked before it is used."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+class _PCG64Words(_Saved):
+    state: _Uint128
+    inc: Annotated[_Uint128, Predicate(lambda inc: inc % 2 == 1)]
+
+
+class GeneratorState(_Saved):
+    """Of a generator of Gymnasium's kind, in NumPy's form."""
+
+    bit_generator: Literal["PCG64"]
+    state: _PCG64Words
+    has_uint32: Annotated[int, Field(ge=0, le=1)]
+    uinteger: _Uint32
+
+
+class Episode(_Saved):
+    """An episode in progress, without its actions.
 
     Fields:
         root: the seed of the last reset with one.
         number: of resets since then.
         generators: states before the reset: the environment's `np_random`, if it has one, and its spaces'.
-    """
-
-    root: int
-    number: int
-    generators: list[GeneratorState]
-
-
-class Episode(NamedTuple):
-    """An episode in progress.
-
-    Fields:
-        start: see there.
-        actions: an array [num_steps, ...] for each leaf of the action space, as `ActionLog` stores them.
+        num_steps: actions since.
         fingerprint: of the last observation and the generators' states: SHA-256 in hexadecimal.
     """
 
-    start: Start
-    actions: list[NDArray[Any]]
-    fingerprint: str
+    root: int = Field(ge=0, lt=2**64)
+    number: int = Field(ge=0, lt=2**63)
+    generators: list[GeneratorState]
+    num_steps: int = Field(ge=0, le=MAX_REPLAYED_STEPS)
+    fingerprint: str = Field(pattern="^[0-9a-f]{64}$")
 
 
-class Beginnings:
-    """Resets one environment so that the episode can be begun once more, in this or a fresh environment.
+class MersenneTwister(_Saved):
+    key: list[_Uint32] = Field(min_length=624, max_length=624)
+    position: int = Field(ge=0, le=624)
+    gauss: float | None
 
-    A reset without a seed goes on with the environment's generator, as Gymnasium means it. Environments of
-    `_SEEDED_EACH_EPISODE` get a seed for each episode instead.
 
-    Args:
-        env: with all its wrappers.
+class Randomness(_Saved):
+    """The process's own generators: that of `random`, and NumPy's global one."""
+
+    python: MersenneTwister
+    numpy: MersenneTwister
+
+    @classmethod
+    def now(cls) -> Randomness:
+        _, (*words, index), gauss = random.getstate()
+        other = np.random.get_state(legacy=False)  # noqa: NPY002
+        key, position = other["state"]["key"].tolist(), other["state"]["pos"]
+        return cls(
+            python=MersenneTwister(key=words, position=index, gauss=gauss),
+            numpy=MersenneTwister(key=key, position=position, gauss=other["gauss"] if other["has_gauss"] else None),
+        )
+
+    def set(self) -> None:
+        random.setstate((3, (*self.python.key, self.python.position), self.python.gauss))
+        key, position, gauss = self.numpy.key, self.numpy.position, self.numpy.gauss
+        np.random.set_state(("MT19937", np.array(key, np.uint32), position, int(gauss is not None), gauss or 0.0))  # noqa: NPY002
+
+
+class _State(_Saved):
+    episodes: list[Episode]
+    randomness: Randomness
+
+
+class Recorder(gym.Wrapper):
+    """Records the episode in progress of one environment, and plays such a record again.
+
+    A reset without a seed draws from the environment's generator, as Gymnasium means it; environments of
+    `_SEEDED_EACH_EPISODE` get a seed instead. A seed is for the spaces too, which Gymnasium leaves out.
+
+    Attributes:
+        observation: the last one.
+        row: dtype of one action, see `row_of`.
+        actions: the actions since the last reset, rows as bytes. They end once they are too many to be saved.
+        episode: what `replay` plays: an episode, and its actions.
     """
 
     def __init__(self, env: gym.Env) -> None:
-        self.env = env
-        self._unwrapped = env.unwrapped
-        self._own_spaces, self._spaces = own_spaces(env)
-        self._seeds_each = type(self._unwrapped).__module__.startswith(_SEEDED_EACH_EPISODE)
+        super().__init__(env)
+        self.observation: Any = None
+        self.row = row_of(env.action_space)
+        self.actions = bytearray()
+        self.max_bytes = MAX_REPLAYED_STEPS * self.row.itemsize
+        self.episode: tuple[Episode, bytes] | None = None
+        self._core = env.unwrapped
+        self._own_spaces = _own_spaces(env)
+        self._spaces = [part for space in self._own_spaces for part in _parts(space)]
+        self._seeds_each = type(self._core).__module__.startswith(_SEEDED_EACH_EPISODE)
         self._root = self._number = 0
-        self._states: list[dict[str, Any]] = []
+        self._states: list[Mapping[str, Any]] = []
 
-    def reset(self, *, seed: int | None = None) -> Any:
-        """Begins an episode; its first observation. With a seed the spaces, which Gymnasium leaves out, are seeded."""
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         if seed is None:
             self._number += 1
         else:
             self._root, self._number = seed, 0
             for space in self._own_spaces:
                 space.seed(seed)
-        self._states = [generator.state for generator in self._generators_of_reset()]
-        return self.env.reset(seed=self._seed())[0]
+        self._states = [generator.state for generator in self._generators(before_reset=True)]
+        return self._begin(), {}
 
-    def start(self) -> Start:
-        """How the present episode began.
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        if len(self.actions) <= self.max_bytes:
+            self.actions += action_bytes(self.row, action, 1)[0]
+        self.observation, reward, terminated, truncated, info = self.env.step(action)
+        return self.observation, reward, terminated, truncated, info
 
-        Raises:
-            CannotReplay: a generator is not of Gymnasium's kind.
-        """
-        return Start(self._root, self._number, [_numbers_of(state) for state in self._states])
+    def saved(self) -> tuple[Episode, bytes] | str:
+        """The episode in progress and its actions, or why it cannot be saved (an error would end a process)."""
+        space, kinds = self.action_space, {state["bit_generator"] for state in self._states}
+        if not self.row.names:
+            return f"actions of {space} cannot be saved"
+        if len(self.actions) > self.max_bytes:
+            return f"it is more than {MAX_REPLAYED_STEPS} steps into its episode, too many to play them again"
+        if others := kinds - {"PCG64"}:
+            return f"its generator is a {others.pop()}: only PCG64, which Gymnasium makes, can be saved"
+        rows = np.frombuffer(bytes(self.actions), self.row)
+        if not _are_inside(space, rows):
+            return f"it got an action outside {space}"
+        episode = Episode(
+            root=self._root,
+            number=self._number,
+            generators=[GeneratorState(**state) for state in self._states],
+            num_steps=len(rows),
+            fingerprint=self.fingerprint(),
+        )
+        return episode, rows.tobytes()
 
-    def again(self, start: Start) -> Any:
-        """Begins an episode as it began once; its first observation.
+    def replay(self) -> tuple[str | None, Any]:
+        """Plays `episode` again: why it led elsewhere or None, and the observation that is to be acted on."""
+        assert self.episode is not None
+        episode, actions = self.episode
+        self._root, self._number = episode.root, episode.number
+        self._states = [state.model_dump() for state in episode.generators]
+        batch = actions_of(self.action_space, np.frombuffer(actions, self.row))
+        try:
+            if episode.number and not self._seeds_each:
+                self.env.reset(seed=episode.root)  # the environment makes its generators
+            generators = self._generators(before_reset=True)
+            if len(generators) != len(self._states):
+                return f"it has {len(generators)} generators, expected {len(self._states)}", None
+            for generator, state in zip(generators, self._states):
+                generator.state = state
+            self._begin()
+            for number, action in enumerate(iterate(batch_space(self.action_space, 1), batch), 1):
+                _, _, terminated, truncated, _ = self.step(action)
+                if terminated or truncated:
+                    return f"its episode ended after {number} of {episode.num_steps} steps", None
+        except Exception as error:  # whatever an environment may raise
+            return f"playing it again raised {type(error).__name__}: {error}", None
+        if self.fingerprint() != episode.fingerprint:
+            return f"its last observation or a generator differed after {episode.num_steps} steps", None
+        return None, self.observation
 
-        Raises:
-            CannotReplay: this environment has other generators.
-        """
-        self._root, self._number = start.root, start.number
-        if start.number and not self._seeds_each:
-            self.env.reset(seed=start.root)  # the environment makes its generators
-        generators = self._generators_of_reset()
-        if len(start.generators) != len(generators):
-            raise CannotReplay(f"it has {len(generators)} generators, expected {len(start.generators)}")
-        for generator, numbers in zip(generators, start.generators):
-            if not isinstance(generator, np.random.PCG64):
-                raise CannotReplay(_other_kind(type(generator).__name__))
-            generator.state = _state_of(numbers)
-        self._states = [generator.state for generator in generators]
-        return self.env.reset(seed=self._seed())[0]
-
-    def fingerprint(self, row: Any) -> str:
-        """Of this moment.
-
-        Args:
-            row: the last observation as a batch of one, in the space's dtypes.
-        """
+    def fingerprint(self) -> str:
+        """Of this moment."""
         digest = hashlib.sha256()
-        for leaf in leaves(row):
+        for leaf in leaves(self.observation):
             digest.update(f"{leaf.dtype.str}{leaf.shape}".encode() + leaf.tobytes())
-        generators = [space.np_random.bit_generator for space in self._spaces] + self._own_generator()
-        digest.update(repr([generator.state for generator in generators]).encode())
+        digest.update(repr([generator.state for generator in self._generators()]).encode())
         return digest.hexdigest()
 
-    def _seed(self) -> int | None:
+    def _begin(self) -> Any:
+        self.actions.clear()
+        seed = None if self._number else self._root
         if self._seeds_each:
-            return int(np.random.SeedSequence([self._root, self._number]).generate_state(1)[0] >> 1)
-        return None if self._number else self._root
+            seed = int(np.random.SeedSequence([self._root, self._number]).generate_state(1)[0] >> 1)
+        self.observation = self.env.reset(seed=seed)[0]
+        return self.observation
 
-    def _generators_of_reset(self) -> list[Any]:
-        """Those that a reset draws from. With a seed the environment's own is made anew."""
-        is_seeded = self._seeds_each or self._number == 0
-        return [space.np_random.bit_generator for space in self._spaces] + ([] if is_seeded else self._own_generator())
+    def _generators(self, *, before_reset: bool = False) -> list[Any]:
+        """Those of the spaces, and the environment's own unless the coming reset has a seed, which makes a new one."""
+        found = [space.np_random for space in self._spaces]
+        own = getattr(self._core, "_np_random", None)  # the property would make one, seeded by the system
+        is_kept = not before_reset or (self._number > 0 and not self._seeds_each)
+        if is_kept and isinstance(own, np.random.Generator):
+            found.append(own)
+        return [generator.bit_generator for generator in found]
 
-    def _own_generator(self) -> list[Any]:
-        own = getattr(self._unwrapped, "_np_random", None)  # the property would make one, seeded by the system
-        return [own.bit_generator] if isinstance(own, np.random.Generator) else []
+
+def layers_of(env: gym.Env) -> list[gym.Env]:
+    """An environment with all its wrappers, from outside to inside."""
+    return [env, *layers_of(env.env)] if isinstance(env, gym.Wrapper) else [env]
 
 
-def own_spaces(env: gym.Env) -> tuple[list[gym.Space], list[gym.Space]]:
-    """Gives an environment spaces that it shares with no other, so that each draws from generators of its own.
+def _own_spaces(env: gym.Env) -> list[gym.Space]:
+    """The spaces of an environment and of the wrappers around it, replaced by copies with generators of their own.
 
     Spaces are often attributes of a class, or one object that is passed to many wrappers.
-
-    Returns:
-        The spaces of the environment and of the wrappers around it, and the same with all their parts; each once.
     """
-    layers = [env]
-    while isinstance(layers[-1], gym.Wrapper):
-        layers.append(layers[-1].env)
-    whole: dict[int, gym.Space] = {}
-    for layer in reversed(layers):
+    own: dict[int, gym.Space] = {}
+    for layer in reversed(layers_of(env)):
         for name in ("action_space", "observation_space"):
-            if id(getattr(layer, name)) not in whole:
+            if id(getattr(layer, name)) not in own:
                 with suppress(AttributeError):  # a property: it stays as it is
                     setattr(layer, name, copy.deepcopy(getattr(layer, name)))
                 space = getattr(layer, name)
-                whole[id(space)] = space
-    found = dict(whole)
-    waiting = list(whole.values())
-    while waiting:
-        parts = _parts(waiting.pop())
-        waiting += [part for part in parts if id(part) not in found]
-        found |= {id(part): part for part in parts}
-    return list(whole.values()), list(found.values())
+                own[id(space)] = space
+    return list(own.values())
 
 
-def _numbers_of(state: Mapping[str, Any]) -> GeneratorState:
-    if state["bit_generator"] != "PCG64":
-        raise CannotReplay(_other_kind(state["bit_generator"]))
-    words = state["state"]
-    return words["state"], words["inc"], state["has_uint32"], state["uinteger"]
-
-
-def _state_of(numbers: GeneratorState) -> Any:
-    state, inc, has_uint32, uinteger = numbers
-    words = {"state": state, "inc": inc}
-    return {"bit_generator": "PCG64", "state": words, "has_uint32": has_uint32, "uinteger": uinteger}
-
-
-def _other_kind(name: str) -> str:
-    return f"its generator is a {name}: only PCG64, which Gymnasium makes, can be saved"
-
-
-class ActionLog:
-    """The actions of the episodes in progress, of all environments that step together.
-
-    Time-major arrays that grow. What is older than every episode in progress, or than `max_steps`, is dropped.
-
-    Args:
-        action_space: of all environments, batched.
-        num_envs: how many there are.
-        max_steps: longest episode that is kept.
-    """
-
-    def __init__(self, action_space: gym.Space, num_envs: int, *, max_steps: int = MAX_REPLAYED_STEPS) -> None:
-        self.max_steps = max_steps
-        self._starts = [0] * num_envs
-        self._length = 0
-        self._arrays = [  # [time, B, ...]
-            np.empty((64, *(space.shape or ())), stored_dtype(space)) for space in leaf_spaces(action_space)
-        ]
-
-    def append(self, actions: Any) -> None:
-        """Adds a step of all environments; of a single one its action may come without the axis of environments."""
-        if self._arrays and self._length == len(self._arrays[0]):
-            self._make_room()
-        for array, leaf in zip(self._arrays, leaves(actions)):
-            array[self._length] = leaf
-        self._length += 1
-
-    def begin(self, env: int) -> None:
-        """A new episode begins in that environment with the next step."""
-        self._starts[env] = self._length
-
-    def of(self, env: int) -> list[NDArray[Any]]:
-        """Actions of the environment's present episode.
-
-        Raises:
-            CannotReplay: they are too many.
-        """
-        num_steps = self._length - self._starts[env]
-        if num_steps > self.max_steps:
-            raise CannotReplay(
-                f"environment {env} is more than {self.max_steps} steps into its episode, too many to play them again"
-            )
-        return [array[self._length - num_steps : self._length, env] for array in self._arrays]
-
-    def fill(self, episodes: list[list[NDArray[Any]]]) -> None:
-        """Takes the actions of an episode in progress for each environment instead of what was recorded."""
-        lengths = [len(actions[0]) for actions in episodes]
-        self._length = max(lengths)
-        self._arrays = [np.empty((self._length + 64, *a.shape[1:]), a.dtype) for a in self._arrays]
-        for env, (actions, length) in enumerate(zip(episodes, lengths)):
-            self._starts[env] = self._length - length
-            for array, leaf in zip(self._arrays, actions):
-                array[self._starts[env] : self._length, env] = leaf
-
-    def _make_room(self) -> None:
-        first = max(0, min(self._starts), self._length - self.max_steps)
-        kept = self._length - first
-        for n, array in enumerate(self._arrays):
-            size = 2 * len(array) if 2 * kept > len(array) else len(array)
-            moved = np.empty((size, *array.shape[1:]), array.dtype)
-            moved[:kept] = array[first : self._length]
-            self._arrays[n] = moved
-        self._starts = [start - first for start in self._starts]
-        self._length = kept
+def _parts(space: gym.Space) -> list[gym.Space]:
+    """A space, and all the spaces inside it."""
+    inside = space.values() if isinstance(space, spaces.Dict) else space if isinstance(space, spaces.Tuple) else ()
+    return [space, *(part for inner in inside for part in _parts(inner))]
 
 
 def as_actions(space: gym.Space, actions: Any) -> Any:
@@ -271,106 +273,6 @@ def as_actions(space: gym.Space, actions: Any) -> Any:
     return np.asarray(actions).astype(space.dtype, casting="same_kind", copy=False)
 
 
-def stored_dtype(space: gym.Space) -> np.dtype:
-    """Of a leaf of an action space: one byte where that is enough, else the space's own."""
-    low, high = bounds_of(space)
-    if np.issubdtype(space.dtype, np.integer) and np.min(low) >= 0 and np.max(high) <= 255:
-        return np.dtype(np.uint8)
-    return np.dtype(space.dtype)
-
-
-def bounds_of(space: gym.Space) -> tuple[Any, Any]:
-    if isinstance(space, spaces.Discrete):
-        return space.start, space.start + space.n - 1
-    if isinstance(space, spaces.MultiDiscrete):
-        return space.start, space.start + space.nvec - 1
-    if isinstance(space, spaces.MultiBinary):
-        return 0, 1
-    assert isinstance(space, spaces.Box)
-    return space.low, space.high
-
-
-def are_inside(space: gym.Space, actions: NDArray[Any]) -> bool:
-    """Whether all actions [n, ...] of a leaf lie within its space; NaN does not."""
-    low, high = bounds_of(space)
-    return bool(np.all((actions >= low) & (actions <= high)))
-
-
-def _parts(space: gym.Space) -> tuple[gym.Space, ...]:
-    if isinstance(space, spaces.Dict):
-        return tuple(part for _, part in sorted(space.items()))  # spaces and actions do not keep one order of keys
-    return tuple(space.spaces) if isinstance(space, spaces.Tuple) else ()
-
-
-def leaf_spaces(space: gym.Space) -> list[gym.Space]:
-    """The arrays that an action consists of; none where a part is of another kind, whose actions cannot be saved."""
-    if isinstance(space, spaces.Dict | spaces.Tuple):
-        found = [leaf_spaces(part) for part in _parts(space)]
-        return [leaf for part in found for leaf in part] if all(found) else []
-    known = isinstance(space, spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary | spaces.Box)
-    return [space] if known else []
-
-
-def _as_batch(space: gym.Space, stored: Iterator[NDArray[Any]]) -> Any:
-    """The inverse of `leaves`, in the space's dtypes."""
-    if isinstance(space, spaces.Dict):
-        return {key: _as_batch(part, stored) for key, part in sorted(space.items())}
-    if isinstance(space, spaces.Tuple):
-        return tuple(_as_batch(part, stored) for part in space)
-    return next(stored).astype(space.dtype)
-
-
-def episode_of(beginnings: Beginnings, log: ActionLog, env: int, row: Any) -> Episode:
-    """The episode in progress in one environment.
-
-    Args:
-        beginnings: of that environment.
-        log, env: where its actions are.
-        row: its last observation as a batch of one.
-
-    Raises:
-        CannotReplay: it cannot be saved.
-    """
-    actions = [leaf.copy() for leaf in log.of(env)]
-    for space, leaf in zip(leaf_spaces(beginnings.env.action_space), actions):
-        if not are_inside(space, leaf):
-            raise CannotReplay(f"environment {env} got an action outside {space}")
-    return Episode(beginnings.start(), actions, beginnings.fingerprint(row))
-
-
-def play_again(beginnings: Beginnings, episode: Episode) -> Any:
-    """Plays an episode again in a fresh environment.
-
-    Returns:
-        The observation that was to be acted on.
-
-    Raises:
-        CannotReplay: it led elsewhere.
-    """
-    env, num_steps = beginnings.env, len(episode.actions[0])
-    space = batch_space(env.action_space, 1)
-    try:
-        observation = beginnings.again(episode.start)
-        for number, action in enumerate(iterate(space, _as_batch(space, iter(episode.actions))), 1):
-            observation, _, terminated, truncated, _ = env.step(action)
-            if terminated or truncated:
-                raise CannotReplay(f"its episode ended after {number} of {num_steps} steps")
-    except CannotReplay:
-        raise
-    except Exception as error:  # whatever an environment may raise
-        raise CannotReplay(f"playing it again raised {type(error).__name__}: {error}") from error
-    if beginnings.fingerprint(as_row(env.observation_space, observation)) != episode.fingerprint:
-        raise CannotReplay(f"its last observation or a generator differed after {num_steps} steps")
-    return observation
-
-
-def as_row(space: gym.Space, observation: Any) -> Any:
-    """An observation as a batch of one."""
-    row = create_empty_array(space, n=1)
-    assert row is not None
-    return concatenate(space, [observation], row)
-
-
 def leaves(value: Any) -> Iterator[NDArray[Any]]:
     """The arrays of an observation or action, those of a Dict in the order of its keys."""
     if isinstance(value, dict):
@@ -380,3 +282,74 @@ def leaves(value: Any) -> Iterator[NDArray[Any]]:
             yield from leaves(part)
     else:
         yield np.asarray(value)
+
+
+def row_of(action_space: gym.Space) -> np.dtype:
+    """Dtype of one action: a field for each of its `leaves`, named `0`, `1`, ...; none where it cannot be saved."""
+    if not all(isinstance(part, _KINDS) for part in _parts(action_space)):
+        return np.dtype([])
+    of_one = leaves(create_empty_array(action_space, n=1))
+    return np.dtype([(str(n), leaf.dtype, leaf.shape[1:]) for n, leaf in enumerate(of_one)])
+
+
+def action_bytes(row: np.dtype, actions: Any, num_envs: int) -> list[bytes]:
+    """The action of each environment, as one row in bytes. A single one may come without its batch axis."""
+    if not row.names:
+        return [b""] * num_envs
+    parts = [np.ascontiguousarray(leaf).reshape(num_envs, -1).view(np.uint8) for leaf in leaves(actions)]
+    return np.concatenate(parts, axis=1).view(f"V{row.itemsize}").ravel().tolist()
+
+
+def actions_of(action_space: gym.Space, rows: NDArray[Any]) -> Any:
+    """Batched actions of rows."""
+    batch = create_empty_array(action_space, n=len(rows))
+    for name, leaf in zip(rows.dtype.names or (), leaves(batch)):
+        leaf[...] = rows[name]
+    return batch
+
+
+def _are_inside(action_space: gym.Space, rows: NDArray[Any]) -> bool:
+    return not len(rows) or batch_space(action_space, len(rows)).contains(actions_of(action_space, rows))
+
+
+def pack(saved: Sequence[tuple[Episode, bytes]], action_space: gym.Space) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and JSON: the episode in each environment, and the process's generators.
+
+    The tensors are the leaves of the actions, those of one environment after the other.
+    """
+    rows = np.frombuffer(b"".join(actions for _, actions in saved), row_of(action_space))
+    tensors = {f"actions/{name}": torch.from_numpy(rows[name].copy()) for name in rows.dtype.names or ()}
+    return tensors, _State(episodes=[episode for episode, _ in saved], randomness=Randomness.now()).model_dump()
+
+
+def unpack(
+    tensors: Mapping[str, Tensor], metadata: Any, action_space: gym.Space, num_envs: int, *, source: str
+) -> tuple[list[tuple[Episode, bytes]], Randomness]:
+    """The inverse of `pack`; everything is checked before anything is used.
+
+    Raises:
+        CheckpointError: it is no such state, or of other actions or another number of environments.
+    """
+
+    def wrong(what: str) -> CheckpointError:
+        return CheckpointError(f"{source} holds no state of these environments: {what}")
+
+    try:
+        state = _State.model_validate(metadata)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise wrong(f"{'.'.join(map(str, first['loc']))}: {first['msg']}, got {first['input']!r:.80}") from None
+    lengths = [episode.num_steps for episode in state.episodes]
+    if len(lengths) != num_envs:
+        raise wrong(f"it is of {len(lengths)} environments, expected num_envs={num_envs}")
+    row = row_of(action_space)
+    fields = {f"actions/{name}": row[name] for name in row.names or ()}
+    given = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    expected = {name: (torch_dtype(field.base), (sum(lengths), *field.shape)) for name, field in fields.items()}
+    if given != expected:
+        raise wrong(f"its actions are {given}, expected {expected}")
+    rows = np.rec.fromarrays([tensors[name].numpy() for name in fields], dtype=row)
+    if not _are_inside(action_space, rows):
+        raise wrong(f"an action is outside {action_space}")
+    of_env = np.split(rows, np.cumsum(lengths)[:-1])
+    return [(episode, part.tobytes()) for episode, part in zip(state.episodes, of_env)], state.randomness

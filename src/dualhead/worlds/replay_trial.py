@@ -10,11 +10,13 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from gymnasium import spaces
-from numpy.typing import NDArray
+import torch
+from gymnasium.vector.utils import batch_space, iterate
 
-from dualhead.worlds.replay import Beginnings, CannotReplay, as_row, leaf_spaces, leaves
-from dualhead.worlds.replay_files import global_randomness, set_global_randomness
+from dualhead.spaces import ActionSpec
+from dualhead.worlds.replay import Randomness, Recorder, leaves
+
+_BEYOND = "it keeps state beyond an episode, or draws from other generators than its np_random"
 
 
 def why_not_replayed(
@@ -33,76 +35,67 @@ def why_not_replayed(
     Returns:
         None if every observation, reward and flag agreed, else the reason in words.
     """
-    before = global_randomness()
-    made: list[gym.Env] = []
+    before = Randomness.now()
+    made: list[Recorder] = []
     try:
-        return _compare(make_env, made, min_steps=min_steps, max_steps=max_steps, seconds=seconds)
-    except CannotReplay as error:
-        return str(error)
+        made += [Recorder(make_env()), Recorder(make_env())]
+        return _compare(*made, min_steps=min_steps, max_steps=max_steps, seconds=seconds)
     except Exception as error:  # whatever an environment may raise: it only costs the exact resume
         return f"trying it raised {type(error).__name__}: {error}"
     finally:
         for env in made:
             env.close()
-        set_global_randomness(before)
+        before.set()
 
 
-def _compare(
-    make_env: Callable[[], gym.Env], made: list[gym.Env], *, min_steps: int, max_steps: int, seconds: float
-) -> str | None:
-    env, other = make_env(), make_env()
-    made += [env, other]
-    if not leaf_spaces(env.action_space):
-        return f"actions of {env.action_space} cannot be saved"
+def _compare(env: Recorder, other: Recorder, *, min_steps: int, max_steps: int, seconds: float) -> str | None:
     action_space = copy.deepcopy(env.action_space)
     action_space.seed(0)
-    _seed_globally(0)
-    beginnings = Beginnings(env)
-    observation = beginnings.reset(seed=0)
-    for _ in range(7):
-        observation, _, terminated, truncated, _ = env.step(legal_action(action_space, observation))
-        if terminated or truncated:
-            observation = beginnings.reset()
 
-    beginnings.reset()  # `again` resets twice: not the same number of times
-    observation = beginnings.reset()
-    start = beginnings.start()
+    def choose() -> Any:
+        return legal_action(action_space, env.observation)
+
+    _seed_globally(0)
+    env.reset(seed=0)
+    if isinstance(cannot := env.saved(), str):
+        return cannot
+    for _ in range(7):
+        _do(env, choose())
+    env.reset()  # `replay` resets twice: not the same number of times
+    env.reset()
+    start = env.saved()
+    if isinstance(start, str):
+        return start
     actions: list[Any] = []
-    seen: list[Any] = [_bits(observation)]
+    seen: list[Any] = []
     ends_at = time.perf_counter() + seconds
     while len(actions) < min_steps or (len(actions) < max_steps and time.perf_counter() < ends_at):
-        actions.append(legal_action(action_space, observation))
-        observation = _step(beginnings, actions[-1], seen)
-    observation = beginnings.reset()
-    actions.append(legal_action(action_space, observation))
-    seen.append(_bits(observation))
-    observation = _step(beginnings, actions[-1], seen)
-    seen.append(beginnings.fingerprint(as_row(env.observation_space, observation)))
+        actions.append(choose())
+        seen.append(_do(env, actions[-1]))
+    actions.append(None)  # a reset, which the episode may not reach by itself
+    seen.append(_do(env, None))
+    actions.append(choose())
+    seen.append(_do(env, actions[-1]))
 
     _seed_globally(1)  # what an environment draws from there must not agree
-    beginnings = Beginnings(other)
-    again: list[Any] = [_bits(beginnings.again(start))]
-    for number, action in enumerate(actions, 1):
-        if number == len(actions):
-            again.append(_bits(beginnings.reset()))
-        observation = _step(beginnings, action, again)
-        if again != seen[: len(again)]:
-            return (
-                f"an episode that was played again differed at step {number}: it keeps state beyond an episode, or "
-                f"draws from other generators than its np_random"
-            )
-    again.append(beginnings.fingerprint(as_row(other.observation_space, observation)))
-    return None if again == seen else "an episode that was played again left a generator in another state"
+    other.episode = start
+    why_not, _ = other.replay()
+    if why_not is not None:
+        return f"{why_not}: {_BEYOND}"
+    for number, (action, expected) in enumerate(zip(actions, seen), 1):
+        if _do(other, action) != expected:
+            return f"an episode that was played again differed at step {number}: {_BEYOND}"
+    same = env.fingerprint() == other.fingerprint()
+    return None if same else "an episode that was played again left a generator in another state"
 
 
-def _step(beginnings: Beginnings, action: Any, seen: list[Any]) -> Any:
-    """One step, and the reset that it may ask for; appends what is to be compared."""
-    observation, reward, terminated, truncated, _ = beginnings.env.step(copy.deepcopy(action))
-    seen.append((_bits(observation), _bits(reward), bool(terminated), bool(truncated)))
-    if terminated or truncated:
-        observation = beginnings.reset()
-        seen.append(_bits(observation))
-    return observation
+def _do(env: Recorder, action: Any) -> Any:
+    """Everything seen in a step, and in the reset that it asks for; without an action, in a reset."""
+    if action is None:
+        return _bits(env.reset()[0])
+    observation, reward, terminated, truncated, _ = env.step(copy.deepcopy(action))
+    seen = _bits(observation), _bits(reward), bool(terminated), bool(truncated)
+    return seen + ((_bits(env.reset()[0]),) if terminated or truncated else ())
 
 
 def _bits(value: Any) -> list[Any]:
@@ -111,37 +104,20 @@ def _bits(value: Any) -> list[Any]:
 
 def _seed_globally(seed: int) -> None:
     random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002
+    np.random.seed(seed)  # noqa: NPY002
 
 
 def legal_action(space: gym.Space, observation: Any) -> Any:
     """A random action of the space that the observation's `action_mask` allows, where it has one.
 
-    Args:
-        space: of the actions; its generator is drawn from.
-        observation: of one environment. Its mask is one array with an entry for each choice of each head, or a Dict of
-            one array per head.
+    The mask of one environment has an entry for each choice of each head, in one array or a Dict of one per head.
     """
     mask = observation.get("action_mask") if isinstance(observation, Mapping) else None
     if mask is None:
         return space.sample()
-    by_name = {name: np.asarray(part, np.int8) for name, part in mask.items()} if isinstance(mask, Mapping) else None
-    flat = np.zeros(0, np.int8) if by_name is not None else np.asarray(mask, np.int8).ravel()
-
-    def take(name: str, n: int) -> NDArray[np.int8]:
-        nonlocal flat
-        if by_name is not None:
-            return by_name.get(name, np.ones(n, np.int8))
-        head, flat = flat[:n], flat[n:]
-        return head
-
-    def masks(part: gym.Space, name: str) -> Any:
-        if isinstance(part, spaces.Discrete):
-            return take(name, int(part.n))
-        if isinstance(part, spaces.MultiDiscrete):
-            return tuple(take(f"{name}_{i}", int(n)) for i, n in enumerate(part.nvec))
-        if isinstance(part, spaces.Dict):
-            return {key: masks(inner, key) for key, inner in part.items()}
-        return None
-
-    return space.sample(mask=masks(space, "head" if isinstance(space, spaces.MultiDiscrete) else "action"))
+    spec = ActionSpec(space)
+    if not isinstance(mask, Mapping):
+        mask = dict(zip(spec.names, np.split(np.ravel(mask), np.cumsum(spec.nvec)[:-1])))
+    allowed = [np.flatnonzero(mask.get(name, np.ones(n))) for name, n in zip(spec.names, spec.nvec)]
+    choices = torch.tensor([[space.np_random.choice(indices) for indices in allowed]])
+    return next(iterate(batch_space(space, 1), spec.to_env(choices, numpy=True)))

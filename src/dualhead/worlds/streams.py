@@ -1,44 +1,31 @@
-"""Gymnasium environments as streams of experience, always in SAME_STEP autoreset: no filler step exists."""
+"""Sources of experience, and Gymnasium environments as one: always in SAME_STEP autoreset, without filler steps."""
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib
-import importlib.util
-import signal
-import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple, Protocol
 
 import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
-from gymnasium.vector.utils import concatenate, create_empty_array, iterate
+from gymnasium.vector.utils import concatenate, create_empty_array
 from numpy.typing import NDArray
 from torch import Tensor
 
 import dualhead.worlds.tasks  # noqa: F401  (registers dualhead/...)
-from dualhead.errors import UnavailableEnvironment
+from dualhead.errors import DataError, UnavailableEnvironment
 from dualhead.norms import NormEvents
-from dualhead.storage import with_prefix, without_prefix
-from dualhead.worlds.replay import CannotReplay, as_actions
-from dualhead.worlds.replay_files import pack, pack_randomness, set_global_randomness, unpack, unpack_randomness
+from dualhead.worlds.replay import CannotReplay, as_actions, leaves, pack, unpack
 from dualhead.worlds.replay_trial import why_not_replayed
-from dualhead.worlds.vectors import (
-    NUMBERS,
-    LeanSyncVectorEnv,
-    ReplayingAsyncVectorEnv,
-    gymnasium_numbers,
-    with_final_observations,
-)
+from dualhead.worlds.vectors import LeanSyncVectorEnv, RecordedAsyncVectorEnv, episode_numbers, with_final_observations
 
 _EXTRAS = {"popgym": ("popgym-",), "minigrid": ("MiniGrid-", "BabyAI-")}
 """Package and extra of the same name -> prefixes of its environment ids."""
-
-
-_CANNOT_REACH = "the environments inside {} cannot be reached: make_streams makes some that can"
 
 
 class StreamStep(NamedTuple):
@@ -85,7 +72,7 @@ class Streams(Protocol):
 
     @property
     def resumable(self) -> str | None:
-        """None where `state` and `restore` go on to the same bits, else the reason in words why they cannot."""
+        """None where `state` and `restore` resume bit-identically, else the reason in words why they cannot."""
 
     def reset(self, *, seed: int | None = None) -> Any:
         """Begins an episode in every stream; observations [B, ...]."""
@@ -121,8 +108,8 @@ class GymnasiumStreams:
     An environment may write every observation to the same array. Gymnasium keeps a reference to the final observation
     while it resets the environment, so that the reset overwrites it. The environments of a plain `SyncVectorEnv` are
     stepped by a `LeanSyncVectorEnv` instead; those of one inside a vector wrapper are wrapped in
-    `KeepsFinalObservation`. Those of an `AsyncVectorEnv` live in other processes and cannot be wrapped afterwards: one
-    more environment of the first kind is made and tried.
+    `KeepsFinalObservation`. Those of an `AsyncVectorEnv` cannot be wrapped afterwards: one more of them is made and
+    tried.
 
     Raises:
         ValueError: another autoreset mode (its filler steps would be learned from), or an `AsyncVectorEnv` of
@@ -130,11 +117,12 @@ class GymnasiumStreams:
     """
 
     def __init__(self, envs: VectorEnv) -> None:
+        self._name = getattr(envs.spec, "id", None) or type(envs.unwrapped).__name__
         mode = envs.metadata.get("autoreset_mode")
         if mode != AutoresetMode.SAME_STEP:
             raise ValueError(
-                f"expected a vector environment in autoreset mode SAME_STEP, got {mode}, whose filler steps would be "
-                f"learned from. Make it by make_streams(id, num_envs), or by gym.make_vec(id, num_envs, "
+                f"{self._name}: expected a vector environment in autoreset mode SAME_STEP, got {mode}, whose filler "
+                f"steps would be learned from. Make it by make_streams(id, num_envs), or by gym.make_vec(id, num_envs, "
                 f"vectorization_mode='sync', "
                 f"vector_kwargs={{'autoreset_mode': gym.vector.AutoresetMode.SAME_STEP}})"
             )
@@ -152,22 +140,17 @@ class GymnasiumStreams:
 
     @functools.cached_property
     def resumable(self) -> str | None:
-        """None where `state` and `restore` go on to the same bits, else the reason in words.
-
-        It is found by playing two more environments of the first kind for a moment, once.
-        """
-        if not isinstance(self.envs, LeanSyncVectorEnv | ReplayingAsyncVectorEnv):
-            return _CANNOT_REACH.format(type(self.envs).__name__)
-        return why_not_replayed(self.envs.makers[0])
+        """Found once, by playing two more environments of the first kind for a moment."""
+        try:
+            return why_not_replayed(self._recorded().makers[0])
+        except CannotReplay as error:
+            return str(error)
 
     def reset(self, *, seed: int | None = None) -> Any:
-        """Begins an episode in every stream.
+        """Begins an episode in every stream; observations [B, ...].
 
         Args:
             seed: of all randomness of the environments; None: from the system.
-
-        Returns:
-            Observations [B, ...].
         """
         # Gymnasium's `seed + i` for environment i would give seeds 0 and 1 all environments but one in common.
         seeds: Any = (np.random.SeedSequence(seed).generate_state(self.num_streams) >> 1).tolist()
@@ -176,74 +159,64 @@ class GymnasiumStreams:
 
     def step(self, actions: Any) -> StreamStep:
         actions = as_actions(self.envs.action_space, actions)
-        observations, rewards, terminated, truncated, infos = self.envs.step(actions)
-        self._observations = observations
+        self._observations, rewards, terminated, truncated, infos = self.envs.step(actions)
         final = None
         if "final_obs" in infos:
-            final = self._join(observations, infos["final_obs"])
-        numbers = infos.get(NUMBERS) or gymnasium_numbers(infos.get("final_info"))
-        return StreamStep(observations, rewards, terminated, truncated, final, numbers=numbers)
+            final = _joined(self._observations, infos["final_obs"])
+        elif truncated.any():
+            raise DataError(
+                f"{self._name} truncated the episodes of environments {np.flatnonzero(truncated).tolist()[:8]}: "
+                f"expected infos['final_obs'] with what each saw before its reset, as Gymnasium's vector environments "
+                f"in SAME_STEP mode give it, got infos of {sorted(infos)}. Let its step() add them, or use make_streams"
+            )
+        numbers = episode_numbers(infos.get("final_info"))
+        return StreamStep(self._observations, rewards, terminated, truncated, final, numbers=numbers)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """How the episodes in progress began, the actions since, and the process's global generators; see `replay`.
-
-        Returns:
-            tensors: actions of all environments, one environment after the other, and global generators.
-            metadata: JSON.
-
-        Raises:
-            CannotReplay: see `resumable`, or an episode is too long.
-            RuntimeError: there was no `reset()` yet.
-        """
+        """How the episodes in progress began, the actions since, and the process's global generators; see `replay`."""
         if self._observations is None:
             raise RuntimeError("state() needs streams that have begun: call reset() first")
-        if not isinstance(self.envs, LeanSyncVectorEnv | ReplayingAsyncVectorEnv):
-            raise CannotReplay(_CANNOT_REACH.format(type(self.envs).__name__))
-        tensors, metadata = pack(self.envs.episodes())
-        randomness, metadata["randomness"] = pack_randomness()
-        return tensors | with_prefix("randomness", randomness), metadata
+        saved = self._recorded().call("saved")
+        for number, episode in enumerate(saved):
+            if isinstance(episode, str):
+                raise CannotReplay(f"environment {number}: {episode}")
+        return pack(saved, self.action_space)
 
     def restore(self, tensors: dict[str, Tensor], metadata: dict[str, Any], *, source: str = "checkpoint") -> Any:
-        """Plays the episodes that `state` gave again, and takes back the process's global generators.
-
-        Returns:
-            The observations [B, ...] that were to be acted on.
-
-        Raises:
-            CheckpointError: it is no such state, or of other environments.
-            CannotReplay: an episode led elsewhere when it was played again; the streams must be reset then.
-        """
-        if not isinstance(self.envs, LeanSyncVectorEnv | ReplayingAsyncVectorEnv):
-            raise CannotReplay(_CANNOT_REACH.format(type(self.envs).__name__))
-        actions = {name: tensor for name, tensor in tensors.items() if not name.startswith("randomness/")}
-        episodes = unpack(actions, metadata, self.action_space, self.num_streams, source=source)
-        randomness = unpack_randomness(without_prefix("randomness", tensors), metadata.get("randomness"), source=source)
-        self._observations = self.envs.replay(episodes)
-        set_global_randomness(randomness)
+        envs, space = self._recorded(), self.observation_space
+        episodes, randomness = unpack(tensors, metadata, self.action_space, self.num_streams, source=source)
+        envs.set_attr("episode", episodes)
+        replayed = envs.call("replay")
+        for number, (why_not, _) in enumerate(replayed):
+            if why_not is not None:
+                raise CannotReplay(f"environment {number}: {why_not}")
+        out: Any = create_empty_array(space, n=self.num_streams)
+        self._observations = concatenate(space, [observation for _, observation in replayed], out)
+        randomness.set()
         return self._observations
 
-    def _join(self, observations: Any, final: NDArray[np.object_]) -> Any:
-        """The observations with those of ended streams replaced by their final ones."""
-        if isinstance(observations, np.ndarray):
-            # The same as below, made quick: among many short episodes some stream ends at nearly every step.
-            joined = observations.copy()
-            for stream, before in enumerate(final):
-                if before is not None:
-                    joined[stream] = before
-            return joined
-        rows = [
-            after if before is None else before
-            for before, after in zip(final, iterate(self.envs.observation_space, observations))
-        ]
-        out = create_empty_array(self.observation_space, n=self.num_streams)
-        assert out is not None
-        return concatenate(self.observation_space, rows, out)
+    def _recorded(self) -> LeanSyncVectorEnv | RecordedAsyncVectorEnv:
+        if not isinstance(self.envs, LeanSyncVectorEnv | RecordedAsyncVectorEnv):
+            name = type(self.envs).__name__
+            raise CannotReplay(f"the environments inside {name} cannot be reached: make_streams makes some that can")
+        return self.envs
 
     def statistics(self) -> dict[str, float]:
         return {}
 
     def close(self) -> None:
         self.envs.close()
+
+
+def _joined(observations: Any, final: NDArray[np.object_]) -> Any:
+    """The observations with those of ended streams replaced by their final ones."""
+    joined = copy.deepcopy(observations)
+    is_array = isinstance(joined, np.ndarray)  # made quick: of many streams some end at nearly every step
+    for stream, before in enumerate(final):
+        if before is not None:
+            for rows, row in [(joined, before)] if is_array else zip(leaves(joined), leaves(before)):
+                rows[stream] = row
+    return joined
 
 
 def make_streams(
@@ -261,31 +234,11 @@ def make_streams(
     Raises:
         UnavailableEnvironment: unknown id, missing package, or the environment could not be made.
     """
-
-    def one() -> gym.Env:
-        return make_env(env, **kwargs)
-
+    makers = [functools.partial(make_env, env, **kwargs)] * num_envs
     if vectorization == "async":
-        one().close()  # its errors are clearer from this process
-        with _ignored_by_children(signal.SIGINT):
-            return GymnasiumStreams(ReplayingAsyncVectorEnv([one] * num_envs))
-    return GymnasiumStreams(LeanSyncVectorEnv([one] * num_envs))
-
-
-@contextmanager
-def _ignored_by_children(number: signal.Signals) -> Iterator[None]:
-    """Processes that are started meanwhile ignore a signal for good.
-
-    A terminal sends Ctrl-C to them as well, and environments must outlive it to finish the step and be saved.
-    """
-    if threading.current_thread() is not threading.main_thread():  # only that one may set handlers
-        yield
-        return
-    before = signal.signal(number, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(number, before)
+        makers[0]().close()  # its errors are clearer from this process
+        return GymnasiumStreams(RecordedAsyncVectorEnv(makers))
+    return GymnasiumStreams(LeanSyncVectorEnv(makers))
 
 
 def make_env(env: str | Callable[..., gym.Env], **kwargs: Any) -> gym.Env:
@@ -295,31 +248,28 @@ def make_env(env: str | Callable[..., gym.Env], **kwargs: Any) -> gym.Env:
         if not isinstance(own, gym.Env):
             raise TypeError(f"expected a callable that makes one Gymnasium environment, got one that made {own!r}")
         return own
-    _import_extra(env)
+    for package, prefixes in _EXTRAS.items():
+        if env.startswith(prefixes):
+            try:
+                importlib.import_module(package)
+            except ModuleNotFoundError as error:
+                raise UnavailableEnvironment(
+                    f"environment {env!r} needs the package {error.name}: pip install -e '.[{package}]' in the checkout"
+                ) from error
     try:
         # The agent checks every observation and reward itself; Gymnasium's passive checker would slow each step.
         made = gym.make(env, disable_env_checker=True, **kwargs)
     except gym.error.NameNotFound as error:
-        raise UnavailableEnvironment(
-            f"unknown environment {env!r}: {error} `dualhead envs` lists what is there."
-        ) from error
-    except gym.error.DependencyNotInstalled as error:
-        raise UnavailableEnvironment(f"environment {env!r} needs a package that is missing: {error}") from error
+        raise UnavailableEnvironment(f"unknown environment {env!r}: {error} `dualhead envs` lists all.") from error
     except (gym.error.Error, ImportError, TypeError) as error:
         raise UnavailableEnvironment(f"cannot make environment {env!r}: {error}") from error
     return _without_mission(made, env) if env.startswith(_EXTRAS["minigrid"]) else made
 
 
 def restart(streams: Streams, *, seed: int, num_steps: int) -> Any:
-    """Begins an episode in every stream of a resumed run whose streams' state was not kept.
+    """Begins an episode in every stream of a resumed run whose streams could not be restored; observations [B, ...].
 
-    Args:
-        streams: of which `resumable` says why.
-        seed: of the run.
-        num_steps: done before; with it the seed changes, so that the run does not see its beginning again.
-
-    Returns:
-        Observations [B, ...]. Recurrent states must be reset with it.
+    The seed changes with `num_steps`, so that the run does not see its beginning again. Recurrent states must be reset.
     """
     return streams.reset(seed=int(np.random.SeedSequence([seed, num_steps]).generate_state(1)[0] >> 1))
 
@@ -327,22 +277,9 @@ def restart(streams: Streams, *, seed: int, num_steps: int) -> Any:
 def gymnasium_ids() -> list[str]:
     """Ids of Gymnasium's environments, ours and those of installed extras among them."""
     for package in _EXTRAS:
-        if importlib.util.find_spec(package) is not None:
+        with suppress(ModuleNotFoundError):
             importlib.import_module(package)
-    own = "phys2d", "tabular", "GymV21", "GymV26"
-    return [name for name in gym.registry if not name.startswith(own)]
-
-
-def _import_extra(env: str) -> None:
-    for package, prefixes in _EXTRAS.items():
-        if not env.startswith(prefixes):
-            continue
-        try:
-            importlib.import_module(package)
-        except ModuleNotFoundError as error:
-            raise UnavailableEnvironment(
-                f"environment {env!r} needs the package {error.name}: pip install -e '.[{package}]' in the checkout"
-            ) from error
+    return [name for name in gym.registry if not name.startswith(("phys2d", "tabular", "GymV21", "GymV26"))]
 
 
 def _without_mission(env: gym.Env, name: str) -> gym.Env:

@@ -30,9 +30,6 @@ class CartPoleNoVel(CartPoleEnv):
     """Gymnasium's CartPole with the velocities hidden; all else is CartPole's, arguments included.
 
     Observation: float32 [2]: cart position (track units, ±4.8), pole angle (radians, ±0.418).
-    Action: Discrete(2): push the cart left (0) or right (1).
-    Reward: 1 per step, the falling one included.
-    Ends: terminated when the pole falls or the cart leaves the track; truncated at 500 steps (registration).
     """
 
     def __init__(self, sutton_barto_reward: bool = False, render_mode: str | None = None) -> None:
@@ -42,15 +39,12 @@ class CartPoleNoVel(CartPoleEnv):
         self.observation_space = spaces.Box(full.low[::2], full.high[::2], dtype=np.float32)
 
     def step(self, action: Any) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
-        """Apply one push for 0.02 s; returns as `gymnasium.Env.step`, with the [2] observation."""
         observation, reward, terminated, truncated, info = super().step(action)
-        # A view is safe: CartPole makes a new array on every step.
-        return observation[::2], reward, terminated, truncated, info
+        return observation[::2], reward, terminated, truncated, info  # a view of an array made for this step
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[NDArray[np.float32], dict[str, Any]]:
-        """Start an episode as CartPole does with this seed and options; returns observation [2] and {}."""
         observation, info = super().reset(seed=seed, options=options)
         return observation[::2], info
 
@@ -59,9 +53,6 @@ class PendulumNoVel(PendulumEnv):
     """Gymnasium's Pendulum with the velocity hidden; all else is Pendulum's, arguments included.
 
     Observation: float32 [2]: cosine and sine of the angle, 0 rad is upright.
-    Action: float32 [1]: torque within ±2 N·m.
-    Reward: −(angle² + 0.1 velocity² + 0.001 torque²), at most 0.
-    Ends: never terminated; truncated at 200 steps (registration).
     """
 
     def __init__(self, render_mode: str | None = None, g: float = 10.0) -> None:
@@ -85,8 +76,7 @@ class RecallCue(gym.Env[NDArray[np.float32], dict[str, Any]]):
         [-2] is cue    1                          0        0        0
         [-1] is go     0                          0        1        0
 
-    Action: Dict(where=Discrete(2), what=Discrete(num_cues)); where is 0 for left, 1 for right. It is
-        checked at every step.
+    Action: Dict(where=Discrete(2), what=Discrete(num_cues)), integers; where is 0 for left, 1 for right.
     Reward: at go, 0.5 if `where` is the cue's side plus 0.5 if `what` is the cue; 0 at every other step.
     Ends: terminated by the action at go; never truncated.
 
@@ -101,16 +91,17 @@ class RecallCue(gym.Env[NDArray[np.float32], dict[str, Any]]):
             the top: what the agent sees, what it should answer, its answer in green if right, red if wrong).
 
     Raises:
-        ValueError: an argument is outside these ranges.
+        ValueError: an argument or an action is out of range.
+        TypeError: an action is not a mapping of exactly these two keys to integers. It is checked at every step.
+        ResetNeeded: a step without a running episode.
     """
 
     metadata: dict[str, Any] = {"render_modes": ["ansi", "rgb_array"], "render_fps": 4}  # noqa: RUF012
 
     def __init__(self, delay: int = 20, num_cues: int = 4, render_mode: str | None = None) -> None:
-        if not isinstance(delay, (int, np.integer)) or delay < 0:
-            raise ValueError(f"delay must be an integer of at least 0 (steps), got {delay!r}")
-        if not isinstance(num_cues, (int, np.integer)) or num_cues < 2:
-            raise ValueError(f"num_cues must be an integer of at least 2, got {num_cues!r}")
+        for name, value, least in (("delay", delay, 0), ("num_cues", num_cues, 2)):
+            if not isinstance(value, int | np.integer) or value < least:
+                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
         if render_mode is not None and render_mode not in self.metadata["render_modes"]:
             raise ValueError(f"render_mode must be None or one of {self.metadata['render_modes']}, got {render_mode!r}")
         self.delay = int(delay)
@@ -133,48 +124,27 @@ class RecallCue(gym.Env[NDArray[np.float32], dict[str, Any]]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[NDArray[np.float32], dict[str, Any]]:
-        """Draw cue, side and all the noise of an episode; returns the cue step's observation and {}.
-
-        Args:
-            seed: restarts the generator, as everywhere in Gymnasium.
-            options: ignored.
-        """
+        """Draws cue, side and all the noise of an episode; `options` are ignored."""
         super().reset(seed=seed)
         rng, num_cues = self.np_random, self.num_cues
         self._side, self._cue = divmod(int(rng.integers(2 * num_cues)), num_cues)
         # A step returns its own row of an array made for this episode, so observations may be kept.
-        observations = np.zeros((self.delay + 3, num_cues + 3), np.float32)
+        self._observations = observations = np.zeros((self.delay + 3, num_cues + 3), np.float32)
         observations[0, self._cue] = 1.0
-        observations[0, -3] = 2 * self._side - 1
-        observations[0, -2] = 1.0
+        observations[0, -3:-1] = 2 * self._side - 1, 1.0
         observations[1:-1, :-2] = 2 * rng.random((self.delay + 1, num_cues + 1), np.float32) - 1
         observations[-2, -1] = 1.0
-        self._observations = observations
-        self._time = 0
-        self._answer = None
+        self._time, self._answer = 0, None
         return observations[0], {}
 
     def step(self, action: Mapping[str, Any]) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
-        """Advance one step; only at go does the action matter.
-
-        Args:
-            action: {"where": 0 or 1, "what": 0 to num_cues − 1}, integers or integer scalars of NumPy.
-
-        Returns:
-            observation [num_cues + 3], reward (0, 0.5 or 1), terminated, truncated (False), {}.
-
-        Raises:
-            ResetNeeded: no episode is running.
-            TypeError: the action is not a mapping of exactly these two keys to integers.
-            ValueError: an answer is out of range.
-        """
         if self._time > self._go_time:
             raise ResetNeeded("RecallCue.step() needs a running episode: call reset() first, and after termination")
         try:
             where, what = index(action["where"]), index(action["what"])
-        except (TypeError, KeyError, IndexError) as error:
-            raise TypeError(f"action must be a dict of two integers, 'where' and 'what', got {action!r}") from error
-        if len(action) != 2:
+        except (TypeError, KeyError, IndexError):
+            where = None
+        if where is None or len(action) != 2:
             raise TypeError(f"action must be a dict of two integers, 'where' and 'what', got {action!r}")
         if not (0 <= where < 2 and 0 <= what < self.num_cues):
             raise ValueError(
@@ -185,15 +155,10 @@ class RecallCue(gym.Env[NDArray[np.float32], dict[str, Any]]):
         if self._time <= self._go_time:
             return observation, 0.0, False, False, {}
         self._answer = (where, what)
-        reward = 0.5 * (where == self._side) + 0.5 * (what == self._cue)
-        return observation, reward, True, False, {}
+        return observation, 0.5 * (where == self._side) + 0.5 * (what == self._cue), True, False, {}
 
     def render(self) -> str | NDArray[np.uint8] | None:
-        """The present phase as a line of text or a picture; None, with a warning, without a `render_mode`.
-
-        Raises:
-            ResetNeeded: `reset()` was never called.
-        """
+        """The present phase as a line of text or a picture; None, with a warning, without a `render_mode`."""
         if self.render_mode is None:
             gym.logger.warn("RecallCue.render() needs render_mode 'ansi' or 'rgb_array' when it is made")
             return None
@@ -208,13 +173,10 @@ class RecallCue(gym.Env[NDArray[np.float32], dict[str, Any]]):
             return f"answered {SIDES[where]} {what}, wanted {wanted}"
         if self._time == 0:
             return f"cue: {wanted}"
-        if self._time < self._go_time:
-            return f"delay {self._time}/{self.delay}"
-        return "go"
+        return f"delay {self._time}/{self.delay}" if self._time < self._go_time else "go"
 
     def _picture(self) -> NDArray[np.uint8]:
-        cell = 16  # pixels; a multiple of 16 because video encoders want one
-        num_cues = self.num_cues
+        cell, num_cues = 16, self.num_cues  # pixels; a multiple of 16 because video encoders want one
         picture = np.zeros((3 * cell, cell * (num_cues + 3), 3), np.uint8)
         grey = (127.5 * (self._observations[self._time] + 1)).astype(np.uint8)
         picture[:cell] = np.repeat(grey, cell)[:, None]
@@ -234,26 +196,19 @@ class RecallCue(gym.Env[NDArray[np.float32], dict[str, Any]]):
 
 
 def register() -> None:
-    """Register the environments of this module with Gymnasium; an id that is there already is left alone."""
-    # gymnasium's passive checker is off: it is a wrapper on every step, and the tests run the full check_env.
-    # RecallCue says itself when it needs a reset, so it goes without the order wrapper too.
-    for name, entry_point, max_episode_steps, order_enforce, reward_threshold, kwargs in (
-        ("dualhead/CartPoleNoVel-v1", "CartPoleNoVel", 500, True, 475.0, {}),
-        ("dualhead/PendulumNoVel-v1", "PendulumNoVel", 200, True, None, {}),
-        ("dualhead/RecallCue-v0", "RecallCue", None, False, 0.95, {}),
-        ("dualhead/RecallCue5-v0", "RecallCue", None, False, 0.95, {"delay": 5}),
-        ("dualhead/RecallCue100-v0", "RecallCue", None, False, 0.95, {"delay": 100}),
-    ):
-        if name not in gym.registry:
-            gym.register(
-                name,
-                f"{__name__}:{entry_point}",
-                reward_threshold=reward_threshold,
-                max_episode_steps=max_episode_steps,
-                order_enforce=order_enforce,
-                disable_env_checker=True,
-                kwargs=kwargs,
-            )
+    """Registers the environments of this module with Gymnasium; an id that is there already is left alone."""
+    for name, settings in {
+        "CartPoleNoVel-v1": {"max_episode_steps": 500, "reward_threshold": 475.0},
+        "PendulumNoVel-v1": {"max_episode_steps": 200},
+        # RecallCue says itself when it needs a reset: it goes without the wrapper that checks the order of calls.
+        "RecallCue-v0": {"reward_threshold": 0.95, "order_enforce": False},
+        "RecallCue5-v0": {"reward_threshold": 0.95, "order_enforce": False, "kwargs": {"delay": 5}},
+        "RecallCue100-v0": {"reward_threshold": 0.95, "order_enforce": False, "kwargs": {"delay": 100}},
+    }.items():
+        entry_point = f"{__name__}:{name.rpartition('-')[0].rstrip('0123456789')}"
+        if f"dualhead/{name}" not in gym.registry:
+            # The passive checker would be a wrapper on every step; the tests run the full check_env.
+            gym.register(f"dualhead/{name}", entry_point, disable_env_checker=True, **settings)  # type: ignore[arg-type]
 
 
 register()

@@ -10,6 +10,7 @@ A vote is none, up or down. With four moves:
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -18,7 +19,9 @@ import torch
 from gymnasium import spaces
 from torch import Tensor
 
+from dualhead.spaces import as_tensor
 from dualhead.types import on_device
+from dualhead.worlds.commons.config import CommonsConfig
 
 MOVES = ("up", "down", "left", "right")
 NO_VOTE, VOTE_UP, VOTE_DOWN = range(3)
@@ -26,89 +29,73 @@ NUM_VOTES = 3
 Coding = Literal["pair", "composite", "simple"]
 
 
-def composite_to_pair(indices: Tensor, *, num_moves: int = len(MOVES)) -> tuple[Tensor, Tensor]:
-    """Moves and votes of `move · 3 + vote`; 3 · num_moves stays and casts no vote."""
-    return indices // NUM_VOTES, indices % NUM_VOTES
+def pairs_of(coding: Coding, num_moves: int = len(MOVES)) -> list[tuple[int, int]]:
+    """Move and vote of each number of a single-number coding."""
+    nothing = (num_moves, NO_VOTE)
+    if coding == "composite":
+        return [*itertools.product(range(num_moves), range(NUM_VOTES)), nothing]
+    return [*((move, NO_VOTE) for move in range(num_moves)), (num_moves, VOTE_UP), (num_moves, VOTE_DOWN), nothing]
 
 
-def pair_to_composite(moves: Tensor, votes: Tensor, *, num_moves: int = len(MOVES)) -> Tensor:
-    """`move · 3 + vote`, or 3 · num_moves for nothing.
+def number_of(coding: Coding, move: int, vote: int, num_moves: int = len(MOVES)) -> int:
+    """The number of a move and a vote in a single-number coding. In `simple` a vote overrides the move.
 
     Raises:
-        ValueError: a vote without a move, which the coding cannot say.
+        ValueError: a vote without a move, which `composite` has no number for.
     """
-    if ((moves == num_moves) & (votes != NO_VOTE)).any():
-        raise ValueError("the composite coding has no number for a vote without a move")
-    return moves * NUM_VOTES + votes
-
-
-def simple_to_pair(indices: Tensor, *, num_moves: int = len(MOVES)) -> tuple[Tensor, Tensor]:
-    """Moves and votes of a move, a vote up (num_moves), a vote down, or nothing."""
-    votes = torch.where(indices == num_moves, VOTE_UP, torch.where(indices == num_moves + 1, VOTE_DOWN, NO_VOTE))
-    return indices.clamp(max=num_moves), votes
-
-
-def pair_to_simple(moves: Tensor, votes: Tensor, *, num_moves: int = len(MOVES)) -> Tensor:
-    """The vote where there is one, else the move: a vote overrides the move."""
-    without_vote = torch.where(moves == num_moves, num_moves + 2, moves)
-    return torch.where(votes == NO_VOTE, without_vote, num_moves - 1 + votes)
+    pairs = pairs_of(coding, num_moves)
+    pair = (num_moves if coding == "simple" and vote != NO_VOTE else move, vote)
+    if pair not in pairs:
+        raise ValueError(f"the {coding} coding has no number for move {move} with vote {vote}")
+    return pairs.index(pair)
 
 
 class Actions:
-    """The actions of B streams in one coding.
+    """The actions of B streams in the coding of a configuration.
 
     Args:
-        coding: see the module.
-        num_streams: B.
         num_moves: moves that there are, not counting to stay.
-        stay: whether the move head of a pair may choose to stay.
 
     Attributes:
-        space: of one stream.
+        space, mask_space: of one stream.
     """
 
-    def __init__(self, coding: Coding, *, num_streams: int, num_moves: int, stay: bool, device: torch.device) -> None:
-        self.num_streams = num_streams
-        self.num_moves = num_moves
-        self.device = device
-        self._coding = coding
-        self._num_choices = {
-            "pair": [num_moves + stay, NUM_VOTES],
-            "composite": [num_moves * NUM_VOTES + 1],
-            "simple": [num_moves + 3],
-        }[coding]
-        self.space: spaces.Space
-        if coding == "pair":
-            self.space = spaces.Dict(
-                move=spaces.Discrete(self._num_choices[0]), vote=spaces.Discrete(self._num_choices[1])
-            )
+    def __init__(self, config: CommonsConfig, num_streams: int, *, num_moves: int, device: torch.device) -> None:
+        self._num_streams, self._device, self._is_pair = num_streams, device, config.coding == "pair"
+        heads: dict[str, list[Any]]  # what each choice says about move and vote; None: nothing
+        if config.coding == "pair":
+            moves = [(move, None) for move in range(num_moves + config.stay)]
+            heads = {"move": moves, "vote": [(None, vote) for vote in range(NUM_VOTES)]}
         else:
-            self.space = spaces.Discrete(self._num_choices[0])
+            heads = {"action": pairs_of(config.coding, num_moves)}
+            self._table = torch.tensor(heads["action"], device=device)
+        still = 0 if config.coding == "pair" and not config.stay else num_moves
 
-    def masks(self, *, voting: bool) -> dict[str, Tensor]:
-        """What may be chosen in a turn for votes, or in one for moves: int8 [B, choices] for each head by name, or for
-        the one head `action`. Every head keeps a choice: in a turn for votes to stay, else a move that does nothing.
+        def is_allowed(move: int | None, vote: int | None, *, voting: bool) -> bool:
+            if not voting:
+                return vote in (None, NO_VOTE)
+            # Nobody moves in a turn for votes: one number for each vote is enough, that of the first move or of none.
+            return move in (None, still) or (move == 0 and vote not in (None, NO_VOTE))
+
+        self._num_choices = [len(choices) for choices in heads.values()]
+        nvec = dict(zip(heads, self._num_choices))
+        self.space = self._of_heads({head: spaces.Discrete(n) for head, n in nvec.items()})
+        self.mask_space = self._of_heads({head: spaces.Box(0, 1, (n,), np.int8) for head, n in nvec.items()})
+        self._masks: list[dict[str, Tensor]] = [{}, {}]
+        for voting, head in itertools.product((False, True), heads):
+            allowed = [is_allowed(*choice, voting=voting) for choice in heads[head]]
+            self._masks[voting][head] = torch.tensor(allowed, dtype=torch.int8, device=device)
+
+    def _of_heads(self, parts: dict[str, Any]) -> Any:
+        return parts["action"] if not self._is_pair else spaces.Dict(parts)
+
+    def mask(self, *, voting: bool) -> Any:
+        """What may be chosen in a turn for votes, or in one for moves: int8 [B, choices], for pairs a dict by head.
+
+        In a turn for votes the move head has one choice left: to stay, else the first move, which does nothing then.
         """
-        n = self.num_moves
-        allowed: dict[str, list[bool]]
-        if self._coding == "pair":
-            num_choices = self._num_choices[0]
-            still = n if num_choices > n else 0
-            allowed = {
-                "move": [not voting or move == still for move in range(num_choices)],
-                "vote": [voting or vote == NO_VOTE for vote in range(NUM_VOTES)],
-            }
-        elif self._coding == "simple":
-            allowed = {"action": [not voting] * n + [voting, voting, True]}
-        else:
-            # One name for each vote is enough: those of the first move.
-            pairs = [divmod(index, NUM_VOTES) for index in range(n * NUM_VOTES)]
-            named = [move == 0 and vote != NO_VOTE if voting else vote == NO_VOTE for move, vote in pairs]
-            allowed = {"action": [*named, True]}
-        return {
-            head: torch.tensor(choices, dtype=torch.int8, device=self.device).expand(self.num_streams, -1)
-            for head, choices in allowed.items()
-        }
+        masks = {head: mask.expand(self._num_streams, -1) for head, mask in self._masks[voting].items()}
+        return masks if self._is_pair else masks["action"]
 
     def decode(self, actions: Any) -> tuple[Tensor, Tensor]:
         """Moves and votes [B].
@@ -120,38 +107,26 @@ class Actions:
         Raises:
             ValueError: another shape or kind, or (if they come from the CPU) a number outside its range.
         """
-        given = self._columns(actions)
-        expected = (self.num_streams, len(self._num_choices))
-        if tuple(given.shape) != expected:
-            raise ValueError(f"actions: expected shape {expected}, got {tuple(given.shape)}")
-        # What comes from an accelerator would have to be waited for at every step.
-        if given.device.type == "cpu":
-            for column, num_choices in zip(given.unbind(dim=1), self._num_choices):
+        if isinstance(actions, Mapping):
+            if not self._is_pair or set(actions) != {"move", "vote"}:
+                raise ValueError(f"actions: expected a member of {self.space}, batched, got a dict of {[*actions]}")
+            columns = [as_tensor(actions[head], "actions") for head in ("move", "vote")]
+        else:
+            given = as_tensor(actions, "actions")
+            columns = list(given.unbind(dim=1)) if given.dim() == 2 else [given]
+        expected = [(self._num_streams,)] * len(self._num_choices)
+        shapes = [tuple(column.shape) for column in columns]
+        if shapes != expected:
+            raise ValueError(f"actions: expected columns of shapes {expected}, got {shapes}")
+        for column, num_choices in zip(columns, self._num_choices):
+            if column.is_floating_point() or column.is_complex() or column.dtype == torch.bool:
+                raise ValueError(f"actions: expected integers, got {column.dtype}")
+            # Reading numbers from an accelerator would force a host-device sync at every step.
+            if column.device.type == "cpu":
                 low, high = (int(bound) for bound in column.aminmax())
                 if low < 0 or high >= num_choices:
                     raise ValueError(f"actions: expected numbers from 0 to {num_choices - 1}, got {low} to {high}")
-        given = on_device(given, self.device)
-        if self._coding == "pair":
-            return given[:, 0], given[:, 1]
-        convert = composite_to_pair if self._coding == "composite" else simple_to_pair
-        return convert(given[:, 0], num_moves=self.num_moves)
-
-    def _columns(self, actions: Any) -> Tensor:
-        if not isinstance(actions, Mapping):
-            given = self._integers(actions)
-            return given[:, None] if self._coding != "pair" and given.dim() == 1 else given
-        if self._coding != "pair" or set(actions) != {"move", "vote"}:
-            raise ValueError(f"actions: expected a member of {self.space}, batched, got a dict of {sorted(actions)}")
-        moves, votes = self._integers(actions["move"]), self._integers(actions["vote"])
-        if moves.shape != votes.shape:
-            raise ValueError(
-                f"actions: expected as many moves as votes, got {tuple(moves.shape)}, {tuple(votes.shape)}"
-            )
-        return torch.stack([moves, votes], dim=-1)
-
-    def _integers(self, values: Any) -> Tensor:
-        # torch.tensor copies: torch.as_tensor warns about read-only arrays, which environments hand out.
-        tensor = values if isinstance(values, Tensor) else torch.tensor(np.asarray(values))
-        if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
-            raise ValueError(f"actions: expected integers, got {tensor.dtype}")
-        return tensor.to(torch.int64)
+        columns = [on_device(column.to(torch.int64), self._device) for column in columns]
+        if not self._is_pair:
+            columns = list(self._table[columns[0]].unbind(dim=1))
+        return columns[0], columns[1]

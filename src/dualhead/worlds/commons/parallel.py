@@ -24,11 +24,9 @@ except ModuleNotFoundError as error:
 def parallel_env(
     config: CommonsConfig | None = None, *, render_mode: str | None = None, **settings: Any
 ) -> CommonsParallelEnv:
-    """One world as a PettingZoo `ParallelEnv`.
+    """One world as a PettingZoo `ParallelEnv`; its rules as a config, or as settings: `parallel_env(num_agents=4)`.
 
-    Args:
-        config: the rules; or give them as keyword arguments, `parallel_env(num_agents=4, form="bandit")`.
-        render_mode: None, "ansi" or "rgb_array".
+    `render_mode` is None, "ansi" or "rgb_array".
 
     Raises:
         ValueError: a setting is not possible, or came both ways.
@@ -39,18 +37,11 @@ def parallel_env(
 
 
 class CommonsParallelEnv(ParallelEnv):
-    """The commons for PettingZoo: agents `agent_0`, `agent_1`, ...; an episode is an epoch.
+    """The commons for PettingZoo: agents `agent_0`, `agent_1`, ...; an episode is an epoch. See `parallel_env`.
 
     Observations, actions and rules are those of `Commons`, as NumPy arrays. All agents are truncated together after
     `epoch_turns`. `reset()` goes on with the run (level, debts, phases); with a seed it begins a new one.
     An info says what the agent `collected` (a name or None) and whether it was `punished` for it.
-
-    Args:
-        config: the rules.
-        render_mode: None, "ansi" or "rgb_array".
-
-    Raises:
-        ValueError: another render mode.
     """
 
     metadata: dict[str, Any] = {  # noqa: RUF012
@@ -62,16 +53,15 @@ class CommonsParallelEnv(ParallelEnv):
 
     def __init__(self, config: CommonsConfig, *, render_mode: str | None = None) -> None:
         if render_mode is not None and render_mode not in self.metadata["render_modes"]:
-            raise ValueError(
-                f"render_mode: expected None or one of {self.metadata['render_modes']}, got {render_mode!r}"
-            )
+            raise ValueError(f"render_mode: expected None, 'ansi' or 'rgb_array', got {render_mode!r}")
         self.render_mode = render_mode
         self.commons = Commons(config)
         self.possible_agents = [f"agent_{number}" for number in range(config.num_agents)]
         self.agents: list[str] = []
         # One object per agent: each can be seeded by itself.
-        self.observation_spaces = {name: copy.deepcopy(self.commons.observation_space) for name in self.possible_agents}
-        self.action_spaces = {name: copy.deepcopy(self.commons.action_space) for name in self.possible_agents}
+        commons, names = self.commons, self.possible_agents
+        self.observation_spaces = {name: copy.deepcopy(commons.observation_space) for name in names}
+        self.action_spaces = {name: copy.deepcopy(commons.action_space) for name in names}
         self._is_fresh = True
 
     def observation_space(self, agent: str) -> gym.Space:
@@ -101,24 +91,24 @@ class CommonsParallelEnv(ParallelEnv):
             ValueError: no epoch is running, or an agent has no action.
         """
         if not self.agents:
-            raise ValueError("step() needs a running epoch: call reset() first, and after truncation")
-        missing = [name for name in self.agents if name not in actions]
+            raise ValueError("step() needs a running epoch: call reset() before it, and after a truncation")
+        missing = [name for name in self.agents if actions.get(name) is None]
         if missing:
             raise ValueError(f"step() needs an action of every agent, {missing} have none")
-        step = self.commons.step(self._joined([actions[name] for name in self.agents]))
-        events = self.commons.events
-        assert events.collected is not None
-        collected, punished = events.collected.numpy(), events.punished.numpy()
-        names = self.commons.config.resources
+        given = [actions[name] for name in self.agents]
+        heads = [sorted(action) if isinstance(action, dict) else [] for action in given]
+        if heads != heads[:1] * len(given):
+            raise ValueError(f"step() needs actions of one form, got {actions}")
+        step = self.commons.step({head: [a[head] for a in given] for head in heads[0]} if heads[0] else given)
+        punished, collected = self.commons.events
+        assert collected is not None
+        kinds = [next((kind for kind, taken in zip(self.commons.resources, row) if taken), None) for row in collected]
         infos = {
-            name: {
-                "collected": names[int(collected[i].argmax())] if collected[i].any() else None,
-                "punished": bool(punished[i].any()),
-            }
-            for i, name in enumerate(self.agents)
+            name: {"collected": kind, "punished": bool(own.any())}
+            for name, kind, own in zip(self.agents, kinds, punished)
         }
-        ended = bool(step.truncated[0])
-        observations = self._by_agent(step.observations if step.final_observations is None else step.final_observations)
+        ended = step.final_observations is not None
+        observations = self._by_agent(step.final_observations if ended else step.observations)
         rewards = dict(zip(self.agents, step.rewards.tolist()))
         terminations, truncations = dict.fromkeys(self.agents, False), dict.fromkeys(self.agents, ended)
         self._is_fresh = ended  # the next epoch is laid out already
@@ -135,14 +125,6 @@ class CommonsParallelEnv(ParallelEnv):
             return self.commons.frame()
         level = f"turn {self.commons.turn}, level {int(self.commons.level_index)} (p = {float(self.commons.level):.2f})"
         return f"{level}\n{self.commons.ascii()}"
-
-    def close(self) -> None:
-        self.commons.close()
-
-    def _joined(self, actions: list[Any]) -> Any:
-        if isinstance(actions[0], dict):
-            return {head: np.array([action[head] for action in actions]) for head in actions[0]}
-        return np.array(actions)
 
     def _by_agent(self, batched: Any) -> dict[str, Any]:
         return {name: _row(batched, i) for i, name in enumerate(self.possible_agents)}

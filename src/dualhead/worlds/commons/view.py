@@ -57,10 +57,8 @@ def draw(codes: NDArray[Any], agents: NDArray[Any] | None, resources: Sequence[s
     return "\n".join(gap.join("".join(row) for row in patches) for patches in characters.swapaxes(0, 1))
 
 
-def parse(
-    drawing: str, resources: Sequence[str], num_agents: int
-) -> tuple[list[NDArray[np.int8]], list[tuple[int, int]] | None]:
-    """Reads a drawing: codes of each patch, and where the agents are, or None where there are none.
+def parse(drawing: str, resources: Sequence[str], num_agents: int) -> tuple[NDArray[Any], NDArray[Any] | None]:
+    """Reads a drawing: codes [A, rows, columns], and where the agents are [A, 2], or None where there are none.
 
     Raises:
         ValueError: it has another number of patches, an unknown character, ragged rows, or an agent too many.
@@ -68,20 +66,15 @@ def parse(
     rows = [line.split() for line in drawing.strip().splitlines()]
     if any(len(row) != num_agents for row in rows):
         raise ValueError(f"drawing: expected {num_agents} patches on every line, got {[len(row) for row in rows]}")
-    code_of = {character: code for code, character in enumerate(symbols(resources))} | {"@": 0}
-    patches, agents = [], []
-    for patch in zip(*rows):
-        unknown = sorted(set("".join(patch)) - code_of.keys())
-        if unknown or len({len(row) for row in patch}) > 1:
-            raise ValueError(f"drawing: expected rows of one length from the characters {[*code_of]}, got {patch}")
-        patches.append(np.array([[code_of[character] for character in row] for row in patch], np.int8))
-        here = [(y, row.index("@")) for y, row in enumerate(patch) if "@" in row]
-        if "".join(patch).count("@") > 1:
-            raise ValueError(f"drawing: expected one agent on a patch, got {patch}")
-        agents += here
-    if len(agents) not in (0, num_agents):
-        raise ValueError(f"drawing: expected an agent on every patch or on none, got {len(agents)}")
-    return patches, agents or None
+    known, widths = symbols(resources), {len(row) for line in rows for row in line}
+    if not set("".join(drawing.split())) <= {*known, "@"} or len(widths) != 1:
+        raise ValueError(f"drawing: expected rows of one length, in the characters {known + '@'}, got {drawing}")
+    scene = np.array([[list(row) for row in line] for line in rows]).swapaxes(0, 1)
+    agents = np.argwhere(scene == "@")  # [.., 3], patch, row and column
+    if len(agents) and agents[:, 0].tolist() != [*range(num_agents)]:
+        raise ValueError(f"drawing: expected one agent on every patch, or none at all, got {drawing}")
+    codes = sum(code * (scene == character) for code, character in enumerate(known))
+    return np.asarray(codes, np.int8), agents[:, 1:] if len(agents) else None
 
 
 def frame(
@@ -94,18 +87,14 @@ def frame(
     level: float,
     is_enforced: bool,
 ) -> NDArray[np.uint8]:
-    """One world as a picture.
+    """One world as a picture [height, width, 3] uint8, both sides a multiple of 16.
 
     Args:
-        codes: [A, rows, columns].
-        agents: [A, 2] row and column, or None.
+        codes, agents: as in `draw`.
         num_kinds: R.
         votes: [A], the last ones: 1 up (green), 2 down (red). Left half of the strip under a patch.
         punished: [A] bool, in the last turn (orange). Right half of the strip.
-        level: p in [0, 1], the bar at the bottom; grey where `is_enforced` is false and nobody is punished.
-
-    Returns:
-        [height, width, 3] uint8, both sides a multiple of 16.
+        level: p in [0, 1], the bar at the bottom; grey if not `is_enforced`.
     """
     num_agents, height, width = codes.shape
     palette = np.array([_EMPTY, *_KINDS[:num_kinds], _WALL], np.uint8)
@@ -113,25 +102,19 @@ def frame(
     if agents is not None:
         cells[np.arange(num_agents), agents[:, 0], agents[:, 1]] = _AGENT
     columns = min(num_agents, PATCHES_PER_ROW)
-    rows = -(-num_agents // columns)
-    # In cells: every patch has its strip and a gap below, and a gap to its right.
-    picture = np.empty((rows * (height + 2) + 3, columns * (width + 1) + 1, 3), np.uint8)
-    picture[:] = _NOTHING
-    for agent in range(num_agents):
-        y, x = 1 + agent // columns * (height + 2), 1 + agent % columns * (width + 1)
-        picture[y : y + height, x : x + width] = cells[agent]
-    pixels = picture.repeat(CELL, axis=0).repeat(CELL, axis=1)
+    # In cells: every patch has its strip and a gap below, and a gap to its right; the bar comes last.
+    rows_used, columns_used = -(-num_agents // columns) * (height + 2) + 3, columns * (width + 1) + 1
+    pixels = np.empty([-(-side * CELL // _BLOCK) * _BLOCK for side in (rows_used, columns_used)] + [3], np.uint8)
+    pixels[:] = _NOTHING
     half = width * CELL // 2
     for agent in range(num_agents):
-        y = (1 + agent // columns * (height + 2) + height) * CELL + CELL // 4
-        x = (1 + agent % columns * (width + 1)) * CELL
-        strip = pixels[y : y + CELL // 2]
-        strip[:, x : x + half] = (_EMPTY, _UP, _DOWN)[votes[agent]]
-        strip[:, x + half : x + 2 * half] = _PUNISHED if punished[agent] else _EMPTY
-    bar = pixels[-2 * CELL : -CELL, CELL:-CELL]
+        y, x = (1 + agent // columns * (height + 2)) * CELL, (1 + agent % columns * (width + 1)) * CELL
+        patch = pixels[y : y + height * CELL, x : x + width * CELL]
+        patch[:] = cells[agent].repeat(CELL, axis=0).repeat(CELL, axis=1)
+        strip = pixels[y + height * CELL + CELL // 4 :][: CELL // 2, x : x + 2 * half]
+        strip[:, :half] = (_EMPTY, _UP, _DOWN)[votes[agent]]
+        strip[:, half:] = _PUNISHED if punished[agent] else _EMPTY
+    bar = pixels[(rows_used - 2) * CELL : (rows_used - 1) * CELL, CELL : (columns_used - 1) * CELL]
     bar[:] = _EMPTY
     bar[:, : round(level * bar.shape[1])] = _PUNISHED if is_enforced else _WALL
-    missing = [-side % _BLOCK for side in pixels.shape[:2]]
-    return np.stack(
-        [np.pad(pixels[..., c], ((0, missing[0]), (0, missing[1])), constant_values=_NOTHING[c]) for c in range(3)], -1
-    )
+    return pixels

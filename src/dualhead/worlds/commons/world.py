@@ -10,15 +10,15 @@ A turn of a world, whose agents act one after another in an order drawn anew eac
    in the turn *before*. Taking a harmful resource harms every other agent of the world, in their next reward.
 3. Resources grow, or a fresh menu is drawn.
 
-All agents choose from what they saw when the turn began. An epoch ends by truncation; everybody gets a fresh patch, and
-the punishment level, the harm still to be paid and the turn count of the phases go on. So every harm dealt is paid for,
-and the last observation of an epoch and the first of the next one agree on it.
+All agents choose from what they saw when the turn began. An epoch ends by truncation: everybody gets a fresh patch, but
+the punishment level, the harm still to be paid and the turn count of the phases go on.
 """
 
 from __future__ import annotations
 
 import bisect
 import itertools
+import math
 import zlib
 from collections.abc import Sequence
 from typing import Any
@@ -30,11 +30,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dualhead.norms import NormEvents
-from dualhead.storage import CheckpointError, fill, with_prefix
+from dualhead.storage import CheckpointError, check_fit, fill, with_prefix, without_prefix
 from dualhead.worlds.commons import view
-from dualhead.worlds.commons.actions import NO_VOTE, VOTE_DOWN, VOTE_UP, Actions
+from dualhead.worlds.commons.actions import NO_VOTE, NUM_VOTES, VOTE_DOWN, VOTE_UP, Actions
 from dualhead.worlds.commons.config import CommonsConfig, Phase
-from dualhead.worlds.commons.forage import Forage, Menus, Patches
+from dualhead.worlds.commons.forage import Menus, Patches
 from dualhead.worlds.streams import StreamStep
 
 _WHOLE = 1_000_000
@@ -51,12 +51,11 @@ class Commons:
 
     Observations, tensors by name:
         grid [R + 1, D, D] uint8, or menu [slots · R] float32: see `forage`.
-        scalars [4] float32 in [0, 1]: p of the level (0 where hidden); the harm that the next reward pays for, as a
-            share of the most that others can do in a turn; whether the last turn brought a punishment; whether the next
-            turn is for votes.
+        scalars [4] float32 in [0, 1]: p of the level (0 if hidden); the harm that the next reward pays for, as a share
+            of the most that others can do in a turn; whether the last turn brought a punishment; whether the next turn
+            is for votes.
         agent, with `agent_index`: number within the world.
-        action_mask int8, with `voting_season`: an array per head, or one for a single-number coding. In a voting turn
-            the move head has one choice left (to stay, else the first move) and the world ignores it.
+        action_mask int8, with `voting_season`: see `actions.Actions`.
 
     Actions: `Dict(move=Discrete(n), vote=Discrete(3))`, votes none, up, down; or `Discrete` for a single-number coding.
         On the grid n is 4 (up, down, left, right), in a bandit the number of slots; `stay` adds one.
@@ -72,6 +71,9 @@ class Commons:
         harm_received: [B], harm done by others in the last turn; the next reward pays for it.
     """
 
+    _level: Tensor
+    """[W], in parts of `_WHOLE`."""
+
     def __init__(
         self, config: CommonsConfig | None = None, *, num_worlds: int = 1, device: torch.device | str = "cpu"
     ) -> None:
@@ -81,32 +83,15 @@ class Commons:
         self.num_worlds, self.num_agents, self.resources = num_worlds, config.num_agents, config.resources
         self.num_streams = num_worlds * config.num_agents
         self.device = device = torch.device(device)
-        self.forage: Forage
-        if config.form == "grid":
-            self.forage = Patches(
-                self.num_streams,
-                num_kinds=len(config.resources),
-                patch_size=config.patch_size,
-                window_radius=config.window_radius,
-                respawn_probability=config.respawn_probability,
-                initial_resources=config.initial_resources,
-                max_resources=config.max_resources,
-                device=device,
-            )
-        else:
-            self.forage = Menus(
-                self.num_streams, num_kinds=len(config.resources), menu_size=config.menu_size, device=device
-            )
-        self._actions = Actions(
-            config.coding,
-            num_streams=self.num_streams,
-            num_moves=self.forage.num_moves,
-            stay=config.stay,
-            device=device,
-        )
+        self.forage = (Patches if config.form == "grid" else Menus)(self.num_streams, config, device=device)
+        self._actions = Actions(config, self.num_streams, num_moves=self.forage.num_moves, device=device)
         self.action_space = self._actions.space
-        self._masks = [self._actions.masks(voting=voting) for voting in (False, True)]
-        self.observation_space = self._observation_space()
+        seen: dict[str, spaces.Space] = {**self.forage.space, "scalars": spaces.Box(0.0, 1.0, (4,), np.float32)}
+        if config.agent_index:
+            seen["agent"] = spaces.Discrete(config.num_agents)
+        if config.voting_season is not None:
+            seen["action_mask"] = self._actions.mask_space
+        self.observation_space = spaces.Dict(seen)
 
         # What a code (nothing, the kinds, a wall) is worth, does to others, and is punished for.
         kinds = config.resources
@@ -118,19 +103,7 @@ class Commons:
         self._codes = torch.arange(1, len(kinds) + 1, device=device)
         self._most_harm = max(config.harms[kind] for kind in kinds) * (config.num_agents - 1)
         self._agent = torch.arange(config.num_agents, device=device).repeat(num_worlds)
-        self._phase_ends = list(itertools.accumulate(phase.num_turns or 0 for phase in config.phases))
-
-        def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
-            return torch.zeros(*shape, dtype=dtype, device=device)
-
-        self._level = zeros(num_worlds, dtype=torch.int64)
-        self.harm_received = zeros(self.num_streams, dtype=torch.float32)
-        self._was_punished = zeros(self.num_streams, dtype=torch.bool)
-        self._last_votes = zeros(self.num_streams, dtype=torch.int64)
-        self._totals = zeros(2 * len(kinds) + 5, dtype=torch.float64)
-        self._num_counted = 0
-        flags = zeros(self.num_streams, len(kinds), dtype=torch.bool)
-        self.events = NormEvents(flags, flags)
+        self._phase_starts = [0, *itertools.accumulate(phase.num_turns or 0 for phase in config.phases)]
         self._generator = torch.Generator(device)
         self._generator.seed()
         self.reset()
@@ -141,27 +114,32 @@ class Commons:
         """Begins a run: the first turn of the first phase, nothing owed, fresh patches, zero statistics."""
         if seed is not None:
             self._generator.manual_seed(seed)
+        num_streams, num_kinds = self.num_streams, len(self.resources)
         self.turn = self._epoch_turn = self._num_counted = 0
-        self._totals.zero_()
-        self.harm_received = torch.zeros_like(self.harm_received)
-        self._was_punished = torch.zeros_like(self._was_punished)
-        self._last_votes = torch.zeros_like(self._last_votes)
-        self._set_level(self.config.initial_level)
-        self._begin_phase()
+        self.harm_received = torch.zeros(num_streams, device=self.device)
+        self._was_punished = torch.zeros(num_streams, dtype=torch.bool, device=self.device)
+        self._last_votes = torch.zeros(num_streams, dtype=torch.int64, device=self.device)
+        self._totals = torch.zeros(2 * num_kinds + 5, dtype=torch.float64, device=self.device)
+        nothing = torch.zeros(num_streams, num_kinds, dtype=torch.bool, device=self.device)
+        self.events = NormEvents(nothing, nothing)
+        self._begin_turn()
         self.forage.begin(self._generator)
         return self.observations()
 
     def step(self, actions: Any) -> StreamStep:
-        """One turn of all worlds.
+        """One turn of all worlds. What the season forbids is ignored.
 
         Args:
-            actions: [B, 2] moves and votes, or a Dict of arrays [B]; single-number codings [B] or [B, 1]. What the
-                season forbids is ignored.
+            actions: [B, 2] moves and votes, or a dict of arrays [B]; single-number codings [B] or [B, 1].
 
         Raises:
             ValueError: another shape, or (on the CPU) an index outside its range.
         """
-        moves, votes = self._seasonal(*self._actions.decode(actions))
+        moves, votes = self._actions.decode(actions)
+        if self._is_voting_turn:
+            moves = torch.full_like(moves, self.forage.num_moves)
+        elif self.config.voting_season is not None:
+            votes = torch.full_like(votes, NO_VOTE)
         levels = self._cast(votes)
         codes = self.forage.take(moves)
         fines, punished = self._punish(codes, levels)
@@ -178,7 +156,7 @@ class Commons:
         self.forage.grow(self._generator)
         self.turn += 1
         self._epoch_turn += 1
-        self._begin_phase()
+        self._begin_turn()
         ends = self._epoch_turn == self.config.epoch_turns
         final = self.observations() if ends else None
         if ends:
@@ -202,8 +180,7 @@ class Commons:
         if config.agent_index:
             seen["agent"] = self._agent
         if config.voting_season is not None:
-            mask = self._masks[voting]
-            seen["action_mask"] = dict(mask) if config.coding == "pair" else mask["action"]
+            seen["action_mask"] = self._actions.mask(voting=voting)
         return seen
 
     @property
@@ -219,19 +196,16 @@ class Commons:
     @property
     def phase(self) -> Phase:
         """The phase that the next turn belongs to."""
-        return self.config.phases[self._phase_number]
+        return self._phase_now()[0]
 
     def statistics(self) -> dict[str, float]:
-        """Numbers for the log; reading them starts the next interval.
+        """Numbers for the log, as means per agent and turn since the last call; 0 if there was no turn.
 
-        Returns:
-            Means per agent and turn since the last call, 0 if there was no turn: `commons/taken/<resource>` and
-            `commons/punished/<resource>` (times), `commons/votes/up` and `commons/votes/down` (cast in season, whether
-            they counted or not), `commons/level` (p after the votes), `commons/harm/dealt` (to all others together)
-            and `commons/harm/received` (what rewards have paid for).
+        `commons/taken/<resource>` and `commons/punished/<resource>` (times), `commons/votes/up` and
+        `commons/votes/down` (cast in season, whether they counted or not), `commons/level` (p after the votes),
+        `commons/harm/dealt` (to all others together) and `commons/harm/received` (what rewards have paid for).
         """
-        kinds = self.config.resources
-        names = [f"{what}/{kind}" for what in ("taken", "punished") for kind in kinds]
+        names = [f"{what}/{kind}" for what in ("taken", "punished") for kind in self.resources]
         names += ["votes/up", "votes/down", "level", "harm/dealt", "harm/received"]
         means = (self._totals / (max(self._num_counted, 1) * self.num_streams)).tolist()
         self._totals.zero_()
@@ -242,14 +216,6 @@ class Commons:
         """Nothing to free."""
 
     # The rules.
-
-    def _seasonal(self, moves: Tensor, votes: Tensor) -> tuple[Tensor, Tensor]:
-        """Moves and votes with what the season forbids taken out."""
-        if self.config.voting_season is None:
-            return moves, votes
-        if self._is_voting_turn:
-            return torch.full_like(moves, self.forage.num_moves), votes
-        return moves, torch.full_like(votes, NO_VOTE)
 
     @property
     def _is_voting_turn(self) -> bool:
@@ -292,21 +258,22 @@ class Commons:
         punished = draws < probabilities
         return self.config.punishment * punished, punished
 
-    def _set_level(self, level: int) -> None:
-        self._level = torch.full_like(self._level, round(_WHOLE * level / max(self.config.num_levels - 1, 1)))
+    def _phase_now(self) -> tuple[Phase, int]:
+        """The phase of the coming turn, and how many turns of it are over."""
+        phases, starts = self.config.phases, self._phase_starts
+        turn = self.turn % starts[-1] if self.config.repeat_phases else self.turn
+        number = min(bisect.bisect_right(starts, turn), len(phases)) - 1
+        return phases[number], turn - starts[number]
 
-    @property
-    def _phase_number(self) -> int:
-        ends = self._phase_ends
-        turn = self.turn % ends[-1] if self.config.repeat_phases else self.turn
-        return min(bisect.bisect_right(ends[:-1], turn), len(ends) - 1)
-
-    def _begin_phase(self) -> None:
-        """Where the coming turn is the first of a phase, the level is set as the phase says."""
-        starts = [0, *self._phase_ends[:-1]]
-        turn = self.turn % self._phase_ends[-1] if self.config.repeat_phases else self.turn
-        if turn in starts and self.phase.level is not None:
-            self._set_level(self.phase.level)
+    def _begin_turn(self) -> None:
+        """Sets the level if the coming turn is the first of a phase that gives one, or of the run."""
+        phase, num_turns = self._phase_now()
+        level = phase.level if num_turns == 0 else None
+        if level is None and self.turn == 0:
+            level = self.config.initial_level
+        if level is not None:
+            millionths = round(_WHOLE * level / max(self.config.num_levels - 1, 1))
+            self._level = torch.full((self.num_worlds,), millionths, device=self.device)
 
     def _count(self, votes: Tensor, paid: Tensor) -> None:
         collected = self.events.collected
@@ -321,17 +288,6 @@ class Commons:
         self._totals += torch.cat([collected.sum(0), self.events.punished.sum(0), torch.stack(sums)])
         self._num_counted += 1
 
-    def _observation_space(self) -> spaces.Dict:
-        parts: dict[str, spaces.Space] = {**self.forage.space, "scalars": spaces.Box(0.0, 1.0, (4,), np.float32)}
-        if self.config.agent_index:
-            parts["agent"] = spaces.Discrete(self.num_agents)
-        if self.config.voting_season is not None:
-            masks: dict[str, spaces.Space] = {
-                head: spaces.Box(0, 1, mask.shape[1:], np.int8) for head, mask in self._masks[0].items()
-            }
-            parts["action_mask"] = spaces.Dict(masks) if self.config.coding == "pair" else masks["action"]
-        return spaces.Dict(parts)
-
     # Scenes and pictures.
 
     @classmethod
@@ -345,12 +301,9 @@ class Commons:
         """
         worlds = cls(config, num_worlds=len(drawings), device=device)
         worlds.reset(seed=seed)
-        parsed = [view.parse(drawing, config.resources, config.num_agents) for drawing in drawings]
-        codes = [patch for patches, _ in parsed for patch in patches]
-        agents = [position for _, positions in parsed for position in positions or []]
-        if len({patch.shape for patch in codes}) > 1 or len(agents) not in (0, len(codes)):
-            raise ValueError("drawings: expected patches of one size, and an agent on all of them or on none")
-        worlds.forage.place(np.stack(codes), np.array(agents) if agents else None)
+        codes, agents = zip(*(view.parse(drawing, config.resources, config.num_agents) for drawing in drawings))
+        has_agents = all(part is not None for part in agents)
+        worlds.forage.place(np.concatenate(codes), np.concatenate(agents) if has_agents else None)
         return worlds
 
     def ascii(self, world: int = 0) -> str:
@@ -361,26 +314,24 @@ class Commons:
     def frame(self, world: int = 0) -> NDArray[np.uint8]:
         """A picture of one world [height, width, 3]: patches, the last votes, punishments, and the level's bar."""
         codes, agents = self._scene(world)
-        streams = self._streams_of(world)
         return view.frame(
             codes,
             agents,
             num_kinds=len(self.config.resources),
-            votes=self._last_votes[streams].cpu().numpy(),
-            punished=self._was_punished[streams].cpu().numpy(),
+            votes=self._of_world(self._last_votes, world),
+            punished=self._of_world(self._was_punished, world),
             level=float(self.level[world]),
             is_enforced=self.phase.mode != "off",
         )
 
-    def _streams_of(self, world: int) -> slice:
+    def _of_world(self, of_streams: Tensor, world: int) -> NDArray[Any]:
         if not 0 <= world < self.num_worlds:
             raise ValueError(f"world: expected an index from 0 to below {self.num_worlds}, got {world}")
-        return slice(world * self.num_agents, (world + 1) * self.num_agents)
+        return of_streams.unflatten(0, (self.num_worlds, -1))[world].cpu().numpy()
 
     def _scene(self, world: int) -> tuple[NDArray[Any], NDArray[Any] | None]:
-        streams = self._streams_of(world)
-        agents = self.forage.agents(streams)
-        return self.forage.codes(streams).cpu().numpy(), None if agents is None else agents.cpu().numpy()
+        codes, agents = self.forage.codes(), self.forage.agents()
+        return self._of_world(codes, world), None if agents is None else self._of_world(agents, world)
 
     # Saving and loading.
 
@@ -403,32 +354,40 @@ class Commons:
     def restore(
         self, tensors: dict[str, Tensor], metadata: dict[str, Any], *, source: str = "checkpoint"
     ) -> dict[str, Any]:
-        """Takes back what `state` gave, and goes on with the same bits; `events` are of the last step made here.
+        """Takes back what `state` gave, resumes bit-identically, and returns the observations of that moment.
 
-        On another kind of device than it was saved on, chance goes on differently: generators have other states there.
-
-        Returns:
-            The observations that were to be acted on.
+        On another kind of device random numbers differ from then on, as its generators have other states. `events` stay
+        those of the last step made here.
 
         Raises:
-            CheckpointError: it is of other rules or another number of worlds, or something is missing in it or of the
-                wrong kind; nothing changes.
+            CheckpointError: it is of other rules or another number of worlds, or something in it is missing or
+                impossible; nothing changes.
         """
         for name, ours in (("config", self.config.model_dump(mode="json")), ("num_worlds", self.num_worlds)):
             if metadata.get(name) != ours:
                 raise CheckpointError(f"{source} is of another commons: its {name} is {metadata.get(name)}, not {ours}")
-        generator = torch.Generator(self.device)
+        generator, ours = torch.Generator(self.device), self._tensors()
+        theirs = {name: part for name, part in tensors.items() if name != "rng"}
+        check_fit(ours, theirs, what=source)
+        limits = {"turn": math.inf, "epoch_turn": self.config.epoch_turns - 1, "num_counted": math.inf}
+        limits |= {"level": _WHOLE, "last_votes": NUM_VOTES - 1}
         try:
-            turn, epoch_turn, num_counted = (int(metadata[name]) for name in ("turn", "epoch_turn", "num_counted"))
+            for name, most in limits.items():
+                values = torch.as_tensor((metadata | theirs)[name])
+                if values.dtype != torch.int64 or ((values < 0) | (values > most)).any():
+                    raise ValueError(f"{name}: expected whole numbers from 0 to {most}")
+            of_forage = without_prefix("forage", theirs)
+            self.forage.check({name: part.to(self.device) for name, part in of_forage.items()})
             if metadata["device"] == self.device.type:
                 generator.set_state(tensors["rng"].cpu())
             else:
                 generator.manual_seed(zlib.crc32(tensors["rng"].numpy().tobytes()))
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f"{source} lacks a part of the commons: {error!r}") from error
-        fill(self._tensors(), {name: part for name, part in tensors.items() if name != "rng"}, what=source)
+            raise CheckpointError(f"{source} has no valid state of the commons: {error!r}") from error
+        fill(ours, theirs, what=source)
         self._generator = generator
-        self.turn, self._epoch_turn, self._num_counted = turn, epoch_turn, num_counted
+        self.turn, self._epoch_turn = metadata["turn"], metadata["epoch_turn"]
+        self._num_counted = metadata["num_counted"]
         return self.observations()
 
     def _tensors(self) -> dict[str, Tensor]:
