@@ -26,8 +26,8 @@ SETTINGS = {"rollout_length": 8, "batch_size": 12, "sequence_length": 4, "learni
 class Elman(MemoryCell):
     """h' = tanh(W x + U h + b), written as its only method."""
 
-    def __init__(self, input_size, hidden_size):
-        super().__init__(hidden_size, state_shapes={"h": (1, hidden_size)})
+    def __init__(self, input_size, hidden_size, shape=None):
+        super().__init__(hidden_size, state_shapes={"h": shape or (1, hidden_size)})
         self.cell = nn.RNNCell(input_size, hidden_size)
 
     def step(self, features, state):
@@ -315,7 +315,15 @@ WRONG_MEMORIES = [
     (names_its_state("episode_starts"), ValueError, "'episode_starts'"),
     (names_its_state("previous/action"), ValueError, "'previous/action'"),
     (nn.LSTM(3, 3), TypeError, "num_features"),
-    ("lstm", TypeError, "expected an nn.Module, or a class or function"),
+    ("lstm", TypeError, "expected an nn.Module, or a class or function.*network=NetworkConfig"),
+    (nn.Identity(), TypeError, "num_features"),
+    (lambda: None, ValueError, r"making it with \(\d+, 6\) failed: TypeError"),
+    (lambda inputs, hidden: MemoryCell(hidden, state_shapes={"h": hidden}), ValueError, r"state_shapes\['h'\].*got 6"),
+    (
+        lambda inputs, hidden: Elman(inputs, hidden, shape=(hidden,)),
+        ValueError,
+        r"step of features .*h=\(6, 2\).* failed",
+    ),
     (lambda *sizes: 3, TypeError, "which made 3"),
 ]
 WRONG_ENCODERS = [
@@ -327,6 +335,7 @@ WRONG_ENCODERS = [
     (encodes(lambda seen: seen["x"] - seen["x"].mean(0)), ValueError, "depend on the other observations.*BatchNorm"),
     (encodes(lambda seen: seen["x"].relu_()), ValueError, "in place"),
     (encodes(lambda seen: seen.pop("x")), ValueError, "in place"),
+    (encodes(lambda seen: seen["y"]), ValueError, r"forward of \{'x': \(4, .*failed: KeyError: 'y'"),
 ]
 
 

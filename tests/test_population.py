@@ -456,7 +456,7 @@ SPEC = {"preset": "spec", "num_envs": 1}
     [
         ("CartPole-v1", {"enforce_norms": True}, "enforce_norms: expected a world that says"),
         ("CartPole-v1", {"policies": "independent"}, "policies: expected a world of several agents"),
-        ("CartPole-v1", {"world": {"form": "bandit"}}, "world.form: Extra inputs"),
+        ("CartPole-v1", {"world": {"form": "bandit"}}, "world.form: no such setting"),
         ("commons", {"turnover": {"every_turns": 5}}, "need first_turn"),
         ("commons", {"turnover": {"first_turn": 5, "num_times": 2}}, "num_times=2 needs every_turns"),
         ("commons", {"turnover": {"first_turn": 5, "num_agents": 11}}, "at most the 10 agents"),

@@ -337,8 +337,8 @@ def evaluate(
 def _describe_returns(result: dict[str, float]) -> str:
     interval = f"95% interval {result['ci95_low']:.2f} to {result['ci95_high']:.2f}, " if result["episodes"] > 1 else ""
     return (
-        f"return {result['mean_return']:.2f} ± {result['std_return']:.2f} over {result['episodes']} episodes "
-        f"({interval}mean length {result['mean_length']:.0f})"
+        f"return {result['mean_return']:.2f} over {result['episodes']} episodes "
+        f"({interval}deviation {result['std_return']:.2f}, mean length {result['mean_length']:.0f})"
     )
 
 

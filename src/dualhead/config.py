@@ -300,7 +300,8 @@ def problems(error: ValidationError, *, of: type[BaseModel] | None = None) -> li
         given = "" if problem["type"] == "value_error" else f", got {problem['input']!r}"
         near = difflib.get_close_matches(name, _names(of), n=1) if problem["type"] == "extra_forbidden" and of else []
         meant = f"; did you mean {near[0]}?" if near else ""
-        found.append((name, problem["msg"].removeprefix("Value error, ") + given + meant))
+        message = "no such setting" if problem["type"] == "extra_forbidden" else problem["msg"]
+        found.append((name, message.removeprefix("Value error, ") + given + meant))
     return found
 
 

@@ -134,6 +134,11 @@ class MemoryCell(nn.Module):
 
     def __init__(self, num_features: int, *, state_shapes: Mapping[str, tuple[int, ...]]) -> None:
         super().__init__()
+        for name, shape in state_shapes.items():
+            if not isinstance(shape, tuple | list) or not shape:
+                raise ValueError(
+                    f"state_shapes[{name!r}]: expected the shape (layers, ...) without the stream axis, got {shape!r}"
+                )
         self.num_features = num_features
         self.state_shapes = dict(state_shapes)
 

@@ -30,10 +30,15 @@ def part_name(part: nn.Module) -> str:
 
 def make_part(given: Any, what: str, *arguments: Any) -> Any:
     """A module that was given as such, or what a factory makes of the arguments; it must have `num_features`."""
-    made = given if isinstance(given, nn.Module) else given(*arguments) if callable(given) else None
+    made = given
+    if callable(given) and not isinstance(given, nn.Module):
+        shown = ", ".join(repr(x) if isinstance(x, int) else type(x).__name__ for x in arguments)
+        with _blamed(f"{what} {getattr(given, '__name__', given)}: making it with ({shown})"):
+            made = given(*arguments)
     if not isinstance(made, nn.Module):
-        got = f"{given!r}" if made is None else f"{given!r}, which made {made!r}"
-        raise TypeError(f"{what}: expected an nn.Module, or a class or function that makes one, got {got}")
+        got = repr(given) if made is given else f"{given!r}, which made {made!r}"
+        hint = f"; one of dualhead's own: network=NetworkConfig({what}={given!r})" if isinstance(given, str) else ""
+        raise TypeError(f"{what}: expected an nn.Module, or a class or function that makes one, got {got}{hint}")
     num_features = getattr(made, "num_features", None)
     if not isinstance(num_features, int) or num_features < 1:
         raise TypeError(
@@ -57,7 +62,8 @@ def check_encoder(encoder: Any, spec: ObservationSpec) -> None:
         own = torch_dtype(leaf.space.dtype)
         seen[leaf.name] = _samples(leaf.space, 4).to(device, dtype if own.is_floating_point else own)
     given = dict(seen)
-    with _unchanged(name, seen.values()):
+    shapes = ", ".join(f"{leaf!r}: {tuple(x.shape)} {x.dtype}" for leaf, x in seen.items())
+    with _unchanged(name, seen.values()), _blamed(f"{name}: forward of {{{shapes}}}"):
         features = encoder(given)
     if given.keys() != seen.keys():
         raise ValueError(f"{name} changes its dictionary of inputs in place: expected it to work on a copy")
@@ -144,7 +150,8 @@ def _check_initial_state(zero: Any, name: str) -> None:
 
 def _try_step(memory: Any, features: Tensor, state: RecurrentState, name: str) -> tuple[Tensor, RecurrentState]:
     """One step, and what it returned, checked."""
-    with _unchanged(name, [features, *state]):
+    shapes = f"features {tuple(features.shape)} and {state}"
+    with _unchanged(name, [features, *state]), _blamed(f"{name}: step of {shapes}"):
         output, after = memory.step(features, state)
     if not isinstance(after, RecurrentState):
         raise TypeError(f"{name}: expected step to return (outputs, RecurrentState), got {type(after).__name__}")
@@ -154,6 +161,17 @@ def _try_step(memory: Any, features: Tensor, state: RecurrentState, name: str) -
     if got != wanted:
         raise ValueError(f"{name}: expected the state after a step to have {wanted}, got {got}")
     return output, after
+
+
+@contextmanager
+def _blamed(call: str) -> Iterator[None]:
+    """Says which call of a user's own part failed, and with what."""
+    try:
+        yield
+    except NotImplementedError:  # MemoryCell says what is missing
+        raise
+    except Exception as error:
+        raise ValueError(f"{call} failed: {type(error).__name__}: {error}") from error
 
 
 @contextmanager

@@ -98,8 +98,7 @@ def open_streams(
     if env is None and config.env_from != "id":
         raise RunError(
             f"the environment {config.env!r} of this run was handed over in Python, as {config.env_from}: its files "
-            f"cannot make it; call the function of the same name in Python with env=..., such as "
-            f"dualhead.resume(run, env=...)"
+            f"cannot make it; pass it in Python, such as dualhead.resume(run, env=...)"
         )
     if is_streams(env):
         return as_streams(env)

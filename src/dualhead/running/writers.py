@@ -48,6 +48,8 @@ class Writer(Protocol):
 def expect_writers(writers: Iterable[object]) -> list[Writer]:
     """The same objects as a list; TypeError if one is no writer, such as a class in place of its instance."""
     checked: list[Writer] = []
+    if isinstance(writers, Writer):
+        raise TypeError(f"writers: expected a list of writers, got {writers!r} alone")
     for writer in writers:
         if isinstance(writer, type) or not isinstance(writer, Writer):
             raise TypeError(f"expected a writer, with methods write(num_steps, metrics) and close(), got {writer!r}")

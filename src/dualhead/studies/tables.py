@@ -75,7 +75,10 @@ def results(study: StudyConfig, runs: list[Run], names: Sequence[str]) -> list[R
 
 def every_seed(measured: list[Measured]) -> list[Row]:
     """A row per run with its measures."""
-    return [_key(run, -1) | {"seconds": run.summary.get("seconds", math.nan)} | values for run, values in measured]
+    return [
+        _key(run, -1) | {name: value for name, value in run.summary.items() if name in ("steps", "seconds")} | values
+        for run, values in measured
+    ]
 
 
 def _key(run: Run, update: int) -> Row:

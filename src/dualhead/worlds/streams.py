@@ -259,8 +259,11 @@ def make_env(env: str | Callable[..., gym.Env], **kwargs: Any) -> gym.Env:
     try:
         # The agent checks every observation and reward itself; Gymnasium's passive checker would slow each step.
         made = gym.make(env, disable_env_checker=True, **kwargs)
-    except gym.error.NameNotFound as error:
-        raise UnavailableEnvironment(f"unknown environment {env!r}: {error} `dualhead envs` lists all.") from error
+    except (gym.error.NameNotFound, gym.error.NamespaceNotFound) as error:
+        raise UnavailableEnvironment(
+            f"unknown environment {env!r}: {error} `dualhead envs` lists all; --import MODULE imports one of your own "
+            f"that registers more"
+        ) from error
     except (gym.error.Error, ImportError, TypeError) as error:
         raise UnavailableEnvironment(f"cannot make environment {env!r}: {error}") from error
     return _without_mission(made, env) if env.startswith(_EXTRAS["minigrid"]) else made
