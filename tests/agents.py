@@ -3,11 +3,28 @@
 import numpy as np
 import torch
 from gymnasium import spaces
+from torch import nn
 
-from dualhead import DualHeadRecurrentPPO, NetworkConfig, PPOConfig
+from dualhead import DualHeadRecurrentPPO, MemoryCell, NetworkConfig, PPOConfig, RecurrentState
 
 SPACE = spaces.Box(-9, 9, (3,), np.float64)
 HEADS = spaces.MultiDiscrete([3, 2])
+
+
+class Elman(MemoryCell):
+    """h' = tanh(W x + U h + b), written as its only method."""
+
+    def __init__(self, input_size, hidden_size, shape=None):
+        super().__init__(hidden_size, state_shapes={"h": shape or (1, hidden_size)})
+        self.cell = nn.RNNCell(input_size, hidden_size)
+
+    def step(self, features, state):
+        h = self.cell(features, state.h[0])
+        return h, RecurrentState(h=h[None])
+
+
+CELLS = ["lstm", "gru", "mingru", "lru", Elman]
+"""Every recurrent core that the tests of states run over, a user's own among them."""
 
 
 def make_agent(memory="lstm", *, preset="spec", **given):

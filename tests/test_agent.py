@@ -563,7 +563,17 @@ def test_continuous_actions():
 
 @pytest.mark.parametrize(
     ("memory", "num_layers", "num_steps"),
-    [("lstm", 1, 0), ("lstm", 1, 6), ("lstm", 2, 11), ("lstm", 1, 8), ("gru", 1, 8), ("gru", 2, 6), ("none", 1, 6)],
+    [
+        ("lstm", 1, 0),
+        ("lstm", 1, 6),
+        ("lstm", 2, 11),
+        ("lstm", 1, 8),
+        ("gru", 1, 8),
+        ("gru", 2, 6),
+        ("mingru", 2, 8),
+        ("lru", 1, 6),
+        ("none", 1, 6),
+    ],
 )
 def test_a_loaded_agent_goes_on_as_the_saved_one(memory, num_layers, num_steps, tmp_path):
     """Actions, metrics and all tensors, bit for bit, over two more rollouts; what loads had a life of its own.

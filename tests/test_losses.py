@@ -213,7 +213,7 @@ def test_advantages_are_normalised_over_what_the_setting_says(over, advantages_u
 
 
 @pytest.mark.parametrize("over", ["rollout", "minibatch"])
-@pytest.mark.parametrize("memory", ["lstm", "gru", "none"])
+@pytest.mark.parametrize("memory", ["lstm", "gru", "mingru", "lru", "none"])
 def test_a_rollout_of_one_step_trains_without_nan(memory, over):
     settings = {"rollout_length": 1, "batch_size": 1, "normalize_rewards": True, "burn_in": 2, "num_streams": 1}
     agent = agents.make_agent(memory, normalize_advantages=over, **settings)
@@ -227,7 +227,7 @@ def test_a_rollout_of_one_step_trains_without_nan(memory, over):
     assert all(parameter.isfinite().all() for parameter in agent.policy.parameters())
 
 
-@pytest.mark.parametrize("memory", ["lstm", "gru", "none"])
+@pytest.mark.parametrize("memory", ["lstm", "gru", "mingru", "lru", "none"])
 def test_padding_never_reaches_the_loss(memory, advantages_used, monkeypatch):
     """Runs of 6, 1 + 5 and 4 + 2 steps, in a block per length and in one block of 5 x 6 rows: the same update."""
     weights = []

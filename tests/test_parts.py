@@ -6,6 +6,7 @@ import agents
 import numpy as np
 import pytest
 import torch
+from agents import Elman
 from gymnasium import spaces
 from settings import act_in_heads
 from torch import nn
@@ -21,18 +22,6 @@ B = 3
 SPACE = spaces.Dict(x=spaces.Box(-9, 9, (4,), np.float32), kind=spaces.Discrete(3))
 HEADS = agents.HEADS
 SETTINGS = {"rollout_length": 8, "batch_size": 12, "sequence_length": 4, "learning_rate": 1e-2, "hidden_size": 6}
-
-
-class Elman(MemoryCell):
-    """h' = tanh(W x + U h + b), written as its only method."""
-
-    def __init__(self, input_size, hidden_size, shape=None):
-        super().__init__(hidden_size, state_shapes={"h": shape or (1, hidden_size)})
-        self.cell = nn.RNNCell(input_size, hidden_size)
-
-    def step(self, features, state):
-        h = self.cell(features, state.h[0])
-        return h, RecurrentState(h=h[None])
 
 
 class SteppedLSTM(MemoryCell):

@@ -85,7 +85,7 @@ def make_player(action_space, *, memory="lstm", seed=0, observation_space=None, 
     return Player(policy, observation_space, action_space, seed=seed)
 
 
-@pytest.mark.parametrize("memory", ["lstm", "gru", "none"])
+@pytest.mark.parametrize("memory", ["lstm", "gru", "mingru", "lru", "none"])
 def test_a_loaded_policy_acts_as_the_agent_that_was_saved(tmp_path, memory):
     run = save_run(tmp_path / "run", memory=memory, num_layers=2, num_envs=3)
     streams = make_streams("dualhead/RecallCue-v0", 3)

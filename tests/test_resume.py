@@ -97,11 +97,11 @@ VARIANTS = {
     "vector gru": config_of(memory="gru", vectorization="async"),
     "noise": config_of("test/GlobalNoise-v0"),
     "image lstm": config_of("MiniGrid-Empty-5x5-v0", total_steps=330),
-    "image gru": config_of("MiniGrid-DoorKey-5x5-v0", memory="gru", total_steps=330),
+    "image mingru": config_of("MiniGrid-DoorKey-5x5-v0", memory="mingru", total_steps=330),
     "bandit lstm": commons("bandit"),
     "bandit gru": commons("bandit", memory="gru", policies="independent"),
     "grid lstm": commons("grid", policies="independent"),
-    "grid gru": commons("grid", memory="gru"),
+    "grid lru": commons("grid", memory="lru"),
 }
 
 
@@ -280,11 +280,11 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path):
         ("vector lstm", ["before replace 1", "after evaluate 2", "after best 1"]),
         ("vector gru", ["before learn 2", "torn append 6", "after fsync 8"]),
         ("image lstm", ["before record 1", "before fsync 5", "before json 1"]),
-        ("image gru", ["after checkpoint 2", "before unlink 1", "after evaluate 3"]),
+        ("image mingru", ["after checkpoint 2", "before unlink 1", "after evaluate 3"]),
         ("bandit lstm", ["before checkpoint 1", "after append 5", "after replace 6"]),
         ("bandit gru", ["after learn 3", "before best 2", "before json 1"]),
         ("grid lstm", ["after learn 2", "before fsync 9", "after unlink 1"]),
-        ("grid gru", ["torn append 3", "before evaluate 2", "after json 1"]),
+        ("grid lru", ["torn append 3", "before evaluate 2", "after json 1"]),
     ],
 )
 def test_many_kills_leave_no_trace(tmp_path, variant, places):

@@ -17,11 +17,12 @@ import dualhead.learning.update
 from dualhead.learning.segments import cut
 from dualhead.networks.heads import FactoredCategorical
 from dualhead.networks.memory import MemoryCell
+from dualhead.networks.scan import Ends
 from dualhead.types import RecurrentState
 
 MASK_SPACE = spaces.Dict(observation=agents.SPACE, action_mask=spaces.MultiBinary(5))
 FAST = {"learning_rate": 0.05, "sequence_length": 6}
-recurrent = pytest.mark.parametrize("memory", ["lstm", "gru"])
+recurrent = pytest.mark.parametrize("memory", agents.CELLS)
 
 
 def make_agent(memory="lstm", **given):
@@ -112,7 +113,9 @@ def find_steps(batch, rollout_steps):
 def test_acting_equals_segments_equals_a_replay(memory, num_layers, sequence_length, monkeypatch):
     """Log-probs, values and stored states of two rollouts with learning between them; 16 does not divide 20."""
     agent = make_agent(memory, num_layers=num_layers, sequence_length=sequence_length, batch_size=60, num_epochs=1)
-    agent.policy.memory.cell.bias_ih_l0.data.normal_(generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    for parameter in agent.policy.memory.parameters():  # biases begin at zero
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
     world = World()
     states = [agent.policy.initial_state(1) for _ in range(3)]
     evaluated = evaluations(agent, monkeypatch)
@@ -126,9 +129,8 @@ def test_acting_equals_segments_equals_a_replay(memory, num_layers, sequence_len
         for t, b, distribution, value, state in replayed:
             assert (stored.log_probs[t, b] - distribution.log_probs(stored.actions[t, b][None])).abs().max() < 1e-10
             assert abs(stored.values[t, b] - value) < 1e-10
-            assert (stored.h_states[:, t, b] - state.h[:, 0]).abs().max() < 1e-10
-            if memory == "lstm":
-                assert (stored.c_states[:, t, b] - state.c[:, 0]).abs().max() < 1e-10
+            for name, part in state.parts.items():
+                assert (stored.states[name][:, t, b] - part[:, 0]).abs().max() < 1e-10
 
         metrics = agent.learn(world.now)
         batch, output = evaluated[i]
@@ -150,7 +152,7 @@ def test_acting_equals_segments_equals_a_replay(memory, num_layers, sequence_len
     ("masks", "sequence_length", "burn_in"),
     [(False, 7, 0), (False, 7, 3), (False, 7, 8), (True, 7, 0), (False, 1, 3), (True, 20, 3)],
 )
-@pytest.mark.parametrize("memory", ["lstm", "gru", "none"])
+@pytest.mark.parametrize("memory", [*agents.CELLS, "none"])
 def test_the_first_ratio_is_one(memory, masks, sequence_length, burn_in, monkeypatch):
     space = MASK_SPACE if masks else agents.SPACE
     agent = make_agent(memory, burn_in=burn_in, observation_space=space, sequence_length=sequence_length)
@@ -198,7 +200,7 @@ def slow_advantages(rewards, values, next_values, terminated, truncated, *, gamm
 
 
 @pytest.mark.parametrize("bootstrap_last", [True, False])
-@pytest.mark.parametrize("memory", ["lstm", "gru", "none"])
+@pytest.mark.parametrize("memory", [*agents.CELLS, "none"])
 def test_values_after_a_step_come_from_where_the_stream_went(memory, bootstrap_last, advantages_given):
     """Truncated: the final observation, seen with the state after the last step. Terminated: none. Else: the next."""
     agent = make_agent(memory, bootstrap_last=bootstrap_last)
@@ -246,8 +248,8 @@ def test_the_state_goes_on_and_is_reset_per_stream(memory):
         agent.act(observations)
         _, after = agent.policy.step({"observation": torch.from_numpy(observations["observation"])}, before)
         moved = agent._current_hidden
-        assert torch.equal(moved.h, after.h)
-        assert not moved.h.requires_grad
+        assert all(map(torch.equal, moved, after))
+        assert not any(part.requires_grad for part in moved)
         terminated, truncated = np.array([[False, t == 2, False], [False, False, t == 4]])
         ended = terminated | truncated
         agent.record(np.ones(3), terminated, truncated, final_observations=observations)
@@ -277,7 +279,7 @@ def test_setting_the_hidden_state_to_none_begins_episodes(memory, between):
     first = 3 + rollout.length - 4
     assert rollout.episode_starts[first].all()
     assert not rollout.episode_starts[first + 1 : first + 4].any()
-    assert not rollout.h_states[:, first].any()
+    assert not any(part[:, first].any() for part in rollout.states.values())
     assert agent.learn(world.now, partial=True)["policy/first_ratio_error"] < 1e-10
 
 
@@ -386,13 +388,15 @@ def test_burn_in_warms_the_state_stored_before_it_by_today_s_weights(memory, bur
         weights = copy.deepcopy(agent.policy)
         for part in batch.state:
             assert (part.requires_grad, part.grad_fn) == (False, None)
-        assert batch.state.h.shape[1] == sum((b, t) in segment_at for t, b in where)
+        assert batch.state.num_streams == sum((b, t) in segment_at for t, b in where)
         # States come in the order of the layout's blocks, whose first rows are the segments' first steps.
         for s, (t, b) in enumerate(firsts_in_order(batch, where)):
             checks.append((weights, segment_at[b, t], batch.state.select(torch.tensor([s]))))
         return evaluate(batch, **settings)
 
     def firsts_in_order(batch, where):
+        if isinstance(batch.layout, Ends):
+            return [where[first] for first in batch.layout.first.tolist()]
         firsts, row = [], 0
         real = list(range(len(where))) if batch.layout.real is None else batch.layout.real.tolist()
         for num_segments, num_steps in batch.layout.sizes:
@@ -422,7 +426,8 @@ def test_burn_in_warms_the_state_stored_before_it_by_today_s_weights(memory, bur
             for ours, theirs in zip(given, warmed):
                 assert (ours - theirs).abs().max() < 1e-10
             if segments.burn_in[s]:
-                assert (given.h - stored["h"][:, burn_in + start, b : b + 1]).abs().max() > 1e-6
+                for name, part in given.parts.items():
+                    assert (part - stored[name][:, burn_in + start, b : b + 1]).abs().max() > 1e-6
     assert num_tail > 2
 
 
@@ -456,7 +461,7 @@ def test_gradients_stop_at_the_segment_s_first_step(memory, monkeypatch):
 
 
 def states(rollout):
-    return [part.clone() for part in rollout.states.values()]
+    return {name: part.clone() for name, part in rollout.states.items()}
 
 
 @pytest.fixture
@@ -489,22 +494,22 @@ def test_refreshed_states_equal_a_slow_unroll(memory, num_layers, burn_in, seque
         starts = agent.rollout_memory.episode_starts[burn_in:].numpy().copy()
         agent.learn(world.now)
         (weights, segments, before, after, metrics) = refreshes[i]
-        expected = [part.clone() for part in before]
+        expected = {name: part.clone() for name, part in before.items()}
         with torch.no_grad():
             for b in range(3):
-                state = RecurrentState(*(part[:, burn_in, b : b + 1] for part in before))
+                state = RecurrentState(**{name: part[:, burn_in, b : b + 1] for name, part in before.items()})
                 for t, (observations, *_) in enumerate(world.log[20 * i :]):
                     if starts[t, b]:
                         state = weights.initial_state(1)
-                    for part, kept in zip(expected, state):
-                        part[:, burn_in + t, b] = kept[:, 0]
+                    for name, kept in state.parts.items():
+                        expected[name][:, burn_in + t, b] = kept[:, 0]
                     _, state = weights.step(one(observations, b), state)
         for s in range(len(segments.start)):
             for t in (segments.start[s], segments.start[s] - segments.burn_in[s]):
                 row, b = burn_in + t, segments.stream[s]
-                for ours, theirs in zip(after, expected):
-                    assert (ours[:, row, b] - theirs[:, row, b]).abs().max() < 1e-10
-        for was, now, wanted in zip(before, after, expected):
+                for name, part in after.items():
+                    assert (part[:, row, b] - expected[name][:, row, b]).abs().max() < 1e-10
+        for was, now, wanted in zip(before.values(), after.values(), expected.values()):
             # Nothing else is written to, the tail least of all; and refreshing did something.
             assert torch.equal(was[:, :burn_in], now[:, :burn_in])
             untouched = (was == now).all(0).all(-1)
@@ -533,7 +538,7 @@ def test_drift_is_how_far_values_and_distributions_move(memory, refreshes):
         b, start, length = segments.stream[s], segments.start[s], segments.length[s]
         outputs = []
         for states in (before, after):
-            state = RecurrentState(*(part[:, start, b : b + 1] for part in states))
+            state = RecurrentState(**{name: part[:, start, b : b + 1] for name, part in states.items()})
             with torch.no_grad():
                 first, _ = weights.step(one(world.log[start][0], b), state)
                 state = unroll_by_hand(weights, world.log[start : start + length - 1], state, b)
@@ -559,10 +564,12 @@ def test_states_are_refreshed_as_often_as_said(state_refresh, num_times, refresh
     world = World(rate=0.06)
     world.play(agent)
     agent.learn(world.now)
-    wrote = [any(not torch.equal(*parts) for parts in zip(before, after)) for _, _, before, after, _ in refreshes]
+    wrote = [
+        any(not torch.equal(after[name], part) for name, part in before.items()) for _, _, before, after, _ in refreshes
+    ]
     assert wrote == [True] * num_times or (num_times == 0 and wrote == [False])
     if num_times == 2:  # the second has younger weights
-        assert not torch.equal(refreshes[0][3][0], refreshes[1][3][0])
+        assert not torch.equal(refreshes[0][3]["h"], refreshes[1][3]["h"])
 
 
 @pytest.mark.parametrize("burn_in", [0, 4])
@@ -574,8 +581,8 @@ def test_without_refresh_stored_states_stay_as_they_are(memory, state_refresh, n
     world.play(agent)
     before = states(agent.rollout_memory)
     metrics = agent.learn(world.now)
-    for was, now in zip(before, states(agent.rollout_memory)):
-        assert torch.equal(was[:, burn_in:], now[:, burn_in:])
+    for name, part in states(agent.rollout_memory).items():
+        assert torch.equal(before[name][:, burn_in:], part[:, burn_in:])
     # Drift is measured all the same.
     assert metrics["state_drift/value_last"] > 1e-6
     assert metrics["state_drift/kl_first"] > 1e-9
@@ -662,7 +669,7 @@ def test_permuting_streams_permutes_what_is_stored(memory, monkeypatch):
             agent.record(rewards, ended, np.zeros(3, dtype=bool))
         stored.append(agent.rollout_memory)
     plain, permuted = stored
-    for name in ("h_states", "log_probs", "values", "actions", "rewards", "episode_starts"):
-        axis = 2 if name == "h_states" else 1
-        expected = getattr(plain, name).index_select(axis, torch.tensor(order))
-        torch.testing.assert_close(getattr(permuted, name), expected, rtol=0, atol=1e-13)
+    for name in ("log_probs", "values", "actions", "rewards", "episode_starts"):
+        torch.testing.assert_close(getattr(permuted, name), getattr(plain, name)[:, order], rtol=0, atol=1e-13)
+    for name, part in permuted.states.items():
+        torch.testing.assert_close(part, plain.states[name][:, :, order], rtol=0, atol=1e-13)
