@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import importlib
 import itertools
 import multiprocessing
 import os
@@ -25,13 +26,13 @@ import psutil
 import torch
 
 from dualhead.cli import main
-from dualhead.running import trainer  # noqa: F401  (loaded once, before the runs fork)
 from dualhead.running.checkpoint import checkpoints, read_json, read_newest
+from dualhead.studies.processes import _PRELOADED
 
 SECONDS_TO_END = 15.0
 """After the last signal; a run that is still there hangs."""
-SETTINGS = "--num-envs 2 --total-steps 2400 --rollout-length 16 --sequence-length 8 --batch-size 16 --num-epochs 1"
-SETTINGS += " --hidden-size 4 --encoder-sizes 4 --checkpoint-every 160 --eval-episodes 2 --num-threads 1"
+SETTINGS = "--num-envs 2 --total-steps 1280 --rollout-length 32 --sequence-length 32 --batch-size 64 --num-epochs 1"
+SETTINGS += " --hidden-size 4 --encoder-sizes 4 --checkpoint-every 128 --eval-episodes 2 --num-threads 1"
 STOPS = ("SIGINT", "SIGTERM", "SIGHUP")
 OTHERS = [
     *[(mode, name, how) for mode in ("sync", "async") for name in STOPS for how in ("single", "group", "twice")],
@@ -160,6 +161,8 @@ def finish(run: Path, mode: str) -> int:
 def benchmark(kills: int, others: int, out: Path) -> None:
     random.seed(0)
     torch.set_num_threads(1)
+    for module in (*_PRELOADED, "scipy.special"):  # once, before the runs fork
+        importlib.import_module(module)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, out.open("w", newline="") as file:
         undisturbed, seconds = {}, {}
