@@ -104,7 +104,7 @@ def disturb(run: Path, mode: str, name: str, how: str, *, seconds: float) -> dic
     is_kill = name == "SIGKILL" and how != "worker"
     while not is_kill and not (run / "metrics.csv").exists() and process.is_alive():
         time.sleep(0.01)
-    at = random.uniform(0.0, seconds * (1.0 if is_kill else 0.4))
+    at = random.uniform(0.0, seconds * (0.9 if is_kill else 0.4))
     time.sleep(at)
     before = newest_steps(run)
     was_there = process.is_alive()
@@ -133,7 +133,7 @@ def disturb(run: Path, mode: str, name: str, how: str, *, seconds: float) -> dic
         "signal": name,
         "to": how,
         "after_s": f"{at:.2f}",
-        "was_running": int(was_there),
+        "was_running": int(was_there),  # when the signal was sent
         "exit": process.exitcode,
         "ended_in_s": f"{took:.2f}",
         "checkpoint_before": before,
@@ -176,8 +176,11 @@ def benchmark(kills: int, others: int, out: Path) -> None:
         plan = [*itertools.islice(of_kills, kills), *itertools.islice(itertools.cycle(OTHERS), others)]
         writer: Any = None
         for number, (mode, name, how) in enumerate(plan):
-            run = Path(folder) / f"run-{number}"
-            row = disturb(run, mode, name, how, seconds=seconds[mode])
+            for attempt in itertools.count():  # until the signal comes before the end
+                run = Path(folder) / f"run-{number}-{attempt}"
+                row = disturb(run, mode, name, how, seconds=seconds[mode])
+                if row["was_running"] and (name == "SIGUSR1" or row["exit"] != 0):
+                    break
             row["resumed_exit"] = finish(run, mode)
             is_exact = name != "SIGKILL" or how != "worker"
             ours, theirs = weights(run), undisturbed[mode]

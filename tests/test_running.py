@@ -182,7 +182,9 @@ def test_full_disk_leaves_the_checkpoint_before_whole(tmp_path, monkeypatch):
         real(descriptor)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    with pytest.raises(RunError, match=r"after 304 steps .*No space left on device; the newest checkpoint is .*step-000000000200"):
+    with pytest.raises(
+        RunError, match=r"after 304 steps .*No space left on device; the newest checkpoint is .*step-000000000200"
+    ):
         train(tiny_config(run, checkpoint_every=100))
     assert [path.name for path in (run / "checkpoints").iterdir() if path.suffix != ".safetensors"] == []
     assert read_newest(run)[2]["num_steps"] == 200

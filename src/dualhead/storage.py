@@ -60,9 +60,11 @@ def write_tensors(path: str | os.PathLike[str], tensors: dict[str, Tensor], meta
     with _replacing(path) as file:
         file.write(text)
         for name in names:
-            flat = tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
-            digest.update(flat)
-            file.write(flat)
+            tensor = tensors[name].detach().cpu().contiguous()
+            # A tensor of one number, or of none, may have any strides.
+            contents = tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data
+            digest.update(contents)
+            file.write(contents)
         file.seek(text.index(_CHECKSUM) + len(_CHECKSUM))
         file.write(digest.hexdigest().encode())
 
