@@ -102,7 +102,8 @@ def disturb(run: Path, mode: str, name: str, how: str, *, seconds: float) -> dic
     """One run that gets a signal after about a random part of `seconds`, and what became of it."""
     process = begin(run, mode)
     is_kill = name == "SIGKILL" and how != "worker"
-    while not is_kill and not (run / "metrics.csv").exists() and process.is_alive():
+    begun = Path(f"{run}.log") if is_kill else run / "metrics.csv"
+    while not begun.exists() and process.is_alive():
         time.sleep(0.01)
     at = random.uniform(0.0, seconds * (0.9 if is_kill else 0.4))
     time.sleep(at)

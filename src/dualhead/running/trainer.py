@@ -264,7 +264,7 @@ def _why_it_ended(error: BaseException, session: Session, run_dir: Path) -> str 
     known = isinstance(error, DataError | EnvironmentFailed | DivergedError | RunError)
     if not failed_in_step and not known:
         return None
-    if failed_in_step and learner.num_steps:
+    if failed_in_step and session.metrics:  # something was learned
         with suppress(RunError):  # such as a full disk: the checkpoint before is named
             session.save(run_dir, with_streams=False)
     said = str(error) if known else f"the step raised {type(error).__name__}: {error}"
