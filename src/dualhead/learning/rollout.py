@@ -98,6 +98,7 @@ class Rollout:
         self.actions[t] = sample.actions
         self.log_probs[t] = sample.log_probs
         self.values[t] = sample.values
+        self.final_values[t] = 0.0  # written only where an episode is truncated
 
     def complete_step(self, task_rewards: Tensor, guilt: Tensor, terminated: Tensor, truncated: Tensor) -> None:
         """Writes the environment's answer, [B] each, and counts the step."""
