@@ -154,7 +154,7 @@ def test_nothing_changes_a_run_that_is_there(trained, capsys):
         assert main(["eval", str(run), "--episodes", "7", "--seed", "3", "--sample", "--json"]) == 0
         results.append(json.loads(capsys.readouterr().out))
     assert results[0] == results[1]
-    numbers = {"mean_return", "std_return", "ci95_low", "ci95_high", "mean_length", "episodes"}
+    numbers = {"mean_return", "std_return", "ci95_low", "ci95_high", "mean_length", "episodes", "episodes_cut"}
     assert results[0].keys() == numbers | {"returns", "lengths"}
     assert (results[0]["episodes"], results[0]["mean_length"]) == (7, 22)
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
@@ -182,7 +182,9 @@ def test_full_disk_leaves_the_checkpoint_before_whole(tmp_path, monkeypatch):
         real(descriptor)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    with pytest.raises(RunError, match=r"No space left on device.*newest whole one is .*step-000000000200"):
+    with pytest.raises(
+        RunError, match=r"after 300 steps .*No space left on device; the newest checkpoint is .*step-000000000200"
+    ):
         train(tiny_config(run, checkpoint_every=100))
     assert [path.name for path in (run / "checkpoints").iterdir() if path.suffix != ".safetensors"] == []
     assert read_newest(run)[2]["num_steps"] == 200

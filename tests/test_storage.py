@@ -261,7 +261,7 @@ def test_a_disk_without_room_leaves_what_was_there(tmp_path):
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     large = {"large": torch.zeros(100_000)}
     with files_of_at_most(100_000):
-        with pytest.raises(RunError, match=r"cannot write checkpoint .*-0*300.*large; the newest .*-0*200"):
+        with pytest.raises(RunError, match=r"cannot write checkpoint .*-0*300.*large"):
             save_checkpoint(tmp_path, large, {"num_steps": 300}, keep=2)
         with pytest.raises(RunError, match=r"cannot write checkpoint .*best.*large"):
             save_best(tmp_path, large, {"num_steps": 300}, score=2.0)

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -690,6 +691,29 @@ def test_stopping_a_study_stops_its_runs_and_the_next_call_resumes_them(tmp_path
     assert f"going on from {newest}" in (first / OUTPUT).read_text()
     steps = [int(row["steps"]) for row in timeless(first)]
     assert steps == list(range(20, 20 * len(steps) + 1, 20))
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="a signal of POSIX")
+def test_runs_get_the_signal_that_asks_for_a_checkpoint_from_their_parent(tmp_path):
+    config = read_study(str(endless(tmp_path))).run("plain", 0, str(tmp_path / "run"))
+    config = config.model_copy(update={"total_steps": 2000, "checkpoint_every": 10**9, "save_on": "SIGUSR1"})
+    stop = threading.Event()
+
+    def ask():
+        wait_until(lambda: num_rows(tmp_path / "run") > 3)
+        while not stop.wait(0.2):
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    before, asking = signal.getsignal(signal.SIGUSR1), threading.Thread(target=ask)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # the last one may come after the end
+    try:
+        asking.start()
+        assert [problem for _, problem, _ in run_all({"one": config}, jobs=1)] == [None]
+    finally:
+        stop.set()
+        asking.join()
+        signal.signal(signal.SIGUSR1, before)
+    assert len(checkpoints(tmp_path / "run")) == 2
 
 
 def test_runs_side_by_side_one_of_which_is_killed(tmp_path):

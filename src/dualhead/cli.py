@@ -325,7 +325,11 @@ def evaluate(
     result = played.summary()
     if json_:
         numbers = {name: value if math.isfinite(value) else None for name, value in result.items()}
-        print(json.dumps(numbers | played._asdict() | ({"video": filmed} if filmed else {})))
+        print(
+            json.dumps(
+                numbers | {"returns": played.returns, "lengths": played.lengths} | ({"video": filmed} if filmed else {})
+            )
+        )
         return 0
     print("returns " + " ".join(f"{value:.6g}" for value in played.returns))
     print(_describe_returns(result))

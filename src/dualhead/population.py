@@ -105,12 +105,16 @@ class IndependentLearners:
             raise RuntimeError(f"replace() with {length} steps recorded: call learn(...) before it")
         self.learners[agent] = self._make(self._seed_of(individual))
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def forget_actions(self) -> bool:
+        """Takes back an `act` that was not recorded; see `DualHeadRecurrentPPO.forget_actions`."""
+        return sum(learner.forget_actions() for learner in self.learners) > 0  # all of them
+
+    def state(self, *, copy: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything that the learners are; see `DualHeadRecurrentPPO.state`."""
         tensors: dict[str, Tensor] = {}
         parts = []
         for agent, learner in enumerate(self.learners):
-            own, metadata = learner.state()
+            own, metadata = learner.state(copy=copy)
             tensors |= with_prefix(f"agent_{agent}", own)
             parts.append(metadata)
         return tensors, {"num_steps": self.num_steps, "learners": parts}

@@ -61,10 +61,10 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
     return {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{RUN_PREFIX}/")}, metadata
 
 
-def take(agent: DualHeadRecurrentPPO) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Copies of everything the agent is: tensors by name, and JSON metadata."""
-    tensors = {name: tensor.detach().clone() for name, tensor in live_tensors(agent).items()}
-    return tensors, _metadata(agent)
+def take(agent: DualHeadRecurrentPPO, *, copy: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Everything the agent is: tensors by name, or copies of them, and JSON metadata."""
+    tensors = {name: tensor.detach() for name, tensor in live_tensors(agent).items()}
+    return {name: tensor.clone() if copy else tensor for name, tensor in tensors.items()}, _metadata(agent)
 
 
 def _metadata(agent: DualHeadRecurrentPPO) -> dict[str, Any]:
@@ -85,8 +85,12 @@ def _metadata(agent: DualHeadRecurrentPPO) -> dict[str, Any]:
     }
 
 
-def live_tensors(agent: DualHeadRecurrentPPO) -> dict[str, Tensor]:
-    """Everything by name: the tensors themselves, not copies, but for the generators' states."""
+def live_tensors(agent: DualHeadRecurrentPPO, *, rollout: tuple[int, int] | None = None) -> dict[str, Tensor]:
+    """Everything by name: the tensors themselves, not copies, but for the generators' states.
+
+    Args:
+        rollout: its length and tail_length, which decide what is seen of its buffers; None: as they are.
+    """
     tensors = with_prefix("policy", agent.policy.state_dict(keep_vars=True))
     for name, parameter in agent.policy.named_parameters():
         moments = agent.optimizer.state[parameter]
@@ -99,7 +103,8 @@ def live_tensors(agent: DualHeadRecurrentPPO) -> dict[str, Tensor]:
     for prefix, module in (("norms", agent.norms), ("reward_scale", agent.reward_scale)):
         if module is not None:
             tensors |= with_prefix(prefix, module.state_dict(keep_vars=True))
-    tensors |= with_prefix("rollout", agent.rollout_memory.tensors())
+    memory = agent.rollout_memory
+    tensors |= with_prefix("rollout", memory.tensors(*rollout or (memory.length, memory.tail_length)))
     return tensors | {"rng/sampling": agent._sampling.get_state(), "rng/shuffling": agent._shuffling.get_state()}
 
 
@@ -181,7 +186,7 @@ def check(
     for filled, most in zip(saved.rollout, (agent.rollout_memory.rollout_length, agent.rollout_memory.max_tail)):
         if filled > most:
             raise CheckpointError(f"{source} has no valid rollout (found {saved.rollout})")
-    ours = live_tensors(agent)
+    ours = live_tensors(agent, rollout=saved.rollout)
     if saved.device != agent.device.type and "rng/sampling" in tensors:
         # Generators of other devices have other states.
         tensors = {**tensors, "rng/sampling": ours["rng/sampling"]}
@@ -228,7 +233,7 @@ def restore(agent: DualHeadRecurrentPPO, tensors: dict[str, Tensor], metadata: d
         CheckpointError: see `DualHeadRecurrentPPO.restore`.
     """
     tensors, saved = check(agent, tensors, metadata, source=source)
-    fill(live_tensors(agent), tensors, what=source)
+    fill(live_tensors(agent, rollout=saved.rollout), tensors, what=source)
     agent._step_is_pending = False
     agent._sampling.set_state(tensors["rng/sampling"])
     agent._shuffling.set_state(tensors["rng/shuffling"])

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import json
 import os
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError
@@ -18,7 +21,7 @@ from torch import Tensor
 from dualhead.errors import CheckpointError
 
 FORMAT = "dualhead"
-VERSION = 3
+VERSION = 4
 TEMPORARY = ".tmp"
 """How the names of unfinished files end; those of a process that was killed stay behind."""
 RUN_PREFIX = "run"
@@ -35,19 +38,56 @@ def write_tensors(path: str | os.PathLike[str], tensors: dict[str, Tensor], meta
     """Writes a safetensors file whole or not at all, with a checksum over every byte of it.
 
     The checksum is the SHA-256 of the whole file with 64 zeros where the checksum itself stands. It lies in the
-    header's metadata, so that other readers see an ordinary safetensors file.
+    header's metadata, so that other readers see an ordinary safetensors file. Tensors are written one after the other,
+    so that at most one of them is copied.
 
     Raises:
         OSError: as `write_bytes`.
     """
-    header = {"format": FORMAT, "version": str(VERSION), "json": json.dumps(metadata), "checksum": _BLANK.decode()}
-    contents = bytearray(save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, header))
-    begin = contents.index(_CHECKSUM) + len(_CHECKSUM)
-    contents[begin : begin + len(_BLANK)] = hashlib.sha256(contents).hexdigest().encode()
-    write_bytes(path, contents)
+    said = {"format": FORMAT, "version": str(VERSION), "json": json.dumps(metadata), "checksum": _BLANK.decode()}
+    header: dict[str, Any] = {"__metadata__": said}
+    end = 0
+    # The widest numbers first, so that each tensor lies where its type may begin.
+    names = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
+    for name in names:
+        tensor = tensors[name]
+        begin, end = end, end + tensor.numel() * tensor.itemsize
+        header[name] = {"dtype": _dtype(tensor.dtype), "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    text = len(text).to_bytes(8, "little") + text
+    digest = hashlib.sha256(text)
+    with _replacing(path) as file:
+        file.write(text)
+        for name in names:
+            tensor = tensors[name].detach().cpu().contiguous()
+            # A tensor of one number, or of none, may have any strides.
+            contents = tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data
+            digest.update(contents)
+            file.write(contents)
+        file.seek(text.index(_CHECKSUM) + len(_CHECKSUM))
+        file.write(digest.hexdigest().encode())
 
 
-def write_bytes(path: str | os.PathLike[str], contents: bytes | bytearray) -> None:
+@functools.cache
+def _dtype(dtype: torch.dtype) -> str:
+    """What safetensors calls a type; KeyError where it has none."""
+    contents = save({"x": torch.empty(0, dtype=dtype)})
+    return json.loads(contents[8 : 8 + int.from_bytes(contents[:8], "little")])["x"]["dtype"]
+
+
+def write_bytes(path: str | os.PathLike[str], contents: bytes) -> None:
+    """Replaces a file atomically by one of these contents.
+
+    Raises:
+        OSError: the folder cannot be written or the disk is full; a file that was there before is untouched.
+    """
+    with _replacing(path) as file:
+        file.write(contents)
+
+
+@contextmanager
+def _replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Replaces a file atomically: temporary file beside it, fsync, rename, fsync of the folder.
 
     Raises:
@@ -59,7 +99,7 @@ def write_bytes(path: str | os.PathLike[str], contents: bytes | bytearray) -> No
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
     try:
         with temporary.open("xb") as file:
-            file.write(contents)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -113,9 +153,10 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
             f"wrote it (read it with that one, or train again), or it is damaged"
         )
     begin = contents.find(_CHECKSUM, 8, end) + len(_CHECKSUM)
-    blanked = bytearray(contents)
-    blanked[begin : begin + len(_BLANK)] = _BLANK
-    if hashlib.sha256(blanked).hexdigest().encode() != contents[begin : begin + len(_BLANK)]:
+    digest = hashlib.sha256(memoryview(contents)[:begin])
+    digest.update(_BLANK)
+    digest.update(memoryview(contents)[begin + len(_BLANK) :])
+    if digest.hexdigest().encode() != contents[begin : begin + len(_BLANK)]:
         raise CheckpointError(f"{broken}: cut off or damaged, its contents are not those of its checksum")
     try:
         tensors, metadata = load(contents), json.loads(header["json"])
@@ -141,7 +182,7 @@ def _read(path: Path) -> bytes:
 def can_write(dtype: torch.dtype) -> bool:
     """Whether a file can hold tensors of this type."""
     try:
-        save({"x": torch.empty(0, dtype=dtype)})
+        _dtype(dtype)
     except KeyError:
         return False
     return True

@@ -37,15 +37,12 @@ _held: set[int] = set()
 
 
 @contextmanager
-def writing(what: object, *, run_dir: Path | None = None) -> Iterator[None]:
-    """Raises RunError in place of OSError: it says what cannot be written, and the newest checkpoint of `run_dir`."""
+def writing(what: object) -> Iterator[None]:
+    """Raises RunError in place of OSError: it says what cannot be written."""
     try:
         yield
     except OSError as error:
-        said = f"cannot write {what}: {error.strerror or error}"
-        if run_dir is not None:
-            said += f"; the newest whole one is {next(iter(checkpoints(run_dir)), 'none')}"
-        raise RunError(said) from error
+        raise RunError(f"cannot write {what}: {error.strerror or error}") from error
 
 
 @contextmanager
@@ -156,7 +153,7 @@ def save_checkpoint(run_dir: Path, tensors: dict[str, Tensor], metadata: dict[st
     Checkpoints of later steps are broken ones that a resumed run passed over. They are renamed, and count no more.
     """
     path = run_dir / "checkpoints" / f"step-{metadata['num_steps']:012d}.safetensors"
-    with writing(f"checkpoint {path}", run_dir=run_dir):
+    with writing(f"checkpoint {path}"):
         write_tensors(path, tensors, metadata)
         for other in checkpoints(run_dir):
             if other.name > path.name:
@@ -180,7 +177,7 @@ def save_best(run_dir: Path, tensors: dict[str, Tensor], metadata: dict[str, Any
                 return False
         except RunError as error:
             warnings.warn(f"{error}; replacing it", stacklevel=2)
-    with writing(f"checkpoint {path}", run_dir=run_dir):
+    with writing(f"checkpoint {path}"):
         write_tensors(path, tensors, {**metadata, "score": score})
     return True
 

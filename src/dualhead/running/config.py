@@ -27,6 +27,8 @@ from dualhead.worlds.registry import WORLDS
 
 EVAL_EPISODES = 20
 """Episodes of an evaluation."""
+EVAL_MAX_STEPS = 30_000
+"""Of an episode in an evaluation; an Atari game has at most 27,000."""
 EVALUATION_SEED = 10_000
 """Of an evaluation's environments and of sampled actions."""
 
@@ -66,10 +68,14 @@ class RunConfig(Config):
     """Environment steps between checkpoints."""
     keep_checkpoints: PositiveInt = 2
     """How many of the newest checkpoints stay; the best one does."""
+    save_on: Literal["SIGUSR1", "SIGUSR2"] | None = None
+    """A signal that asks for a checkpoint after the current step, such as before a deadline of the cluster."""
     log_to: tuple[Literal["wandb", "mlflow"], ...] = ()
     """Also log to Weights & Biases or MLflow, beside TensorBoard and metrics.csv."""
     eval_episodes: NonNegativeInt = EVAL_EPISODES
     """Episodes of an evaluation (the same number for each agent of a world); 0: none at the end."""
+    eval_max_steps: PositiveInt = EVAL_MAX_STEPS
+    """Steps after which an evaluation cuts an episode; its return counts as it is then."""
     eval_every: NonNegativeInt = 0
     """Environment steps between evaluations during training, the best of which is kept; 0: none."""
     policies: Literal["shared", "independent"] = "shared"

@@ -135,14 +135,27 @@ class Session:
         self._due[what] = num_steps + every
         return True
 
-    def save(self, run_dir: Path, *, seconds: float) -> None:
-        """Writes a checkpoint, after so many seconds of training."""
-        self.seconds = seconds
-        save_checkpoint(run_dir, *self.state(), keep=self.config.keep_checkpoints)
+    def postpone_evaluation(self) -> None:
+        """Plans the evaluation that is under way for after the next update."""
+        self._due["eval"] = self.learner.num_steps
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and JSON of a checkpoint: the learner's own, and those of the run under the prefix `run`."""
-        tensors, metadata = self.learner.state()
+    def save(self, run_dir: Path, *, seconds: float | None = None, with_streams: bool = True) -> Path:
+        """Writes a checkpoint, after so many seconds of training.
+
+        Args:
+            with_streams: False after an environment failed in the middle of a step; a resumed run begins new episodes.
+        """
+        if seconds is not None:
+            self.seconds = seconds
+        state = self.state(with_streams=with_streams)
+        return save_checkpoint(run_dir, *state, keep=self.config.keep_checkpoints)
+
+    def state(self, *, with_streams: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and JSON of a checkpoint: the learner's own, and those of the run under the prefix `run`.
+
+        The learner's tensors are its own and no copies.
+        """
+        tensors, metadata = self.learner.state(copy=False)
         run: dict[str, Any] = {
             "seconds": self.seconds,
             "learning_rate": self._learning_rate,
@@ -154,7 +167,7 @@ class Session:
             "streams": None,
         }
         of_run = {"rng": torch.get_rng_state()}
-        if self.streams.resumable is None:
+        if with_streams and self.streams.resumable is None:
             try:
                 of_streams, run["streams"] = self.streams.state()
                 of_run |= with_prefix("streams", of_streams)

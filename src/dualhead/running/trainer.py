@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dualhead.agent import DualHeadRecurrentPPO
-from dualhead.errors import DataError, DivergedError, RunError, SettingsError
+from dualhead.errors import DataError, DivergedError, EnvironmentFailed, RunError, SettingsError
 from dualhead.population import IndependentLearners
 from dualhead.running import machine
 from dualhead.running.checkpoint import (
@@ -73,7 +73,8 @@ def train(
         result = dualhead.train("CartPole-v1", total_steps=50_000, ppo=PPOConfig(gamma=0.95))
         result = dualhead.train(lambda: MyEnv(size=7), num_envs=8, writers=[MyWriter()])
 
-    Ctrl-C (or SIGTERM) ends the run after the current step, with a checkpoint; a second one ends it at once.
+    Ctrl-C (or SIGTERM, or SIGHUP) ends the run after the current step, with a checkpoint; a second one ends it at once.
+    Where an environment fails, the run ends with a checkpoint of the agent before the step.
 
     Args:
         env: an environment id, a callable that makes one environment, a Gymnasium vector environment in SAME_STEP
@@ -96,7 +97,8 @@ def train(
         SettingsError: impossible settings.
         UnavailableEnvironment: the environment cannot be made.
         RunError: spaces or settings do not fit each other, `eval_env` cannot be used, the run directory cannot be
-            written or is in use, the environment gave data that cannot be learned from, or a metric is no number.
+            written or is in use, an environment failed or gave data that cannot be learned from, or a metric is no
+            number.
     """
     own_env = None if isinstance(env, str | RunConfig) else env
     given = _Given(own_env, encoder, memory, learning_rate, writers, on_update, eval_env, show_progress)
@@ -185,8 +187,17 @@ def _run(config: RunConfig, given: _Given, *, resumed: Path | None = None) -> Tr
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     machine.seed_everything(config.seed)
+    run_dir, saved, untold = resumed, None, False
     with ExitStack() as stack:
-        saved = None
+
+        def say_how_to_go_on(_: Any, error: BaseException | None, __: Any) -> None:
+            if error is not None and untold:
+                said = "stopped at once" if isinstance(error, KeyboardInterrupt) else "the run failed"
+                with suppress(OSError):  # the terminal may be gone
+                    print(f"{said}; {_how_to_go_on(run_dir)}", file=sys.stderr)
+
+        stack.push(say_how_to_go_on)  # the first here is the last on the way out
+        requests = stack.enter_context(machine.requests_by_signal(save_on=config.save_on))
         if resumed is not None:
             stack.enter_context(locked(resumed))
             saved = _newest_unfinished(resumed, config)
@@ -227,18 +238,37 @@ def _run(config: RunConfig, given: _Given, *, resumed: Path | None = None) -> Tr
         for writer in writers:
             stack.callback(writer.close)
         writers += own_writers
-        evaluator = stack.enter_context(Evaluator(session, run_dir, env=evaluation_env, resume_at=resume_at))
-        stop = stack.enter_context(machine.stop_requests())
+        evaluator = stack.enter_context(
+            Evaluator(session, run_dir, env=evaluation_env, resume_at=resume_at, requests=requests)
+        )
+        untold = True
         try:
-            run_loop(session, writers, evaluator, run_dir, stop=stop, on_update=given.on_update)
-            return TrainingResult(_conclude(session, evaluator, run_dir, interrupted=bool(stop)), session.learner)
-        except (DataError, DivergedError) as error:
-            num_steps = session.learner.num_steps
-            done = f"{num_steps} steps ({num_steps // config.num_streams} of each stream)"
-            raise RunError(f"{config.env} after {done}: {error}; {_name_newest(run_dir)}") from error
-        except KeyboardInterrupt:
-            print(f"stopped at once; {_name_newest(run_dir)}; go on with: dualhead resume {run_dir}", file=sys.stderr)
-            raise
+            run_loop(session, writers, evaluator, run_dir, requests=requests, on_update=given.on_update)
+            return TrainingResult(_conclude(session, evaluator, run_dir, requests=requests), session.learner)
+        except (Exception, SystemExit) as error:
+            said = _why_it_ended(error, session, run_dir)
+            if said is None:
+                raise
+            untold = False
+            raise RunError(said) from error
+
+
+def _why_it_ended(error: BaseException, session: Session, run_dir: Path) -> str | None:
+    """What to say of an error that ended a run; None where it is not one of its environments, its data or its files.
+
+    Where its environments failed, the agent is saved first, as it was before their step.
+    """
+    learner, config = session.learner, session.config
+    failed_in_step = learner.forget_actions() or isinstance(error, DataError | EnvironmentFailed)
+    done = f"{config.env} after {learner.num_steps} steps ({learner.num_steps // config.num_streams} of each stream)"
+    known = isinstance(error, DataError | EnvironmentFailed | DivergedError | RunError)
+    if not failed_in_step and not known:
+        return None
+    if failed_in_step and session.metrics:  # something was learned
+        with suppress(RunError):  # such as a full disk: the checkpoint before is named
+            session.save(run_dir, with_streams=False)
+    said = str(error) if known else f"the step raised {type(error).__name__}: {error}"
+    return f"{done}: {said}; {_how_to_go_on(run_dir)}"
 
 
 def _newest_unfinished(run_dir: Path, config: RunConfig) -> tuple[Path, dict[str, Tensor], dict[str, Any]] | None:
@@ -258,9 +288,11 @@ def _newest_unfinished(run_dir: Path, config: RunConfig) -> tuple[Path, dict[str
     return newest
 
 
-def _name_newest(run_dir: Path) -> str:
-    newest = next(iter(checkpoints(run_dir)), None)
-    return "no checkpoint was written yet" if newest is None else f"the newest checkpoint is {newest}"
+def _how_to_go_on(run_dir: Path | None) -> str:
+    newest = None if run_dir is None else next(iter(checkpoints(run_dir)), None)
+    if newest is None:
+        return "no checkpoint was written yet"
+    return f"the newest checkpoint is {newest}; go on with: dualhead resume {run_dir}"
 
 
 def run_loop(
@@ -269,13 +301,14 @@ def run_loop(
     evaluator: Evaluator,
     run_dir: Path,
     *,
-    stop: Sequence[int] = (),
+    requests: machine.Requests | None = None,
     on_update: OnUpdate | None = None,
 ) -> None:
     """Act, step, record, learn, log, until `total_steps`, a request to stop, or an `on_update` that asks for it."""
+    requests = requests or machine.Requests()
     learner, streams = session.learner, session.streams
     clock, cores, is_enough = machine.Stopwatch(session.seconds, learner.num_steps), machine.CoreUse(), False
-    while learner.num_steps < session.config.total_steps and not stop and not is_enough:
+    while learner.num_steps < session.config.total_steps and not requests.stop and not is_enough:
         actions = learner.act(session.observations)
         step = streams.step(actions)
         session.record(step)
@@ -290,26 +323,29 @@ def run_loop(
             for writer in writers:
                 writer.write(learner.num_steps, metrics)
             cores.warn_once()
-            if session.is_due("checkpoint"):
-                session.save(run_dir, seconds=clock.seconds)
+            requests.save |= session.is_due("checkpoint")
+        if requests.save:
+            requests.save = False
+            session.save(run_dir, seconds=clock.seconds)
     session.save(run_dir, seconds=clock.seconds)
 
 
-def _conclude(session: Session, evaluator: Evaluator, run_dir: Path, *, interrupted: bool) -> dict[str, Any]:
+def _conclude(session: Session, evaluator: Evaluator, run_dir: Path, *, requests: machine.Requests) -> dict[str, Any]:
     config, num_steps = session.config, session.learner.num_steps
     summary: dict[str, Any] = {
         "env": config.env,
         "memory": config.memory_name,
         "seed": config.seed,
         "steps": num_steps,
-        "stopped_early": interrupted or num_steps < config.total_steps,
+        "stopped_early": requests.stop or num_steps < config.total_steps,
         "seconds": round(session.seconds, 3),
         "steps_per_s": round(num_steps / session.seconds, 1),
         "run_dir": str(run_dir),
         "checkpoint": str(checkpoints(run_dir)[0]),
         "metrics": session.metrics,
     }
-    if config.eval_episodes and not interrupted:
-        summary["evaluation"] = evaluator.conclude()
+    if config.eval_episodes and not requests.stop:
+        evaluation = evaluator.conclude()
+        summary |= {"stopped_early": True} if evaluation is None else {"evaluation": evaluation}
     write_json(run_dir / "summary.json", summary)
     return summary
