@@ -10,11 +10,11 @@ import torch
 from pydantic import BaseModel, Field, PlainValidator, ValidationError
 from torch import Tensor
 
-from dualhead.config import NetworkConfig, NormConfig, PPOConfig, flat, problems
+from dualhead.config import COUNT_LIMIT, NetworkConfig, NormConfig, PPOConfig, flat, problems
 from dualhead.errors import CheckpointError
 from dualhead.networks.policy import RecurrentPolicy
-from dualhead.spaces import space_from_json, space_to_json
-from dualhead.storage import RUN_PREFIX, can_write, check_fit, fill, read_tensors, with_prefix
+from dualhead.spaces import ActionSpec, ObservationSpec, check_leaf, space_from_json, space_to_json
+from dualhead.storage import RUN_PREFIX, Saved, can_write, check_fit, fill, read_tensors, with_prefix, without_prefix
 
 if TYPE_CHECKING:
     from dualhead.agent import DualHeadRecurrentPPO
@@ -27,7 +27,7 @@ _OF_THE_AGENT = (*_OF_THE_POLICY, "num_streams", *(f"config.{setting}" for setti
 _EPISODE_STARTS = "episode_starts"
 
 _Space = Annotated[Any, PlainValidator(space_from_json)]
-_Count = Annotated[int, Field(strict=True, ge=0)]
+_Count = Annotated[int, Field(strict=True, ge=0, lt=COUNT_LIMIT)]
 
 
 class _Metadata(BaseModel):
@@ -39,7 +39,7 @@ class _Metadata(BaseModel):
     norms: NormConfig | None
     observation_space: _Space
     action_space: _Space
-    num_streams: Annotated[int, Field(strict=True, ge=1)]
+    num_streams: Annotated[int, Field(strict=True, ge=1, lt=COUNT_LIMIT)]
     dtype: Literal["torch.float32", "torch.float64"]
     device: str
     num_steps: _Count
@@ -49,6 +49,13 @@ class _Metadata(BaseModel):
     """The rollout's length and tail_length."""
 
 
+class _Together(Saved):
+    """What a checkpoint says of independent learners."""
+
+    num_steps: _Count
+    learners: Annotated[list[dict[str, Any]], Field(min_length=1)]
+
+
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The agent's tensors and metadata from a file; those of the run around it are left out.
 
@@ -56,6 +63,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
         CheckpointError: unreadable, truncated, or of several agents.
     """
     tensors, metadata = read_tensors(path)
+    learners(tensors, metadata, source=str(path))
     if "learners" in metadata:
         raise CheckpointError(f"{path} holds an agent for each of several places: expected the file of one agent")
     return {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{RUN_PREFIX}/")}, metadata
@@ -121,6 +129,25 @@ def check_savable(policy: RecurrentPolicy) -> None:
             raise TypeError(f"memory: the state's part {name!r} is {value.dtype}, which a checkpoint cannot hold")
 
 
+def learners(
+    tensors: dict[str, Tensor], metadata: dict[str, Any], *, source: str
+) -> list[tuple[dict[str, Tensor], dict[str, Any]]]:
+    """Tensors and metadata of each learner in a file: of its one agent, or of every independent one.
+
+    Raises:
+        CheckpointError: an entry is missing or of the wrong kind, or there are fewer streams than it says.
+    """
+    own = [(tensors, metadata)]
+    if "learners" in metadata:
+        parts = _Together.read({name: metadata.get(name) for name in ("num_steps", "learners")}, source=source).learners
+        own = [(without_prefix(f"agent_{number}", tensors), part) for number, part in enumerate(parts)]
+    for of_learner, part in own:
+        num_streams, starts = _checked(part, source=source).num_streams, of_learner.get(f"state/{_EPISODE_STARTS}")
+        if starts is None or starts.shape != (num_streams,):
+            raise CheckpointError(f"{source} has no valid num_streams (found {num_streams}): its states are of others")
+    return own
+
+
 def arguments(metadata: dict[str, Any], *, source: str) -> dict[str, Any]:
     """Arguments of the constructor that made the agent of these metadata, but for parts of its own.
 
@@ -131,6 +158,41 @@ def arguments(metadata: dict[str, Any], *, source: str) -> dict[str, Any]:
     names = ("observation_space", "action_space", "num_streams", "config", "network", "norms")
     dtype = torch.float32 if saved.dtype == "torch.float32" else torch.float64
     return {name: getattr(saved, name) for name in names} | {"dtype": dtype}
+
+
+def make_policy(
+    arguments: dict[str, Any], tensors: dict[str, Tensor], parts: dict[str, Any], *, source: str
+) -> RecurrentPolicy:
+    """The policy of `arguments` with weights from a file's tensors, and with `parts` of the user's own.
+
+    Raises:
+        CheckpointError: they describe no possible policy, or one that the weights do not fit.
+    """
+    network, weights = arguments["network"], without_prefix("policy", tensors)
+
+    def make() -> RecurrentPolicy:
+        return RecurrentPolicy(
+            ObservationSpec(arguments["observation_space"]),
+            ActionSpec(arguments["action_space"]),
+            config=network,
+            normalize_observations=arguments["config"].normalize_observations,
+            **parts,
+        ).to(arguments["dtype"])
+
+    try:
+        if network.num_layers > len(weights):
+            raise ValueError(f"num_layers={network.num_layers} with {len(weights)} weights")
+        if not parts:  # what a user's own part does is not known
+            with torch.device("meta"):  # no memory for sizes that the file only claims
+                check_fit(make().state_dict(keep_vars=True), weights, what=source)
+        with torch.random.fork_rng(devices=[]):  # the initial weights are overwritten
+            made = make()
+    except (TypeError, ValueError, RuntimeError, OverflowError, MemoryError, RecursionError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{source} describes no possible policy: {error!s:.500}") from error
+    fill(made.state_dict(keep_vars=True), weights, what=source)
+    return made
 
 
 def _checked(metadata: dict[str, Any], *, source: str) -> _Metadata:
@@ -192,7 +254,29 @@ def check(
             torch.Generator(generator.device).set_state(tensors[name])
         except RuntimeError as error:
             raise CheckpointError(f"{source}: {name} is no state of a generator: {error}") from error
+    try:
+        _check_values(agent, tensors, saved)
+    except ValueError as error:
+        raise CheckpointError(f"{source} has no valid state: {error}") from error
     return tensors, saved
+
+
+def _check_values(agent: DualHeadRecurrentPPO, tensors: dict[str, Tensor], saved: _Metadata) -> None:
+    """Raises ValueError for numbers that are no norm strengths, or that the recorded steps cannot have."""
+    if agent.norms is not None:
+        strengths, most = tensors["norms/strengths"], agent.norms.config.max_norm_strength
+        if not ((strengths >= 0) & (strengths <= most)).all():
+            raise ValueError(f"norms: expected strengths from 0 to {most}")
+    length, tail_length = saved.rollout
+    begin = agent.rollout_memory.max_tail
+    for leaf in agent.observation_spec.leaves:
+        seen = tensors[f"rollout/observations/{leaf.name}"][begin - tail_length : begin + length]
+        if seen.numel():
+            check_leaf(leaf, seen.flatten(0, 1))
+    if not agent.action_spec.is_continuous:
+        chosen = tensors["rollout/actions"][:length]
+        if ((chosen < 0) | (chosen >= torch.tensor(agent.action_spec.nvec))).any():
+            raise ValueError(f"actions: expected whole numbers below {agent.action_spec.nvec}")
 
 
 def _expect_same(agent: DualHeadRecurrentPPO, metadata: dict[str, Any], names: tuple[str, ...], *, source: str) -> None:
