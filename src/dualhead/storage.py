@@ -177,10 +177,9 @@ def _header_of(path: str | os.PathLike[str], start: bytes, size: int) -> _Header
 def read_bytes(path: Path, *, at_most: int) -> bytes:
     """A file's contents; OSError if it is longer, or no regular file."""
     with _open(path) as file:
-        contents = file.read(at_most + 1)
-    if len(contents) > at_most:
-        raise OSError(errno.EFBIG, f"longer than {at_most:,} bytes", str(path))
-    return contents
+        if os.fstat(file.fileno()).st_size > at_most:
+            raise OSError(errno.EFBIG, f"longer than {at_most:,} bytes", str(path))
+        return file.read()
 
 
 def _open(path: Path) -> BinaryIO:
