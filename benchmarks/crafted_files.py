@@ -1,4 +1,4 @@
-"""Files that a stranger has crafted, with right checksums: each is refused with one of our errors, or loaded as it says.
+"""Files that a stranger has crafted, with right checksums: each is refused by an error of ours, or is what it says.
 
     python benchmarks/crafted_files.py --count 4000
 
@@ -54,7 +54,19 @@ for _ in range(300):
     _NESTED = [_NESTED]
 POISON: list[Any] = [
     *(None, True, "x", "7", "", -1, 0, 3, 2**31, 2**53, 2**63, 2**64, 10**12, 10**30, 10**400, 1.5, 1e308),
-    *(float("inf"), float("-inf"), float("nan"), [], {}, [1], {"x": 1}, _NESTED, "A" * 50_000, [0] * 20_000, "a\0b/../c"),
+    *(
+        float("inf"),
+        float("-inf"),
+        float("nan"),
+        [],
+        {},
+        [1],
+        {"x": 1},
+        _NESTED,
+        "A" * 50_000,
+        [0] * 20_000,
+        "a\0b/../c",
+    ),
 ]
 DTYPES = ("BOOL", "U8", "I8", "I64", "F16", "BF16", "F32", "F64", "F8_E4M3", "X", 7, None)
 SHAPES: list[Any] = [[], [0], [-1], [10**12], [2**62, 4], [1.5], ["1"], None, "1", [1] * 70, [10**30]]
@@ -163,10 +175,22 @@ def checkpoint_cases(file: str, contents: bytes, rng: random.Random) -> Iterator
         elif where == "shape":
             entry["shape"] = value = rng.choice([*SHAPES, entry["shape"][::-1] + [1]])
         elif where == "offsets":
-            lies = [[end, begin], [begin, end + 8], [0, 10**15], [-1, end], [begin], "x", None, [begin, 10**40], [1.5, 2]]
+            lies = [
+                [end, begin],
+                [begin, end + 8],
+                [0, 10**15],
+                [-1, end],
+                [begin],
+                "x",
+                None,
+                [begin, 10**40],
+                [1.5, 2],
+            ]
             entry["data_offsets"] = value = rng.choice(lies)
         elif where == "name":
-            value = rng.choice(("policy/x", "../x", "", "__metadata", "run/streams/actions/0", "A" * 10_000, f"{name}_"))
+            value = rng.choice(
+                ("policy/x", "../x", "", "__metadata", "run/streams/actions/0", "A" * 10_000, f"{name}_")
+            )
             header_[value] = header_.pop(name)
         elif where == "drop":
             value = header_.pop(name)
@@ -176,7 +200,9 @@ def checkpoint_cases(file: str, contents: bytes, rng: random.Random) -> Iterator
         else:
             size = end - begin
             value = rng.choice(("00", "ff", "7f", "random", "nan"))
-            filled = rng.randbytes(size) if value == "random" else bytes.fromhex("0000c07f" if value == "nan" else value)
+            filled = (
+                rng.randbytes(size) if value == "random" else bytes.fromhex("0000c07f" if value == "nan" else value)
+            )
             own = data[:begin] + (filled * size)[:size] + data[end:]
         yield Case(f"{where} {name} {value!r:.30}", file, sealed(header_, own))
 
@@ -224,8 +250,11 @@ def read(run: Path, session: Session, *, whole: bool) -> None:
         assert newest is not None
 
         def restore(path: Path, tensors: Any, metadata: Any) -> None:
-            session.restore(tensors, metadata, source=str(path))
-            expect_same(session.state(), (tensors, metadata))
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                session.restore(tensors, metadata, source=str(path))
+            if not any("begin again" in str(warning.message) for warning in said):
+                expect_same(session.state(), (tensors, metadata))
 
         use_newest(run, restore, first=newest)
 
@@ -258,10 +287,12 @@ def expect_same(loaded: Any, said: Any) -> None:
     if tensors.keys() != their_tensors.keys():
         raise Silent(f"tensors {sorted(tensors.keys() ^ their_tensors.keys())[:3]}")
     for name, tensor in tensors.items():
-        same = torch.equal(tensor.contiguous().view(-1).view(torch.uint8), their_tensors[name].view(-1).view(torch.uint8))
+        same = torch.equal(
+            tensor.contiguous().view(-1).view(torch.uint8), their_tensors[name].view(-1).view(torch.uint8)
+        )
         if not same and not name.startswith("run/streams"):
             raise Silent(f"tensor {name}")
-    ours, theirs = (json.loads(json.dumps(of)) for of in (metadata, theirs))
+    ours, theirs = (json.loads(json.dumps(of), parse_int=float) for of in (metadata, theirs))
     for each in (ours, theirs, *ours.get("learners", []), *theirs.get("learners", [])):
         for name in _FREE:
             each.pop(name, None)
@@ -269,7 +300,9 @@ def expect_same(loaded: Any, said: Any) -> None:
         if each.get("run", {}).get("streams"):
             each["run"]["streams"].pop("randomness", None)
     if json.dumps(ours, sort_keys=True) != json.dumps(theirs, sort_keys=True):
-        names = [name for name in ours.keys() | theirs.keys() if json.dumps(ours.get(name)) != json.dumps(theirs.get(name))]
+        names = [
+            name for name in ours.keys() | theirs.keys() if json.dumps(ours.get(name)) != json.dumps(theirs.get(name))
+        ]
         raise Silent(f"metadata {names[:3]}")
 
 
@@ -286,8 +319,11 @@ def make_runs(folder: Path) -> list[Path]:
     return [folder / "one", folder / "many"]
 
 
-def main(count: int, *, seed: int = 0, verbose: bool = False) -> Counter[str]:
-    """Crafts and reads `count` files; how many were refused or loaded, and what must not happen."""
+def main(count: int, *, seed: int = 0, verbose: bool = False, limited: bool = True) -> Counter[str]:
+    """Crafts and reads `count` files; how many were refused or loaded, and what must not happen.
+
+    `limited`: limits the memory of this process meanwhile.
+    """
     rng, outcomes, slowest = random.Random(seed), Counter[str](), (0.0, "")
     with tempfile.TemporaryDirectory() as name, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -302,10 +338,11 @@ def main(count: int, *, seed: int = 0, verbose: bool = False) -> Counter[str]:
             session.begin()
             sources.append((run, session, cases))
             read(run, session, whole=run.name == "one")  # nothing was crafted yet
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peak = highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         limit = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + MORE_MEMORY
         before = resource.getrlimit(resource.RLIMIT_AS)
-        resource.setrlimit(resource.RLIMIT_AS, (limit, before[1]))
+        if limited:
+            resource.setrlimit(resource.RLIMIT_AS, (limit, before[1]))
         hang = signal.signal(signal.SIGALRM, _hangs)
         try:
             for number in range(count):
@@ -336,6 +373,9 @@ def main(count: int, *, seed: int = 0, verbose: bool = False) -> Counter[str]:
                 if slowest[0] > LONGEST and slowest[1] == case.name:
                     outcome = f"SLOW {case.name}: {slowest[0]:.1f} s"
                 outcomes[outcome] += 1
+                if verbose and (now := resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) > highest + 5000:
+                    print(f"peak of memory +{(now - highest) / 1e3:.0f} MB", run.name, case.name)
+                    highest = now
                 if verbose and outcome == "loaded":
                     print("loaded", run.name, case.name)
                 shutil.copyfile(kept, path) if had else path.unlink()
@@ -362,4 +402,4 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--verbose", action="store_true", help="name every file that was loaded; show tracebacks")
     chosen = parser.parse_args()
-    sys.exit(main(chosen.count, seed=chosen.seed, verbose=chosen.verbose).keys() > {"refused", "loaded"})
+    sys.exit(bool(main(chosen.count, seed=chosen.seed, verbose=chosen.verbose).keys() - {"refused", "loaded"}))

@@ -7,7 +7,7 @@ import os
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, Field, PlainValidator, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError
 from torch import Tensor
 
 from dualhead.config import COUNT_LIMIT, NetworkConfig, NormConfig, PPOConfig, flat, problems
@@ -21,9 +21,12 @@ if TYPE_CHECKING:
 
 _OF_THE_POLICY = ("network", "foreign_parts", "observation_space", "action_space", "dtype")
 """Entries of the metadata that must agree for weights to mean the same."""
+_NOT_NEGATIVE = ("/exp_avg_sq", "/step", ".variance", ".count")
 _SHAPING = ("rollout_length", "burn_in", "normalize_observations", "normalize_rewards")
 _OF_THE_AGENT = (*_OF_THE_POLICY, "num_streams", *(f"config.{setting}" for setting in _SHAPING))
 """Entries that decide which tensors a checkpoint holds; the others may differ between save and load."""
+_BESIDES = (RUN_PREFIX, "score")
+"""Entries beside the agent's: of the run around it, and of an evaluation."""
 _EPISODE_STARTS = "episode_starts"
 
 _Space = Annotated[Any, PlainValidator(space_from_json)]
@@ -32,6 +35,8 @@ _Count = Annotated[int, Field(strict=True, ge=0, lt=COUNT_LIMIT)]
 
 class _Metadata(BaseModel):
     """What a checkpoint says of its agent."""
+
+    model_config = ConfigDict(extra="forbid")
 
     network: NetworkConfig
     foreign_parts: dict[str, str]
@@ -148,6 +153,11 @@ def learners(
     return own
 
 
+def num_streams(metadata: dict[str, Any]) -> int:
+    """Of all learners in a file that `learners` has checked."""
+    return sum(part["num_streams"] for part in metadata.get("learners", [metadata]))
+
+
 def arguments(metadata: dict[str, Any], *, source: str) -> dict[str, Any]:
     """Arguments of the constructor that made the agent of these metadata, but for parts of its own.
 
@@ -168,36 +178,55 @@ def make_policy(
     Raises:
         CheckpointError: they describe no possible policy, or one that the weights do not fit.
     """
-    network, weights = arguments["network"], without_prefix("policy", tensors)
+    expect_weights(arguments, tensors, parts, source=source)
+    with torch.random.fork_rng(devices=[]):  # the initial weights are overwritten
+        made = _make(arguments, parts, source=source)
+    fill(made.state_dict(keep_vars=True), without_prefix("policy", tensors), what=source)
+    _check_numbers({f"policy/{name}": tensor for name, tensor in made.named_parameters()}, source=source)
+    return made
 
-    def make() -> RecurrentPolicy:
+
+def expect_weights(
+    arguments: dict[str, Any], tensors: dict[str, Tensor], parts: dict[str, Any], *, source: str
+) -> None:
+    """Raises CheckpointError where a file lacks the weights of `arguments`, without memory for what it only claims.
+
+    Nothing is checked of a policy with parts of the user's own: what they do outside of memory is not known.
+    """
+    weights = without_prefix("policy", tensors)
+    if arguments["network"].num_layers > len(weights):
+        raise CheckpointError(f"{source} has no valid network: its num_layers are more than its {len(weights)} weights")
+    if not parts:
+        with torch.device("meta"):
+            check_fit(_make(arguments, parts, source=source).state_dict(keep_vars=True), weights, what=source)
+
+
+def _make(arguments: dict[str, Any], parts: dict[str, Any], *, source: str) -> RecurrentPolicy:
+    try:
         return RecurrentPolicy(
             ObservationSpec(arguments["observation_space"]),
             ActionSpec(arguments["action_space"]),
-            config=network,
+            config=arguments["network"],
             normalize_observations=arguments["config"].normalize_observations,
             **parts,
         ).to(arguments["dtype"])
-
-    try:
-        if network.num_layers > len(weights):
-            raise ValueError(f"num_layers={network.num_layers} with {len(weights)} weights")
-        if not parts:  # what a user's own part does is not known
-            with torch.device("meta"):  # no memory for sizes that the file only claims
-                check_fit(make().state_dict(keep_vars=True), weights, what=source)
-        with torch.random.fork_rng(devices=[]):  # the initial weights are overwritten
-            made = make()
     except (TypeError, ValueError, RuntimeError, OverflowError, MemoryError, RecursionError) as error:
-        if isinstance(error, CheckpointError):
-            raise
         raise CheckpointError(f"{source} describes no possible policy: {error!s:.500}") from error
-    fill(made.state_dict(keep_vars=True), weights, what=source)
-    return made
+
+
+def _check_numbers(tensors: dict[str, Tensor], *, source: str) -> None:
+    """Raises CheckpointError for weights that are not finite, and for NaN or negative numbers in what scales steps."""
+    for name, tensor in tensors.items():
+        wrong = tensor.isnan() if not name.startswith("policy/") else ~tensor.isfinite()
+        if name.endswith(_NOT_NEGATIVE):
+            wrong |= tensor < 0
+        if wrong.any():
+            raise CheckpointError(f"{source} has no valid {name}: it holds {tensor[wrong][0].item()}")
 
 
 def _checked(metadata: dict[str, Any], *, source: str) -> _Metadata:
     try:
-        saved = _Metadata(**metadata)
+        saved = _Metadata(**{name: entry for name, entry in metadata.items() if name not in _BESIDES})
     except ValidationError as error:
         name, message = problems(error)[0]
         raise CheckpointError(f"{source} has no valid {name}: {message.partition(', got')[0]}") from error
@@ -254,6 +283,10 @@ def check(
             torch.Generator(generator.device).set_state(tensors[name])
         except RuntimeError as error:
             raise CheckpointError(f"{source}: {name} is no state of a generator: {error}") from error
+    parameters = {f"policy/{name}" for name, _ in agent.policy.named_parameters()}
+    prefixes = ("optimizer/", "state/", "norms/", "reward_scale/", "policy/normalizer.")
+    numbers = {name: part for name, part in tensors.items() if name in parameters or name.startswith(prefixes)}
+    _check_numbers(numbers, source=source)
     try:
         _check_values(agent, tensors, saved)
     except ValueError as error:

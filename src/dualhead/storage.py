@@ -150,7 +150,7 @@ class _Header(BaseModel):
     format: str
     version: int
     json_: str = Field(alias="json")
-    checksum: str
+    checksum: str = ""
 
 
 def _header_of(path: str | os.PathLike[str], start: bytes, size: int) -> _Header:

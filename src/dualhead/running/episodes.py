@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterable
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import Field
 from torch import Tensor
 
 from dualhead.config import NonNegativeInt
@@ -18,22 +19,23 @@ from dualhead.storage import Saved
 from dualhead.types import as_numpy
 from dualhead.worlds.streams import StreamStep
 
-_Lengths = list[NonNegativeInt]
+_WINDOW = 100
+"""Episodes that the means are over."""
 
 
 class TrackerState(Saved):
     """What a checkpoint says of the episodes: those in progress by stream, and the last ones that ended."""
 
     running_returns: list[float]
-    running_lengths: _Lengths
-    returns: list[float]
-    lengths: _Lengths
-    numbers: dict[str, list[float]]
+    running_lengths: list[NonNegativeInt]
+    returns: list[float] = Field(max_length=_WINDOW)
+    lengths: list[NonNegativeInt] = Field(max_length=_WINDOW)
+    numbers: dict[str, Annotated[list[float], Field(max_length=_WINDOW)]]
     num_episodes: NonNegativeInt
 
 
 def _window(values: Iterable[float] = ()) -> deque[float]:
-    return deque(values, maxlen=100)
+    return deque(values, maxlen=_WINDOW)
 
 
 class EpisodeTracker:

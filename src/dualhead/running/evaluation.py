@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dualhead import snapshot
 from dualhead.errors import CheckpointError, DataError
 from dualhead.running.checkpoint import RunError
 from dualhead.running.config import EVAL_EPISODES, EVALUATION_SEED, RunConfig
@@ -113,10 +114,7 @@ def evaluate(
         raise RunError(f"episodes: expected at least 1, got {episodes}")
     config = config_to_play(run_directory(run))
     player, path, metadata = load_player(run, encoder=encoder, memory=memory)
-    num_agents, num_streams = (
-        config.world.num_agents,
-        sum(own["num_streams"] for own in metadata.get("learners", [metadata])),
-    )
+    num_streams, num_agents = snapshot.num_streams(metadata), config.world.num_agents
     if num_streams % num_agents:
         raise CheckpointError(f"{path} is of {num_streams} streams, but {run} is of worlds of {num_agents} agents")
     num_envs, episodes = evaluation_size(config, episodes)

@@ -79,7 +79,7 @@ class Session:
             if self.streams.num_streams != config.num_streams:  # streams that `resume` got
                 raise ValueError(f"expected {config.num_streams} streams, got {self.streams.num_streams}")
             self.learner = make_learner(config, self.streams, device=device, encoder=encoder, memory=memory)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, MemoryError) as error:
             self.close()
             raise RunError(f"{config.env}: {error}") from error
         self.turnover: Turnover | None = None

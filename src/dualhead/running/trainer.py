@@ -258,10 +258,7 @@ def _newest_unfinished(run_dir: Path, config: RunConfig) -> Checkpoint | None:
         return None
 
     def check(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> Checkpoint:
-        learners = snapshot.learners(tensors, metadata, source=str(path))
-        num_streams = sum(own["num_streams"] for _, own in learners)
-        if num_streams != config.num_streams:
-            raise CheckpointError(f"{path} is of {num_streams} streams, expected {config.num_streams} as {run_dir} has")
+        snapshot.learners(tensors, metadata, source=str(path))
         return path, tensors, metadata
 
     newest = use_newest(run_dir, check)
@@ -273,6 +270,11 @@ def _newest_unfinished(run_dir: Path, config: RunConfig) -> Checkpoint | None:
     if num_steps >= config.total_steps + config.num_streams:
         raise RunError(
             f"{run_dir} has done {num_steps} steps: expected at least that, got total_steps={config.total_steps}"
+        )
+    # Before anything is made of that size.
+    if (num_streams := snapshot.num_streams(newest[2])) != config.num_streams:
+        raise CheckpointError(
+            f"{newest[0]} is of another architecture: its num_streams is {num_streams}, expected {config.num_streams}"
         )
     return newest
 
