@@ -201,9 +201,9 @@ def checkpoint_cases(file: str, contents: bytes, rng: random.Random) -> Iterator
             size = end - begin
             value = rng.choice(("00", "ff", "7f", "random", "nan"))
             filled = (
-                rng.randbytes(size) if value == "random" else bytes.fromhex("0000c07f" if value == "nan" else value)
+                rng.randbytes(size or 1) if value == "random" else bytes.fromhex("0000c07f" if value == "nan" else value)
             )
-            own = data[:begin] + (filled * size)[:size] + data[end:]
+            own = data[:begin] + (filled * (size // len(filled) + 1))[:size] + data[end:]
         yield Case(f"{where} {name} {value!r:.30}", file, sealed(header_, own))
 
 
