@@ -70,11 +70,10 @@ def read_run(path: Path, *, condition: str = "") -> Run:
 
 class _Evaluation(BaseModel):
     mean_return: float
-    std_return: float = math.nan
+    std_return: float
     ci95_low: float = math.nan
     ci95_high: float = math.nan
-    mean_length: float = math.nan
-    episodes: NonNegativeInt = 0
+    episodes: NonNegativeInt
 
 
 class _Summary(BaseModel):
