@@ -245,6 +245,9 @@ def test_a_summary_that_no_run_wrote_is_not_used(run):
         (run / "summary.json").write_text(contents)
         with pytest.warns(UserWarning, match="no summary of a run"):
             assert read_run(run).summary == {}
+    large = {"mean_return": 10**30, "std_return": 0, "episodes": 2}
+    (run / "summary.json").write_text(json.dumps({"steps": 8, "evaluation": large}))
+    assert read_run(run).summary["evaluation"]["mean_return"] == 1e30  # NumPy knows no such whole number
 
 
 def test_steps_beyond_numbers_are_damaged_rows(tmp_path):

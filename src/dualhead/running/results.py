@@ -69,6 +69,8 @@ def read_run(path: Path, *, condition: str = "") -> Run:
 
 
 class _Evaluation(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
     mean_return: float
     std_return: float
     ci95_low: float = math.nan
@@ -92,12 +94,11 @@ def read_summary(run_dir: Path) -> dict[str, Any]:
     path = run_dir / "summary.json"
     contents = read_json(path) or {}
     try:
-        _Summary.model_validate(contents)
+        return contents | _Summary.model_validate(contents).model_dump(exclude_unset=True)
     except ValidationError as error:
         name, message = problems(error)[0]
         warnings.warn(f"{path} is not used, it is no summary of a run: {name}: {message:.200}", stacklevel=2)
         return {}
-    return contents
 
 
 def read_table(path: Path) -> Table:
