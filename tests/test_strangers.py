@@ -224,6 +224,7 @@ IMPOSSIBLE = {
     "more streams": lambda tensors, metadata: metadata.update(num_streams=10**9),
     "a wider memory": lambda tensors, metadata: metadata["network"].update(hidden_size=10**9),
     "more layers": lambda tensors, metadata: metadata["network"].update(num_layers=10**9),
+    "an unknown entry of a space": lambda tensors, metadata: metadata["action_space"].update(code="import os"),
     "an unknown entry": lambda tensors, metadata: metadata.update(code="import os"),
     "a larger space": lambda tensors, metadata: metadata["observation_space"].update(shape=[10**12]),
     "weights that are no numbers": lambda tensors, metadata: tensors["policy/critic.bias"].fill_(torch.nan),
@@ -245,7 +246,7 @@ def test_a_summary_that_no_run_wrote_is_not_used(run):
         (run / "summary.json").write_text(contents)
         with pytest.warns(UserWarning, match="no summary of a run"):
             assert read_run(run).summary == {}
-    large = {"mean_return": 10**30, "std_return": 0, "episodes": 2}
+    large = {"mean_return": 10**30}
     (run / "summary.json").write_text(json.dumps({"steps": 8, "evaluation": large}))
     assert read_run(run).summary["evaluation"]["mean_return"] == 1e30  # NumPy knows no such whole number
 

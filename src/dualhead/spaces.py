@@ -341,7 +341,12 @@ def space_from_json(saved: Any) -> gym.Space:
     Raises:
         ValueError: it is no such description.
     """
-    return _space(saved, depth=0)
+    space = _space(saved, depth=0)
+    if space_to_json(space) != saved:
+        raise ValueError(
+            f"expected the description of a space, got {saved!s:.80}: that of {space!s:.80} has other entries"
+        )
+    return space
 
 
 def _space(saved: Any, *, depth: int) -> gym.Space:

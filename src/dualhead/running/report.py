@@ -196,8 +196,8 @@ def _outcome(run: Run) -> tuple[float, str] | None:
     """A run's final return, with its interval and source: the final evaluation, else the newest, else training."""
     evaluation = run.summary.get("evaluation")
     if isinstance(evaluation, dict) and "mean_return" in evaluation:
-        spread = _interval(evaluation) or f"± {number(evaluation['std_return'])} (deviation)"
-        return evaluation["mean_return"], f"{spread}, evaluation over {evaluation['episodes']} episodes"
+        spread = _interval(evaluation) or f"± {number(evaluation.get('std_return', math.nan))} (deviation)"
+        return evaluation["mean_return"], f"{spread}, evaluation over {evaluation.get('episodes', 'unknown')} episodes"
     for table, name, source in (
         (run.evaluations, "mean_return", "evaluation"),
         (run.metrics, "episode/mean_return", "training"),

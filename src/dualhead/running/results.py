@@ -72,10 +72,10 @@ class _Evaluation(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     mean_return: float
-    std_return: float
+    std_return: float = math.nan
     ci95_low: float = math.nan
     ci95_high: float = math.nan
-    episodes: NonNegativeInt
+    episodes: NonNegativeInt = 0
 
 
 class _Summary(BaseModel):
