@@ -20,7 +20,7 @@ import bisect
 import itertools
 import zlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -46,7 +46,7 @@ class _State(Saved):
 
     config: dict[str, Any]
     num_worlds: NonNegativeInt
-    device: str
+    device: Literal["cpu", "cuda", "mps", "xpu"]
     turn: NonNegativeInt
     epoch_turn: NonNegativeInt
     num_counted: NonNegativeInt
