@@ -342,7 +342,7 @@ def test_default_places(tmp_path, monkeypatch, capsys):
         (["nowhere"], "nowhere holds no run"),
         (["run", "fresh"], "fresh has no numbers yet"),
         (["run", "header"], "header has no numbers yet"),
-        (["run", "--out", "no/such/page.html"], "cannot write the report no/such/page.html: No such file or directory"),
+        (["run", "--out", "no/such/page.html"], "cannot write the report no/such/page.html: no such folder"),
         (["run", "--out", "run"], "cannot write the report run: Is a directory"),
     ],
 )

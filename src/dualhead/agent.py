@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dualhead import snapshot
 from dualhead.config import NetworkConfig, NormConfig, PPOConfig
-from dualhead.errors import DataError
+from dualhead.errors import CheckpointError, DataError
 from dualhead.learning.advantages import RewardScale, generalized_advantages
 from dualhead.learning.rollout import Rollout
 from dualhead.learning.update import ppo_update
@@ -596,7 +596,11 @@ class DualHeadRecurrentPPO:
         tensors, metadata = snapshot.read(path)
         arguments = snapshot.arguments(metadata, source=str(path))
         parts = snapshot.foreign_arguments(metadata, encoder=encoder, memory=memory, source=str(path))
-        made = cls(**arguments, **parts, device=device)
+        snapshot.expect_weights(arguments, tensors, parts, source=str(path))
+        try:
+            made = cls(**arguments, **parts, device=device)
+        except (TypeError, ValueError, RuntimeError, MemoryError) as error:
+            raise CheckpointError(f"{path} describes no possible agent: {error}") from error
         made.restore(tensors, metadata, source=str(path))
         return made
 

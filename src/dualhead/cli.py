@@ -57,9 +57,23 @@ class OwnParts:
     encoder: Annotated[str | None, arg(metavar="MODULE:NAME", help="The run's own encoder, where it has one.")] = None
     memory: Annotated[str | None, arg(metavar="MODULE:NAME", help="The run's own memory, where it has one.")] = None
     modules: Modules = ()
+    trust: Annotated[bool, arg(help="Import what the run's files name. They can then do anything that you can.")] = (
+        False
+    )
 
-    def found(self) -> dict[str, Any]:
-        return {part: find_part(getattr(self, part), what=f"--{part}") for part in ("encoder", "memory")}
+    def found(self, *runs: str) -> dict[str, Any]:
+        """The parts, imported, and with `--trust` also what the runs name."""
+        named = {part: getattr(self, part) for part in ("encoder", "memory")}
+        if self.trust:
+            from dualhead.running.checkpoint import read_config
+            from dualhead.running.environment import module_of
+            from dualhead.running.playing import run_directory
+
+            for config in map(read_config, map(run_directory, runs)):
+                if config.env_from == "id" and (module := module_of(config.env)):
+                    import_module(module, what="--trust")
+                named = {part: name or getattr(config, part) for part, name in named.items()}
+        return {part: find_part(name, what=f"--{part}") for part, name in named.items()}
 
 
 Own = Annotated[OwnParts, arg(name="")]
@@ -280,7 +294,7 @@ def resume(run: Run, own: Own, total_steps: int | None = None) -> int:
     """
     from dualhead.running.trainer import resume
 
-    return _describe_run(resume(run, total_steps=total_steps, **own.found()).summary)
+    return _describe_run(resume(run, total_steps=total_steps, **own.found(run)).summary)
 
 
 def _describe_run(summary: dict[str, Any]) -> int:
@@ -318,7 +332,7 @@ def evaluate(
     from dualhead.running.evaluation import evaluate
     from dualhead.running.video import record_video
 
-    how = {"seed": seed, "deterministic": not sample, **own.found()}
+    how = {"seed": seed, "deterministic": not sample, **own.found(run)}
     # The video first: what is wrong with it shows at once.
     filmed = video and str(record_video(run, video, **how))
     played = evaluate(run, episodes=episodes, **how)
@@ -380,7 +394,7 @@ def export(run: RunOrCheckpoint, own: Own, out: str = "policy.onnx") -> int:
     """
     from dualhead.running.export import export
 
-    written = export(run, out, **own.found())
+    written = export(run, out, **own.found(run))
     trained, verified = written["run"], written["verified"]
     print(f"{out}: {written['memory']} policy of {trained['env']} after {trained['steps']:,} steps")
     if verified:
@@ -403,7 +417,7 @@ def report(runs: Positional[tuple[str, ...]], own: Own, out: str | None = None, 
     """
     from dualhead.running.report import write_report
 
-    print(write_report(runs, out, replay=replay, **own.found()))
+    print(write_report(runs, out, replay=replay, **own.found(*runs)))
     return 0
 
 

@@ -11,10 +11,10 @@ import math
 import os
 import socket
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 from torch import Tensor
@@ -22,16 +22,19 @@ from torch import Tensor
 from dualhead.config import SettingsError, problems
 from dualhead.errors import CheckpointError, RunError, RunInUseError
 from dualhead.running.config import RunConfig
-from dualhead.storage import read_tensors, remove_temporaries, write_bytes, write_tensors
+from dualhead.storage import read_bytes, read_tensors, remove_temporaries, write_bytes, write_tensors
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+Used = TypeVar("Used")
 Checkpoint = tuple[Path, dict[str, Tensor], dict[str, Any]]
 """Its file, its tensors, and its metadata."""
 _BEST = "best.safetensors"
+_MAX_JSON = 100_000_000
+"""Bytes; what a run writes has some thousands."""
 _held: set[int] = set()
 """Descriptors of the locks this process holds."""
 
@@ -56,6 +59,7 @@ def locked(run_dir: str | os.PathLike[str]) -> Iterator[None]:
         RunInUseError: another process, or this one already, holds it.
     """
     path = Path(run_dir)
+    refuse_links(path)
     with writing(f"the run directory {path}"):
         descriptor = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
     _held.add(descriptor)
@@ -125,11 +129,29 @@ def write_json(path: Path, contents: Any) -> None:
         write_bytes(path, (json.dumps(contents, indent=2) + "\n").encode())
 
 
+def refuse_links(run_dir: Path) -> None:
+    """Refuses a run directory in which a symbolic link stands for a file or folder of the run.
+
+    A run may come from a stranger. Through a link, a command would read, overwrite or delete files elsewhere. Only
+    what a service such as W&B keeps in its own folder is not looked at.
+    """
+    for folder in (run_dir, run_dir / "checkpoints", run_dir / "tensorboard"):
+        try:
+            links = [entry.path for entry in os.scandir(folder) if entry.is_symlink()]
+        except OSError:  # missing, or no folder: who reads or writes it says so
+            continue
+        if links:
+            raise RunError(
+                f"{links[0]} is a symbolic link, and commands would read or write where it points: expected a run "
+                f"directory without links; replace it by a copy, or remove it"
+            )
+
+
 def read_json(path: Path) -> dict[str, Any] | None:
     """The contents of a JSON file; None if there is none, or no whole one."""
     try:
-        contents = json.loads(path.read_text())
-    except (OSError, ValueError):
+        contents = json.loads(read_bytes(path, at_most=_MAX_JSON))
+    except (OSError, ValueError, RecursionError):
         return None
     return contents if isinstance(contents, dict) else None
 
@@ -137,8 +159,9 @@ def read_json(path: Path) -> dict[str, Any] | None:
 def read_config(run_dir: str | os.PathLike[str]) -> RunConfig:
     """The configuration of a run."""
     path = Path(run_dir) / "config.json"
+    refuse_links(path.parent)
     try:
-        return RunConfig.model_validate_json(path.read_text())
+        return RunConfig.model_validate_json(read_bytes(path, at_most=_MAX_JSON))
     except OSError as error:
         raise RunError(
             f"{run_dir} holds no run: cannot read {path.name} ({error.strerror}); expected the directory of one"
@@ -156,7 +179,7 @@ def save_checkpoint(run_dir: Path, tensors: dict[str, Tensor], metadata: dict[st
     with writing(f"checkpoint {path}"):
         write_tensors(path, tensors, metadata)
         for other in checkpoints(run_dir):
-            if other.name > path.name:
+            if other.name > path.name or not other.is_file():
                 other.replace(other.with_suffix(".passed-over"))
         for old in checkpoints(run_dir)[keep:]:
             old.unlink(missing_ok=True)
@@ -189,6 +212,7 @@ def checkpoints(run_dir: str | os.PathLike[str]) -> list[Path]:
 
 def read_best(run_dir: str | os.PathLike[str]) -> Checkpoint:
     """The checkpoint with the best evaluation, whose mean return is `metadata["score"]`."""
+    refuse_links(Path(run_dir))
     path = Path(run_dir) / "checkpoints" / _BEST
     if not path.exists():
         raise RunError(f"{run_dir} holds no best checkpoint: no evaluation during training has saved one")
@@ -203,12 +227,43 @@ def read_best(run_dir: str | os.PathLike[str]) -> Checkpoint:
 
 def read_newest(run_dir: str | os.PathLike[str]) -> Checkpoint:
     """The newest whole checkpoint; warns of broken ones and passes over them."""
+    return use_newest(run_dir, lambda *checkpoint: checkpoint)
+
+
+def use_newest(
+    run_dir: str | os.PathLike[str],
+    use: Callable[[Path, dict[str, Tensor], dict[str, Any]], Used],
+    *,
+    first: Checkpoint | None = None,
+) -> Used:
+    """What `use` makes of the newest whole checkpoint that it accepts; warns of those before, which are passed over.
+
+    `use` gets the file, its tensors and its metadata, and raises CheckpointError for what it does not accept. If it
+    accepts none, the error about the newest is raised. `first`: a checkpoint that was read already; newer ones do not
+    count.
+    """
+    refuse_links(Path(run_dir))
     paths = checkpoints(run_dir)
     if not paths:
         raise RunError(f"{run_dir} has no checkpoint yet: `dualhead resume` continues a run that was stopped before")
-    for path in paths:
+    broken: list[CheckpointError] = []
+    refused: list[CheckpointError] = []
+    for path in paths if first is None else paths[paths.index(first[0]) :]:
         try:
-            return path, *read_tensors(path)
+            checkpoint = first if first is not None and path == first[0] else (path, *read_tensors(path))
         except CheckpointError as error:
-            warnings.warn(f"{error}; trying the one before it", stacklevel=2)
+            broken.append(error)
+            continue
+        try:
+            used = use(*checkpoint)
+        except CheckpointError as error:
+            refused.append(error)
+            continue
+        for problem in broken + refused:
+            warnings.warn(f"{problem}; trying the one before it", stacklevel=2)
+        return used
+    if refused:
+        raise refused[0]
+    for problem in broken:
+        warnings.warn(str(problem), stacklevel=2)
     raise RunError(f"{run_dir} holds no whole checkpoint, so it can be neither resumed nor played: train again")

@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dualhead.errors import DataError, EnvironmentFailed
-from dualhead.running.checkpoint import RunError, read_config
+from dualhead import snapshot
+from dualhead.errors import CheckpointError, DataError, EnvironmentFailed
+from dualhead.running.checkpoint import RunError
 from dualhead.running.config import EVAL_EPISODES, EVAL_MAX_STEPS, EVALUATION_SEED, RunConfig
-from dualhead.running.environment import Environment, is_streams, open_streams
+from dualhead.running.environment import Environment, config_to_play, is_streams, open_streams
 from dualhead.running.machine import Requests
-from dualhead.running.playing import Player, Policy, load_player, run_directory
+from dualhead.running.playing import Player, Policy, expect_spaces, load_player, run_directory
 from dualhead.running.results import interval
 from dualhead.types import as_numpy
 from dualhead.worlds.streams import Streams
@@ -141,11 +142,15 @@ def evaluate(
     """
     if episodes < 1:
         raise RunError(f"episodes: expected at least 1, got {episodes}")
-    config = read_config(run_directory(run))
+    config = config_to_play(run_directory(run))
+    player, path, metadata = load_player(run, encoder=encoder, memory=memory)
+    num_streams, num_agents = snapshot.num_streams(metadata), config.world.num_agents
+    if num_streams % num_agents:
+        raise CheckpointError(f"{path} is of {num_streams} streams, but {run} is of worlds of {num_agents} agents")
     num_envs, episodes = evaluation_size(config, episodes)
     streams = open_streams(config, env, num_envs=num_envs)
     try:
-        player, _, _ = load_player(run, world=streams, encoder=encoder, memory=memory)
+        expect_spaces(player, streams, path)
         return play_episodes(
             player.policy,
             streams,

@@ -15,15 +15,30 @@ import torch
 from torch import Tensor, nn
 
 from dualhead.agent import DualHeadRecurrentPPO
+from dualhead.config import NonNegativeFloat, NonNegativeInt
 from dualhead.errors import CheckpointError, DataError, RunError
-from dualhead.population import IndependentLearners, Turnover, strengths_by_agent
+from dualhead.population import IndependentLearners, Turnover, TurnoverState, strengths_by_agent
 from dualhead.running.checkpoint import save_checkpoint
 from dualhead.running.config import RunConfig
 from dualhead.running.environment import Environment, is_streams, open_streams
-from dualhead.running.episodes import EpisodeTracker
-from dualhead.storage import RUN_PREFIX, with_prefix, without_prefix
+from dualhead.running.episodes import EpisodeTracker, TrackerState
+from dualhead.storage import RUN_PREFIX, Saved, with_prefix, without_prefix
 from dualhead.worlds.replay import CannotReplay
 from dualhead.worlds.streams import Streams, StreamStep, restart
+
+
+class _RunState(Saved):
+    """What a checkpoint says of the run, besides its learner."""
+
+    seconds: NonNegativeFloat
+    learning_rate: NonNegativeFloat | None
+    next_checkpoint: NonNegativeInt
+    next_evaluation: NonNegativeInt | None
+    metrics: dict[str, int | float]
+    tracker: TrackerState
+    turnover: TurnoverState | None
+    streams: dict[str, Any] | None
+    """Checked by the streams."""
 
 
 class Session:
@@ -64,7 +79,7 @@ class Session:
             if self.streams.num_streams != config.num_streams:  # streams that `resume` got
                 raise ValueError(f"expected {config.num_streams} streams, got {self.streams.num_streams}")
             self.learner = make_learner(config, self.streams, device=device, encoder=encoder, memory=memory)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, MemoryError) as error:
             self.close()
             raise RunError(f"{config.env}: {error}") from error
         self.turnover: Turnover | None = None
@@ -156,7 +171,7 @@ class Session:
         The learner's tensors are its own and no copies.
         """
         tensors, metadata = self.learner.state(copy=False)
-        run: dict[str, Any] = {
+        run: dict[str, Any] = {  # as `_RunState` has it
             "seconds": self.seconds,
             "learning_rate": self._learning_rate,
             "next_checkpoint": self._due["checkpoint"],
@@ -183,25 +198,25 @@ class Session:
         """
         own = {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{RUN_PREFIX}/")}
         of_run = without_prefix(RUN_PREFIX, tensors)
+        run = _RunState.read(metadata.get(RUN_PREFIX), source=source)
+        if (run.turnover is None) != (self.turnover is None):
+            raise CheckpointError(f"{source} has no valid turnover: expected one exactly where newcomers are planned")
         self.learner.restore(own, metadata, source=source)
+        self.seconds, self.metrics, self._learning_rate = run.seconds, dict(run.metrics), run.learning_rate
+        # A resumed run may evaluate where it did not before.
+        evaluation = run.next_evaluation or self.learner.num_steps + self.config.eval_every
+        self._due = {"checkpoint": run.next_checkpoint, "eval": evaluation}
         try:
-            run = metadata[RUN_PREFIX]
-            self.seconds, self.metrics = float(run["seconds"]), dict(run["metrics"])
-            self.learning_rate = run["learning_rate"]
-            # A resumed run may evaluate where it did not before.
-            evaluation = run["next_evaluation"] or self.learner.num_steps + self.config.eval_every
-            self._due = {"checkpoint": int(run["next_checkpoint"]), "eval": int(evaluation)}
-            self.tracker.restore(run["tracker"])
-            if self.turnover is not None:
-                self.turnover.restore(run["turnover"])
-            of_streams = run["streams"]
+            self.tracker.restore(run.tracker)
+            if self.turnover is not None and run.turnover is not None:
+                self.turnover.restore(run.turnover)
             torch.set_rng_state(of_run["rng"])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{source} lacks a part of the run: {error!r}") from error
         why_not = "their state was not saved"
-        if of_streams is not None:
+        if run.streams is not None:
             try:
-                self.observations = self.streams.restore(without_prefix("streams", of_run), of_streams, source=source)
+                self.observations = self.streams.restore(without_prefix("streams", of_run), run.streams, source=source)
                 return
             except CannotReplay as error:
                 why_not = str(error)

@@ -12,23 +12,25 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dualhead import snapshot
 from dualhead.agent import DualHeadRecurrentPPO
-from dualhead.errors import DataError, DivergedError, EnvironmentFailed, RunError, SettingsError
+from dualhead.errors import CheckpointError, DataError, DivergedError, EnvironmentFailed, RunError, SettingsError
 from dualhead.population import IndependentLearners
 from dualhead.running import machine
 from dualhead.running.checkpoint import (
+    Checkpoint,
     checkpoints,
     locked,
     new_run_dir,
     read_config,
-    read_json,
-    read_newest,
+    use_newest,
     write_json,
 )
 from dualhead.running.config import RunConfig, planned
-from dualhead.running.environment import Environment, is_streams, settings_of
+from dualhead.running.environment import Environment, config_to_play, is_streams, settings_of
 from dualhead.running.evaluator import Evaluator, open_evaluation
 from dualhead.running.parts import find_part, name_of
+from dualhead.running.results import read_summary
 from dualhead.running.session import Session, make_numbers
 from dualhead.running.writers import Writer, expect_writers, make_writers, require_packages
 
@@ -148,7 +150,7 @@ def resume(
         CheckpointError: its checkpoint does not fit its configuration.
     """
     given = _Given(env, encoder, memory, learning_rate, writers, on_update, eval_env, show_progress)
-    config = read_config(run).model_copy(update={"run_dir": str(run)})
+    config = config_to_play(run).model_copy(update={"run_dir": str(run)})
     if total_steps is not None:
         try:
             config = RunConfig(**config.model_dump() | {"total_steps": total_steps})
@@ -219,8 +221,7 @@ def _run(config: RunConfig, given: _Given, *, resumed: Path | None = None) -> Tr
         if saved is None:
             session.begin()
         else:
-            session.restore(saved[1], saved[2], source=str(saved[0]))
-            print(f"going on from {saved[0]}")
+            print(f"going on from {_restore(session, run_dir, saved)}")
         if resumed is not None and read_config(run_dir).total_steps != config.total_steps:
             write_json(run_dir / "config.json", config.model_dump())
         with machine.preserved_randomness():  # `resumable` plays a trial episode
@@ -271,12 +272,27 @@ def _why_it_ended(error: BaseException, session: Session, run_dir: Path) -> str 
     return f"{done}: {said}; {_how_to_go_on(run_dir)}"
 
 
-def _newest_unfinished(run_dir: Path, config: RunConfig) -> tuple[Path, dict[str, Tensor], dict[str, Any]] | None:
+def _restore(session: Session, run_dir: Path, newest: Checkpoint) -> Path:
+    """Restores the newest checkpoint, or the one before it where that is not a possible one; its file."""
+
+    def restore(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> Path:
+        session.restore(tensors, metadata, source=str(path))
+        return path
+
+    return use_newest(run_dir, restore, first=newest)
+
+
+def _newest_unfinished(run_dir: Path, config: RunConfig) -> Checkpoint | None:
     """The checkpoint to resume from, or None before the first one; RunError if the run has reached its end."""
     if not checkpoints(run_dir):
         return None
-    newest = read_newest(run_dir)
-    num_steps, summary = newest[2].get("num_steps", 0), read_json(run_dir / "summary.json") or {}
+
+    def check(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> Checkpoint:
+        snapshot.learners(tensors, metadata, source=str(path))
+        return path, tensors, metadata
+
+    newest = use_newest(run_dir, check)
+    num_steps, summary = newest[2]["num_steps"], read_summary(run_dir)
     # A run that was killed in its last evaluation has no summary yet.
     is_concluded = summary.get("steps") == num_steps and not summary.get("stopped_early")
     if num_steps >= config.total_steps and is_concluded:
@@ -284,6 +300,11 @@ def _newest_unfinished(run_dir: Path, config: RunConfig) -> tuple[Path, dict[str
     if num_steps >= config.total_steps + config.num_streams:
         raise RunError(
             f"{run_dir} has done {num_steps} steps: expected at least that, got total_steps={config.total_steps}"
+        )
+    # Before anything is made of that size.
+    if (num_streams := snapshot.num_streams(newest[2])) != config.num_streams:
+        raise CheckpointError(
+            f"{newest[0]} is of another architecture: its num_streams is {num_streams}, expected {config.num_streams}"
         )
     return newest
 

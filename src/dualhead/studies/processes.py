@@ -189,6 +189,7 @@ def _end_with_parent() -> None:
 
 
 def _train(config: RunConfig) -> str | None:
+    from dualhead.running.environment import module_of
     from dualhead.running.trainer import resume, train
 
     folder = folder_of(config)
@@ -200,7 +201,9 @@ def _train(config: RunConfig) -> str | None:
     except OSError as error:
         raise RunError(f"cannot write the run directory {folder}: {error.strerror or error}") from error
     if (folder / "config.json").exists():
-        # The user wrote the study's file, so the parts that it names may be imported.
+        # The user wrote the study's file, so what it names may be imported.
+        if module := module_of(config.env):
+            import_module(module, what="env")
         done = resume(folder, encoder=config.encoder, memory=config.memory, show_progress=False)
     else:
         done = train(config, show_progress=False)

@@ -19,7 +19,7 @@ from pathlib import Path
 from dualhead.running.checkpoint import RunError, read_config, read_json, write_json
 from dualhead.running.config import RunConfig
 from dualhead.running.machine import num_cores
-from dualhead.running.results import Run, read_run
+from dualhead.running.results import Run, read_run, read_summary
 from dualhead.studies import tables
 from dualhead.studies.commons_measures import measure_commons
 from dualhead.studies.config import StudyConfig
@@ -171,8 +171,7 @@ def _is_finished(config: RunConfig) -> bool:
             f"{folder} holds a run of other settings ({names}): the study was changed since; choose another --out, or "
             f"remove it"
         )
-    summary = read_json(folder / "summary.json")
-    return summary is not None and summary.get("stopped_early") is False
+    return read_summary(folder).get("stopped_early") is False
 
 
 def _write_outcome(study: StudyConfig, planned: dict[str, RunConfig], folder: Path) -> list[Path]:
