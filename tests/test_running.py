@@ -250,7 +250,7 @@ def test_checkpoint_of_another_architecture(trained, tmp_path, capsys):
     config["network"]["memory"] = "gru"
     (run / "config.json").write_text(json.dumps(config))
     assert main(["resume", str(run), "--total-steps", "500"]) == 1
-    assert "is of another architecture" in capsys.readouterr().err
+    assert "is of another run: expected network.memory=" in capsys.readouterr().err
 
 
 def test_tuned_settings_are_said_and_overridable(tmp_path, capsys):

@@ -12,6 +12,7 @@ from dualhead.running.evaluation import SELECTION_SEED, evaluation_size, play_ep
 from dualhead.running.machine import preserved_randomness
 from dualhead.running.session import Session
 from dualhead.running.writers import CSVWriter
+from dualhead.storage import RUN_PREFIX
 from dualhead.worlds.streams import Streams
 
 
@@ -64,7 +65,9 @@ class Evaluator:
         num_steps = self._session.learner.num_steps
         if self._last[0] != num_steps:
             summary = self._play(SELECTION_SEED)
-            save_best(self._run_dir, *self._session.learner.state(), score=summary["mean_return"])
+            tensors, metadata = self._session.learner.state()
+            metadata[RUN_PREFIX] = {"config": self._session.config.identity()}
+            save_best(self._run_dir, tensors, metadata, score=summary["mean_return"])
             self._last = num_steps, {f"evaluation/{name}": value for name, value in summary.items()}
         return self._last[1]
 

@@ -17,7 +17,7 @@ from dualhead.networks.encoders import EncoderFactory
 from dualhead.networks.memory import MemoryFactory
 from dualhead.networks.policy import RecurrentPolicy
 from dualhead.population import IndependentPolicies
-from dualhead.running.checkpoint import RunError, read_newest
+from dualhead.running.checkpoint import RunError, expect_own, read_newest
 from dualhead.spaces import ActionSpec, ObservationSpec, all_finite, as_tensor, holds_tensors
 from dualhead.storage import CheckpointError, fill, read_tensors, without_prefix
 from dualhead.types import RecurrentState, on_device
@@ -154,9 +154,10 @@ def load_player(
 ) -> tuple[Player, Path, dict[str, Any]]:
     """As `load_policy`, with the checkpoint's path and metadata. The spaces of a `world` must be the policy's."""
     path = Path(run)
-    if path.is_file():
+    if os.path.isfile(path):  # unlike the method, False for names that are too long
         tensors, metadata = read_tensors(path)
-    elif not (path / "config.json").exists():
+        expect_own(path, metadata)
+    elif not os.path.exists(path / "config.json"):
         raise RunError(f"{run} holds no run: expected a run directory, or a checkpoint file")
     else:
         path, tensors, metadata = read_newest(path)
@@ -189,6 +190,12 @@ def load_player(
                 raise CheckpointError(f"{path} was saved with the {name} {saved}, got {part}")
         prefix = f"agent_{number}/policy" if learners else "policy"
         fill(made.state_dict(keep_vars=True), without_prefix(prefix, tensors), what=str(path))
+        for name, parameter in made.named_parameters():
+            if not all_finite(parameter):
+                raise CheckpointError(
+                    f"{path}: expected finite weights, got NaN or infinity in {name}: the training has diverged; use "
+                    f"an earlier checkpoint, or train with a lower learning rate"
+                )
         policies.append(made)
     policy: Policy = IndependentPolicies(policies) if learners else policies[0]
     return Player(policy, *spaces, seed=seed), path, metadata
@@ -201,7 +208,7 @@ def run_directory(run: str | os.PathLike[str]) -> Path:
         RunError: it is a file that lies in no run.
     """
     path = Path(run)
-    if not path.is_file():
+    if not os.path.isfile(path):
         return path
     folder = path.absolute().parent.parent
     if not (folder / "config.json").exists():

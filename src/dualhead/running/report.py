@@ -20,7 +20,7 @@ from dualhead.running.checkpoint import RunError
 from dualhead.running.config import EVALUATION_SEED, default_settings, preset_settings
 from dualhead.running.report_figures import DASHES, NUM_COLORS, NUM_STRETCHES, curves, draw, number
 from dualhead.running.results import Run, read_run
-from dualhead.storage import CheckpointError
+from dualhead.storage import CheckpointError, write_bytes
 from dualhead.worlds.streams import UnavailableEnvironment
 
 REPLAY_STEPS = 500
@@ -68,7 +68,7 @@ def write_report(
     page = render(groups, [_replay(path, encoder=encoder, memory=memory) for path in shown])
     path = Path(out) if out is not None else (paths[0] if len(paths) == 1 else Path()) / "report.html"
     try:
-        path.write_text(page, encoding="utf-8")
+        write_bytes(path, page.encode())
     except OSError as error:
         raise RunError(f"cannot write the report {path}: {error.strerror or error}; name a file with --out") from error
     return path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -67,6 +68,14 @@ class Session:
         except (TypeError, ValueError) as error:
             self.close()
             raise RunError(f"{config.env}: {error}") from error
+        except (MemoryError, RuntimeError) as error:
+            self.close()
+            if isinstance(error, RuntimeError) and not re.search("memory|overflow", str(error)):
+                raise
+            raise RunError(
+                f"the networks and the rollout do not fit into memory: lower hidden_size={config.network.hidden_size}, "
+                f"encoder_sizes, num_envs={config.num_envs} or rollout_length={config.ppo.rollout_length}"
+            ) from error
         self.turnover: Turnover | None = None
         if config.turnover.first_turn is not None:
             self.turnover = Turnover(
@@ -144,6 +153,7 @@ class Session:
         """Tensors and JSON of a checkpoint: the learner's own, and those of the run under the prefix `run`."""
         tensors, metadata = self.learner.state()
         run: dict[str, Any] = {
+            "config": self.config.identity(),
             "seconds": self.seconds,
             "learning_rate": self._learning_rate,
             "next_checkpoint": self._due["checkpoint"],
