@@ -11,7 +11,7 @@ import time
 import psutil
 
 COMMAND = [sys.executable, "-m", "dualhead"]
-PATIENCE = 300.0
+PATIENCE = 600.0
 """Seconds, far more than anything takes on a slow machine that is busy with something else."""
 _MARK = "DUALHEAD_TEST"
 
@@ -37,7 +37,7 @@ def started(command, *, env=None, **settings):
             _kill(mark)
 
 
-def run(command, **settings):
+def run_process(command, **settings):
     """Runs a process to its end; returns its exit status and what it said, as `subprocess.run` does."""
     with started(command, **settings) as process:
         out, err = process.communicate()

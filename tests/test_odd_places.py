@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from full_disk import files_of_at_most
-from processes import COMMAND, run
+from processes import COMMAND, run_process
 from saved_runs import save_run
 
 from dualhead.cli import main
@@ -59,7 +59,7 @@ def train_tiny(run_dir, **changes):
 def test_a_run_needs_no_standard_streams(tmp_path, closed):
     """No file of the run takes the place of a closed stream either: what libraries print would end in it."""
     command = ["bash", "-c", f'exec "$@" {closed}', "bash", *COMMAND, "train", "CartPole-v1", *OPTIONS]
-    done = run([*command, "--run-dir", str(tmp_path / "run")])
+    done = run_process([*command, "--run-dir", str(tmp_path / "run")])
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 64
 
@@ -67,7 +67,7 @@ def test_a_run_needs_no_standard_streams(tmp_path, closed):
 def test_a_study_needs_no_standard_streams(tmp_path):
     (tmp_path / "study.toml").write_text(STUDY)
     command = [*COMMAND, "study", str(tmp_path / "study.toml"), "--out", str(tmp_path / "out"), "--jobs", "1"]
-    done = run(["bash", "-c", 'exec "$@" >&-', "bash", *command])
+    done = run_process(["bash", "-c", 'exec "$@" >&-', "bash", *command])
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "summary.csv").exists()
 
@@ -75,7 +75,7 @@ def test_a_study_needs_no_standard_streams(tmp_path):
 @pytest.mark.parametrize("encoding", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0"}])
 def test_output_in_ascii_shows_what_it_lacks_as_an_escape(tmp_path, encoding):
     saved = save_run(tmp_path / "rün")
-    done = run([*COMMAND, "eval", str(saved), "--episodes", "2"], env=os.environ | encoding)
+    done = run_process([*COMMAND, "eval", str(saved), "--episodes", "2"], env=os.environ | encoding)
     assert done.returncode == 0, done.stderr
     assert r" \xb1 " in done.stdout
 
@@ -83,7 +83,7 @@ def test_output_in_ascii_shows_what_it_lacks_as_an_escape(tmp_path, encoding):
 def test_a_study_in_ascii(tmp_path):
     (tmp_path / "study.toml").write_text(STUDY)
     command = [*COMMAND, "study", str(tmp_path / "study.toml"), "--out", str(tmp_path / "ü"), "--jobs", "1"]
-    done = run(command, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    done = run_process(command, env=os.environ | {"PYTHONIOENCODING": "ascii"})
     assert done.returncode == 0, done.stderr
     assert "results: " in done.stdout
 
