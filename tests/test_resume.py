@@ -391,7 +391,7 @@ def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(tm
 
 def test_what_cannot_be_resumed_says_why_and_stays_as_it_is(tmp_path, capsys):
     run = tmp_path / "run"
-    run_in(run, config_of(), total_steps=64)
+    run_in(run, config_of(), total_steps=70)
     (tmp_path / "empty").mkdir()
 
     def files():
@@ -406,8 +406,8 @@ def test_what_cannot_be_resumed_says_why_and_stays_as_it_is(tmp_path, capsys):
 
     for name in ("nowhere", "empty"):
         assert f"{name} holds no run: cannot read config.json" in refused(tmp_path / name)
-    for options in ([], ["--total-steps", 64]):
-        assert f"{run} is complete: say --total-steps with more than 64" in refused(run, *options)
+    for options in ([], ["--total-steps", 70]):
+        assert f"{run} is complete: say --total-steps with more than 70" in refused(run, *options)
     assert "total_steps=9 ends before the first update" in refused(run, "--total-steps", 9)
     with locked(run):
         assert f"{run} is being written by process {os.getpid()} on" in refused(run, "--total-steps", 128)
@@ -418,7 +418,7 @@ def test_what_cannot_be_resumed_says_why_and_stays_as_it_is(tmp_path, capsys):
     (run / "config.json").write_text(run_config.replace('"num_envs": 2', '"num_envs": 1'))
     assert "is of another run: expected num_envs=1 " in refused(run)
     (run / "config.json").write_text(run_config)
-    assert f"{run} has done 64 steps: expected at least that, got total_steps=48" in refused(run, "--total-steps", 48)
+    assert f"{run} has done 70 steps: expected at least that, got total_steps=64" in refused(run, "--total-steps", 64)
     checkpoint_file.write_bytes(b"nothing")
     assert f"{run} holds no whole checkpoint" in refused(run)
 
