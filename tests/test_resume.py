@@ -419,7 +419,8 @@ def test_what_cannot_be_resumed_says_why_and_stays_as_it_is(tmp_path, capsys):
     assert "is of another run: expected num_envs=1 " in refused(run)
     (run / "config.json").write_text(run_config)
     assert f"{run} has done 70 steps: expected at least that, got total_steps=64" in refused(run, "--total-steps", 64)
-    checkpoint_file.write_bytes(b"nothing")
+    for path in checkpoints(run):
+        path.write_bytes(b"nothing")
     assert f"{run} holds no whole checkpoint" in refused(run)
 
 
