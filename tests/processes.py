@@ -64,7 +64,7 @@ def _kill(mark):
         for process in members:
             with contextlib.suppress(psutil.Error):
                 process.kill()
-        psutil.wait_procs(members, timeout=1.0)
+        time.sleep(0.05)
 
 
 def _is_marked(process, mark):

@@ -4,12 +4,16 @@ import json
 import math
 import os
 import shutil
+import signal
+import subprocess
 import sys
+from contextlib import suppress
 
+import psutil
 import pytest
 import torch
 from full_disk import files_of_at_most
-from processes import COMMAND, run_process
+from processes import COMMAND, is_alive, run_process, started, wait_until
 from saved_runs import save_run
 
 from dualhead.cli import main
@@ -233,3 +237,19 @@ def test_weights_that_are_not_finite_are_not_played(tmp_path):
     for use in (evaluate, load_policy):
         with pytest.raises(CheckpointError, match="expected finite weights, got NaN or infinity in"):
             use(saved)
+
+
+# The tests themselves.
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs the environment of other processes")
+def test_a_test_that_fails_leaves_no_process():
+    """Neither the one that it started nor an orphan of that one in a session of its own."""
+    orphan = "import os, time; os.setsid(); print(os.getpid(), flush=True); time.sleep(1000)"
+    command = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {orphan!r}]); sys.stdin.read()"
+    with suppress(ZeroDivisionError), started([sys.executable, "-c", command], stdin=subprocess.PIPE) as process:
+        left = psutil.Process(int(process.stdout.readline()))
+        assert is_alive(left)
+        raise ZeroDivisionError
+    assert process.returncode == -signal.SIGKILL
+    wait_until(lambda: not is_alive(left))
