@@ -2,6 +2,7 @@
 
 import errno
 import importlib.metadata
+import io
 import json
 import math
 import os
@@ -81,6 +82,7 @@ Own = Annotated[OwnParts, arg(name="")]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; errors that a user can mend give one message and exit status 1 or 2."""
+    _mend_standard_streams()
     try:
         try:
             return _main(sys.argv[1:] if arguments is None else list(arguments))
@@ -96,6 +98,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 141  # `dualhead envs | head` has seen enough
         print(f"error: cannot write the output: {error.strerror}", file=sys.stderr)
         return 1
+
+
+def _mend_standard_streams() -> None:
+    """Opens those that were closed at the start, and lets any encoding print any character, as an escape at worst.
+
+    A file that is opened later would take the place of a closed stream, and what libraries print would end in it.
+    """
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            stream = open(os.devnull, "r" if name == "stdin" else "w")  # noqa: SIM115  # open until the process ends
+            os.set_inheritable(stream.fileno(), True)  # the processes of a study need them too
+            setattr(sys, name, stream)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _has_reader() -> bool:
@@ -155,7 +171,8 @@ def _import(modules: Modules = ()) -> None:
 
 def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
     plain = re.sub(r"\x1b\[\d*m", "", str(message))  # Gymnasium colours its own
-    print(f"warning: {plain.removeprefix('WARN: ')}", file=sys.stderr)
+    with suppress(OSError):  # the disk is full: the run goes on
+        print(f"warning: {plain.removeprefix('WARN: ')}", file=sys.stderr)
 
 
 _OF_AGENTS = ["world", "policies", "enforce_norms", "norms", "turnover"]

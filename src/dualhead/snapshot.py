@@ -187,7 +187,8 @@ def make_policy(
     with torch.random.fork_rng(devices=[]):  # the initial weights are overwritten
         made = _make(arguments, parts, source=source)
     fill(made.state_dict(keep_vars=True), without_prefix("policy", tensors), what=source)
-    _check_numbers({f"policy/{name}": tensor for name, tensor in made.named_parameters()}, source=source)
+    checked = dict(made.named_parameters()) | with_prefix("normalizer", dict(made.normalizer.named_buffers()))
+    _check_numbers({f"policy/{name}": tensor for name, tensor in checked.items()}, source=source)
     return made
 
 

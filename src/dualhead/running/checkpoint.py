@@ -19,10 +19,10 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 from torch import Tensor
 
-from dualhead.config import SettingsError, problems
+from dualhead.config import SettingsError, flat, problems
 from dualhead.errors import CheckpointError, RunError, RunInUseError
-from dualhead.running.config import RunConfig
-from dualhead.storage import read_bytes, read_tensors, remove_temporaries, write_bytes, write_tensors
+from dualhead.running.config import MAY_CHANGE, RunConfig
+from dualhead.storage import RUN_PREFIX, read_bytes, read_tensors, remove_temporaries, write_bytes, write_tensors
 
 try:
     import fcntl
@@ -52,8 +52,9 @@ def writing(what: object) -> Iterator[None]:
 def locked(run_dir: str | os.PathLike[str]) -> Iterator[None]:
     """Holds a run directory for writing, after removing what killed processes left unfinished in it.
 
-    The operating system holds the lock (`flock` on the file `.lock`) and releases it when the process ends, however it
-    ends. Where the file system or Windows has no such locks a warning says so, and nothing is refused.
+    The operating system holds the lock (`flock` on the file `.lock`, and on the folder itself in case that somebody
+    deletes the file) and releases it when the process ends, however it ends. Where the file system or Windows has no
+    such locks a warning says so, and nothing is refused.
 
     Raises:
         RunInUseError: another process, or this one already, holds it.
@@ -62,12 +63,19 @@ def locked(run_dir: str | os.PathLike[str]) -> Iterator[None]:
     refuse_links(path)
     with writing(f"the run directory {path}"):
         descriptor = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-    _held.add(descriptor)
+        folder = descriptor if fcntl is None else os.open(path, os.O_RDONLY)
+    _held.update((descriptor, folder))
     try:
         try:
             if fcntl is None:
                 raise OSError(errno.ENOTSUP, "this system has no flock")
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if isinstance(error, BlockingIOError):
+                    raise
+                # NFS locks files alone.
         except BlockingIOError:
             holder = os.read(descriptor, 1000).decode(errors="replace").strip() or "another process"
             raise RunInUseError(
@@ -81,13 +89,13 @@ def locked(run_dir: str | os.PathLike[str]) -> Iterator[None]:
         with writing(f"the run directory {path}"):
             os.ftruncate(descriptor, 0)
             os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-        for folder in (path, path / "checkpoints"):
-            remove_temporaries(folder)
+        for place in (path, path / "checkpoints"):
+            remove_temporaries(place)
         yield
     finally:
-        if descriptor in _held:
-            _held.remove(descriptor)
-            os.close(descriptor)
+        for number in {descriptor, folder} & _held:
+            _held.remove(number)
+            os.close(number)
 
 
 def _release_in_child() -> None:
@@ -106,9 +114,9 @@ def new_run_dir(config: RunConfig) -> Path:
     base = Path("runs") / config.env.replace("/", "-") / f"{config.memory_name}-seed{config.seed}"
     path, number = base if config.run_dir is None else Path(config.run_dir), 1
     while True:
+        with writing(f"the run directory {path}"):
+            path.mkdir(parents=True, exist_ok=True)
         if not (path / "config.json").exists():
-            with writing(f"the run directory {path}"):
-                (path / "checkpoints").mkdir(parents=True, exist_ok=True)
             try:
                 with locked(path):
                     if not (path / "config.json").exists():
@@ -177,6 +185,7 @@ def save_checkpoint(run_dir: Path, tensors: dict[str, Tensor], metadata: dict[st
     """
     path = run_dir / "checkpoints" / f"step-{metadata['num_steps']:012d}.safetensors"
     with writing(f"checkpoint {path}"):
+        path.parent.mkdir(exist_ok=True)  # copies of runs often lack empty folders
         write_tensors(path, tensors, metadata)
         for other in checkpoints(run_dir):
             if other.name > path.name or not other.is_file():
@@ -201,6 +210,7 @@ def save_best(run_dir: Path, tensors: dict[str, Tensor], metadata: dict[str, Any
         except RunError as error:
             warnings.warn(f"{error}; replacing it", stacklevel=2)
     with writing(f"checkpoint {path}"):
+        path.parent.mkdir(exist_ok=True)
         write_tensors(path, tensors, {**metadata, "score": score})
     return True
 
@@ -222,6 +232,7 @@ def read_best(run_dir: str | os.PathLike[str]) -> Checkpoint:
         raise RunError(str(error)) from error
     if type(metadata.get("score")) not in (int, float):
         raise RunError(f"{path} says no score: {metadata.get('score')!r}")
+    expect_own(path, metadata)
     return path, tensors, metadata
 
 
@@ -254,6 +265,7 @@ def use_newest(
         except CheckpointError as error:
             broken.append(error)
             continue
+        expect_own(path, checkpoint[2])
         try:
             used = use(*checkpoint)
         except CheckpointError as error:
@@ -267,3 +279,19 @@ def use_newest(
     for problem in broken:
         warnings.warn(str(problem), stacklevel=2)
     raise RunError(f"{run_dir} holds no whole checkpoint, so it can be neither resumed nor played: train again")
+
+
+def expect_own(path: Path, metadata: dict[str, Any]) -> None:
+    """CheckpointError if a checkpoint is of another run than the directory that it lies in."""
+    folder, run = path.absolute().parent.parent, metadata.get(RUN_PREFIX)
+    settings = read_json(folder / "config.json")
+    if settings is None or not isinstance(run, dict) or not isinstance(run.get("config"), dict):
+        return  # an agent's own file, or away from its run
+    theirs, ours = (flat(of) for of in (run["config"], {n: v for n, v in settings.items() if n not in MAY_CHANGE}))
+    for name in sorted(theirs.keys() | ours.keys()):
+        given, expected = (json.dumps(of[name]) if name in of else "nothing" for of in (theirs, ours))
+        if given != expected:
+            raise CheckpointError(
+                f"{path} is of another run: expected {name}={expected} as in {folder / 'config.json'}, got {given}; "
+                f"remove it, or move it to the run that it belongs to"
+            )

@@ -33,6 +33,13 @@ EVALUATION_SEED = 10_000
 """Of an evaluation's environments and of sampled actions."""
 
 
+MAY_CHANGE = {
+    *("total_steps", "vectorization", "run_dir", "device", "num_threads", "checkpoint_every", "keep_checkpoints"),
+    *("log_to", "eval_episodes", "eval_every", "eval_max_steps", "save_on"),
+}
+"""Settings that may be edited before a run is resumed. Checkpoints hold the others, which say what run it is."""
+
+
 class RunConfig(Config):
     """A training run: which environment, for how long, where."""
 
@@ -130,6 +137,19 @@ class RunConfig(Config):
         if is_id and settings is WorldConfig and given != WorldConfig():
             raise ValueError(f"{unregistered}; environments of Gymnasium have no settings, got {given!r}")
         return given
+
+    @field_validator("run_dir")
+    @classmethod
+    def _is_a_name_that_json_can_hold(cls, given: str | None) -> str | None:
+        try:
+            (given or "").encode()
+        except UnicodeEncodeError as error:
+            raise ValueError("expected a name in UTF-8") from error
+        return given
+
+    def identity(self) -> dict[str, Any]:
+        """What stays the same from a run's beginning to its end; the rest says where, how long, and what it writes."""
+        return self.model_dump(exclude=MAY_CHANGE)
 
     @property
     def memory_name(self) -> str:

@@ -12,6 +12,7 @@ from dualhead.running.evaluation import SELECTION_SEED, Stopped, evaluation_size
 from dualhead.running.machine import Requests, preserved_randomness
 from dualhead.running.session import Session
 from dualhead.running.writers import CSVWriter
+from dualhead.storage import RUN_PREFIX
 from dualhead.worlds.streams import Streams
 
 
@@ -74,7 +75,9 @@ class Evaluator:
             if summary is None:
                 self._session.postpone_evaluation()
                 return {}
-            save_best(self._run_dir, *self._session.learner.state(copy=False), score=summary["mean_return"])
+            tensors, metadata = self._session.learner.state(copy=False)
+            metadata[RUN_PREFIX] = {"config": self._session.config.identity()}
+            save_best(self._run_dir, tensors, metadata, score=summary["mean_return"])
             self._last = num_steps, {f"evaluation/{name}": value for name, value in summary.items()}
         return self._last[1]
 

@@ -17,7 +17,7 @@ from dualhead.networks.encoders import EncoderFactory
 from dualhead.networks.memory import MemoryFactory
 from dualhead.networks.policy import RecurrentPolicy
 from dualhead.population import IndependentPolicies
-from dualhead.running.checkpoint import RunError, use_newest
+from dualhead.running.checkpoint import RunError, expect_own, use_newest
 from dualhead.spaces import ActionSpec, ObservationSpec, all_finite, as_tensor, holds_tensors
 from dualhead.storage import CheckpointError, read_tensors
 from dualhead.types import RecurrentState, on_device
@@ -156,9 +156,11 @@ def load_player(run: str | os.PathLike[str], *, seed: int = 0, **foreign: Any) -
     def load(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> tuple[Player, Path, dict[str, Any]]:
         return _player(path, tensors, metadata, seed=seed, foreign=foreign), path, metadata
 
-    if path.is_file():
-        return load(path, *read_tensors(path))
-    if not (path / "config.json").exists():
+    if os.path.isfile(path):  # unlike the method, False for names that are too long
+        tensors, metadata = read_tensors(path)
+        expect_own(path, metadata)
+        return load(path, tensors, metadata)
+    if not os.path.exists(path / "config.json"):
         raise RunError(f"{run} holds no run: expected a run directory, or a checkpoint file")
     return use_newest(path, load)
 
@@ -199,7 +201,7 @@ def run_directory(run: str | os.PathLike[str]) -> Path:
         RunError: it is a file that lies in no run.
     """
     path = Path(run)
-    if not path.is_file():
+    if not os.path.isfile(path):
         return path
     folder = path.absolute().parent.parent
     if not (folder / "config.json").exists():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -30,6 +31,8 @@ from dualhead.worlds.streams import Streams, StreamStep, restart
 class _RunState(Saved):
     """What a checkpoint says of the run, besides its learner."""
 
+    config: dict[str, Any]
+    """Compared by `checkpoint.expect_own`."""
     seconds: NonNegativeFloat
     learning_rate: NonNegativeFloat | None
     next_checkpoint: NonNegativeInt
@@ -79,9 +82,17 @@ class Session:
             if self.streams.num_streams != config.num_streams:  # streams that `resume` got
                 raise ValueError(f"expected {config.num_streams} streams, got {self.streams.num_streams}")
             self.learner = make_learner(config, self.streams, device=device, encoder=encoder, memory=memory)
-        except (TypeError, ValueError, MemoryError) as error:
+        except (TypeError, ValueError) as error:
             self.close()
             raise RunError(f"{config.env}: {error}") from error
+        except (MemoryError, RuntimeError) as error:
+            self.close()
+            if isinstance(error, RuntimeError) and not re.search("memory|overflow", str(error)):
+                raise
+            raise RunError(
+                f"the networks and the rollout do not fit into memory: lower hidden_size={config.network.hidden_size}, "
+                f"encoder_sizes, num_envs={config.num_envs} or rollout_length={config.ppo.rollout_length}"
+            ) from error
         self.turnover: Turnover | None = None
         if config.turnover.first_turn is not None:
             self.turnover = Turnover(
@@ -172,6 +183,7 @@ class Session:
         """
         tensors, metadata = self.learner.state(copy=False)
         run: dict[str, Any] = {  # as `_RunState` has it
+            "config": self.config.identity(),
             "seconds": self.seconds,
             "learning_rate": self._learning_rate,
             "next_checkpoint": self._due["checkpoint"],

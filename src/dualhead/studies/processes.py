@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.forkserver
@@ -12,7 +13,7 @@ import threading
 import time
 import traceback
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import FrameType
@@ -173,7 +174,8 @@ def _work(config: RunConfig, modules: Sequence[str], answer: Connection) -> None
             import_module(module, what="--import")
         problem = _train(config)
     except Exception as error:
-        traceback.print_exc()
+        with suppress(OSError):  # a full disk must not keep the message from the parent
+            traceback.print_exc()
         expected = isinstance(error, (RunError, CheckpointError, UnavailableEnvironment, ValueError))
         problem = str(error) if expected else f"{type(error).__name__}: {error}"
     # The parent reads only after this process has ended, and a pipe holds 64 kB.
@@ -197,7 +199,9 @@ def _train(config: RunConfig) -> str | None:
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / OUTPUT).open("a") as file:
             for stream in (sys.stdout, sys.stderr):
+                assert isinstance(stream, io.TextIOWrapper)
                 os.dup2(file.fileno(), stream.fileno())
+                stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise RunError(f"cannot write the run directory {folder}: {error.strerror or error}") from error
     if (folder / "config.json").exists():
