@@ -669,7 +669,7 @@ def test_files_that_are_no_checkpoint_are_refused(saved, tmp_path):
     broken = tmp_path / "broken"
     broken.write_bytes(saved.read_bytes()[:500])
     refused(agent, broken, "not a whole dualhead checkpoint")
-    for version, who in (("4", "newer"), ("1", "older")):
+    for version, who in (("5", "newer"), ("1", "older")):
         save_file({"weight": torch.ones(3)}, broken, {"format": "dualhead", "version": version, "json": "{}"})
         refused(agent, broken, f"{who} dualhead")
 

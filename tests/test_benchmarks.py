@@ -5,24 +5,19 @@ import itertools
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from processes import run_process
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 TINY = ["--updates", "1", "--warm-up", "1", "--threads", "1", "--num-envs-factor", "0.25", "--rollout-factor", "0.125"]
 
 
 def run(script, *options, tiny=TINY, **environment):
-    return subprocess.run(
-        [sys.executable, str(BENCHMARKS / script), *tiny, *options],
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = [sys.executable, str(BENCHMARKS / script), *tiny, *options]
+    return run_process(command, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment)
 
 
 @pytest.fixture

@@ -2,11 +2,11 @@
 
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from processes import run_process
 
 from dualhead.studies.study import study_text
 
@@ -18,14 +18,8 @@ ARGUMENTS = {"01_memory.py": ["--total-steps", "2048", "--out", "demo"]}
 @pytest.mark.slow
 @pytest.mark.parametrize("example", sorted(path.name for path in (ROOT / "examples").glob("*.py")))
 def test_example_runs(tmp_path, example):
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / example), *ARGUMENTS.get(example, [])],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONWARNINGS": "default", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = [sys.executable, str(ROOT / "examples" / example), *ARGUMENTS.get(example, [])]
+    done = run_process(command, cwd=tmp_path, env=os.environ | {"PYTHONWARNINGS": "default", "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
 
@@ -66,7 +60,7 @@ def test_what_a_page_says_runs_from_top_to_bottom(tmp_path, page):
         else:
             snippet = re.sub(r"\b(total_steps\s*=\s*)[\d_]+", rf"\g<1>{STEPS}", snippet)
             called = [sys.executable, "-c", snippet]
-        done = subprocess.run(called, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        done = run_process(called, cwd=tmp_path, env=environment)
         assert done.returncode == 0, f"{match[0]}\n{done.stderr}"
 
 

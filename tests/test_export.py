@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import pytest
 import torch
 from agents import make_agent
 from gymnasium import spaces
+from processes import run_process
 from saved_runs import randomize, save_run
 
 from dualhead import MemoryCell, Player, RecurrentState, load_policy
@@ -356,13 +356,8 @@ def test_serving_needs_no_torch(tmp_path):
     export(run, tmp_path / "policy.onnx")
     code = f"import runpy, sys; runpy.run_path({str(EXAMPLE)!r}, run_name='__main__'); "
     code += "print([name for name in ('torch', 'dualhead') if name in sys.modules])"
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "policy.onnx")],
-        env=os.environ | {"PYTHONWARNINGS": "error"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = [sys.executable, "-c", code, str(tmp_path / "policy.onnx")]
+    done = run_process(command, env=os.environ | {"PYTHONWARNINGS": "error"})
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     player, env = load_policy(run), gym.make("dualhead/CartPoleNoVel-v1")

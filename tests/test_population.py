@@ -21,7 +21,7 @@ from dualhead import (
 )
 from dualhead.config import TurnoverConfig
 from dualhead.networks.heads import FactoredCategorical
-from dualhead.population import IndependentLearners, IndependentPolicies, Turnover, strengths_by_agent
+from dualhead.population import IndependentLearners, IndependentPolicies, Turnover, TurnoverState, strengths_by_agent
 from dualhead.running.config import RunConfig
 from dualhead.running.evaluation import evaluation_size, play_episodes
 from dualhead.running.session import Session, make_learner
@@ -348,14 +348,14 @@ def test_turnover_goes_on_where_it_was_saved():
     for turn in range(1, 6):
         one.replace(learners, turn)
     other = turnover(**settings)
-    other.restore(json.loads(json.dumps(one.state())))
+    other.restore(TurnoverState.read(json.loads(json.dumps(one.state())), source="test"))
     assert [one.replace(learners, t) for t in range(6, 20)] == [other.replace(learners, t) for t in range(6, 20)]
     assert one.metrics(None) == other.metrics(None)
     for name in ("individuals", "arrivals", "taken"):
         state = one.state()
         state[name] = state[name][:2]
         with pytest.raises(ValueError, match=name):
-            other.restore(state)
+            other.restore(TurnoverState.read(state, source="test"))
 
 
 def test_with_a_shared_policy_a_newcomer_has_no_memory_and_no_norms():

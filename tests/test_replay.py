@@ -477,7 +477,7 @@ def test_a_tampered_state_is_refused_before_anything_is_used(walking, path, valu
         tensors[path] = value(tensors.get(path))
     saved = {name: tensor for name, tensor in tensors.items() if tensor is not None}, metadata
     before = bits(walking._observations), random.getstate()
-    with pytest.raises(CheckpointError, match="checkpoint holds no state of these environments"):
+    with pytest.raises(CheckpointError, match=r"checkpoint (holds no state of these environments|has no valid)"):
         walking.restore(*saved)
     assert (bits(walking._observations), random.getstate()) == before
     walking.step({"box": np.zeros((2, 2), np.float32), "n": np.zeros(2, int)})

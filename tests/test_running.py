@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from types import SimpleNamespace
@@ -22,6 +21,7 @@ import psutil
 import pytest
 import torch
 from gymnasium import spaces
+from processes import COMMAND, run_process, started
 from settings import spec_segments
 
 import dualhead
@@ -40,7 +40,6 @@ from dualhead.worlds import registry
 from dualhead.worlds.streams import StreamStep, make_streams
 
 SMALL = NetworkConfig.spec(hidden_size=8, encoder_sizes=(8,))
-COMMAND = [sys.executable, "-m", "dualhead"]
 TINY_OPTIONS = ["--total-steps", "64", "--num-envs", "2", "--rollout-length", "8", "--sequence-length", "4"]
 TINY_OPTIONS += ["--batch-size", "8", "--num-epochs", "1", "--hidden-size", "8", "--encoder-sizes", "8"]
 TINY_OPTIONS += ["--eval-episodes", "2", "--num-threads", "1"]
@@ -154,7 +153,7 @@ def test_nothing_changes_a_run_that_is_there(trained, capsys):
         assert main(["eval", str(run), "--episodes", "7", "--seed", "3", "--sample", "--json"]) == 0
         results.append(json.loads(capsys.readouterr().out))
     assert results[0] == results[1]
-    numbers = {"mean_return", "std_return", "ci95_low", "ci95_high", "mean_length", "episodes"}
+    numbers = {"mean_return", "std_return", "ci95_low", "ci95_high", "mean_length", "episodes", "episodes_cut"}
     assert results[0].keys() == numbers | {"returns", "lengths"}
     assert (results[0]["episodes"], results[0]["mean_length"]) == (7, 22)
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
@@ -182,7 +181,9 @@ def test_full_disk_leaves_the_checkpoint_before_whole(tmp_path, monkeypatch):
         real(descriptor)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    with pytest.raises(RunError, match=r"No space left on device.*newest whole one is .*step-000000000200"):
+    with pytest.raises(
+        RunError, match=r"after 300 steps .*No space left on device; the newest checkpoint is .*step-000000000200"
+    ):
         train(tiny_config(run, checkpoint_every=100))
     assert [path.name for path in (run / "checkpoints").iterdir() if path.suffix != ".safetensors"] == []
     assert read_newest(run)[2]["num_steps"] == 200
@@ -250,7 +251,7 @@ def test_checkpoint_of_another_architecture(trained, tmp_path, capsys):
     config["network"]["memory"] = "gru"
     (run / "config.json").write_text(json.dumps(config))
     assert main(["resume", str(run), "--total-steps", "500"]) == 1
-    assert "is of another architecture" in capsys.readouterr().err
+    assert "is of another run: expected network.memory=" in capsys.readouterr().err
 
 
 def test_tuned_settings_are_said_and_overridable(tmp_path, capsys):
@@ -351,9 +352,8 @@ def test_independent_policies_fit_the_tuned_settings(tmp_path):
 
 def test_help_and_import_do_not_load_torch():
     for command in (["-c", "import dualhead"], ["-m", "dualhead", "--help"], ["-m", "dualhead", "train", "--help"]):
-        done = subprocess.run(
-            [sys.executable, "-X", "importtime", *command], capture_output=True, text=True, check=True
-        )
+        done = run_process([sys.executable, "-X", "importtime", *command])
+        assert done.returncode == 0, done.stderr
         loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
         assert not loaded & {"torch", "gymnasium", "numpy"}, command
 
@@ -364,10 +364,10 @@ def test_the_version_is_said(capsys):
 
 
 def test_output_that_nobody_reads_is_no_error():
-    with subprocess.Popen([*COMMAND, "envs"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with started([*COMMAND, "envs"]) as process:
         process.stdout.close()
-        assert process.stderr.read() == b""
-    assert process.returncode == 141
+        assert process.stderr.read() == ""
+        assert process.wait() == 141
 
 
 def test_progress_that_nobody_reads_does_not_end_a_run(monkeypatch):
@@ -388,12 +388,11 @@ def test_progress_that_nobody_reads_does_not_end_a_run(monkeypatch):
 def test_interrupt_saves_a_checkpoint_and_says_where(tmp_path, number):
     command = [*COMMAND, "train", "CartPole-v1", *TINY_OPTIONS]
     command += ["--total-steps", "10000000", "--run-dir", str(tmp_path / "run")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stderr.readline().startswith("steps")
-    time.sleep(0.3)
-    process.send_signal(number)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130
+    with started(command) as process:
+        assert any(line.startswith("steps") for line in process.stderr)  # it has begun
+        process.send_signal(number)
+        out, err = process.communicate()
+    assert process.returncode == 130, err
     assert "Traceback" not in err
     saved = re.search(r"stopped after ([\d,]+) steps; checkpoint: (\S+)", out)
     _, metadata = read_tensors(saved[2])
@@ -454,17 +453,16 @@ def test_a_system_that_does_not_tell_is_not_called_busy(clocks, when):
 
 @pytest.mark.slow
 def test_a_run_says_that_others_fight_with_it_for_the_cores(tmp_path):
-    cores = machine.num_cores()
+    cores, threads = machine.num_cores(), max(2, machine.num_cores())
     spin = [sys.executable, "-c", "while True: pass"]
-    command = [*COMMAND, "train", "CartPole-v1", *TINY_OPTIONS, "--num-threads", str(cores)]
+    command = [*COMMAND, "train", "CartPole-v1", *TINY_OPTIONS, "--num-threads", str(threads)]
     command += ["--total-steps", "10000000", "--run-dir", str(tmp_path / "run")]
     with ExitStack() as stack:
-        run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        for process in (run, *(subprocess.Popen(spin) for _ in range(cores))):
-            stack.enter_context(process)
-            stack.callback(process.kill)
-        said = next((line for line in run.stderr if "threads" in line), "")
-    assert re.search(rf"uses {cores} threads, and other programs keep \d+\.\d of the {cores} cores busy", said)
+        for _ in range(cores):
+            stack.enter_context(started(spin))
+        process = stack.enter_context(started(command, stdout=subprocess.DEVNULL))
+        said = next((line for line in process.stderr if "threads" in line), "")
+    assert re.search(rf"uses {threads} threads, and other programs keep \d+\.\d of the {cores} cores busy", said)
 
 
 def test_metrics_file_grows_columns(tmp_path):
@@ -488,6 +486,7 @@ def test_episode_tracker_by_hand():
 def test_live_display_on_a_terminal(terminal, shown, monkeypatch):
     """A terminal that cannot move its cursor gets plain lines."""
     monkeypatch.setenv("TERM", terminal)
+    monkeypatch.setenv("COLUMNS", "120")  # a narrow terminal shows less
     stream = io.StringIO()
     monkeypatch.setattr(stream, "isatty", lambda: True)
     display = ProgressDisplay(100, stream=stream)
@@ -519,9 +518,7 @@ def test_an_agent_of_ones_own_loads_the_checkpoint_of_a_run(trained):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
 def test_output_that_cannot_be_written_is_said_without_a_traceback():
     with open("/dev/full", "w") as full:
-        done = subprocess.run(
-            [*COMMAND, "envs", "CartPole"], stdout=full, stderr=subprocess.PIPE, text=True, check=False
-        )
+        done = run_process([*COMMAND, "envs", "CartPole"], stdout=full)
     assert (done.returncode, done.stderr) == (1, "error: cannot write the output: No space left on device\n")
 
 

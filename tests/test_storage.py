@@ -13,7 +13,7 @@ import socket
 import struct
 import subprocess
 import sys
-import time
+import tracemalloc
 import warnings
 import zipfile
 
@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 from full_disk import files_of_at_most
+from processes import PATIENCE, started
 from safetensors import safe_open
 from safetensors.torch import load, load_file, save
 
@@ -212,6 +213,7 @@ def in_child(work):
     """Runs `work` in a forked process and gives the signal that ended it, or 0."""
     child = fork()
     if child == 0:
+        signal.alarm(int(PATIENCE))
         try:
             work()
         finally:
@@ -261,7 +263,7 @@ def test_a_disk_without_room_leaves_what_was_there(tmp_path):
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     large = {"large": torch.zeros(100_000)}
     with files_of_at_most(100_000):
-        with pytest.raises(RunError, match=r"cannot write checkpoint .*-0*300.*large; the newest .*-0*200"):
+        with pytest.raises(RunError, match=r"cannot write checkpoint .*-0*300.*large"):
             save_checkpoint(tmp_path, large, {"num_steps": 300}, keep=2)
         with pytest.raises(RunError, match=r"cannot write checkpoint .*best.*large"):
             save_best(tmp_path, large, {"num_steps": 300}, score=2.0)
@@ -269,17 +271,16 @@ def test_a_disk_without_room_leaves_what_was_there(tmp_path):
 
 
 HOLDER = """
-import sys, time
+import sys
 from dualhead.running.checkpoint import locked
 with locked(sys.argv[1]):
     print("held", flush=True)
-    time.sleep(60)
+    sys.stdin.read()
 """
 
 
 def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path):
-    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
-    try:
+    with started([sys.executable, "-c", HOLDER, str(tmp_path)], stdin=subprocess.PIPE) as holder:
         assert holder.stdout.readline() == "held\n"
         said = rf"is being written by process {holder.pid} on {socket.gethostname()}: wait"
         with pytest.raises(RunError, match=said), locked(tmp_path):
@@ -287,9 +288,6 @@ def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path):
         with pytest.raises(RunError, match=said):
             new_run_dir(RunConfig(env="CartPole-v1", run_dir=str(tmp_path)))
         assert not (tmp_path / "config.json").exists()
-    finally:
-        holder.kill()
-        holder.communicate()
     with locked(tmp_path):
         assert (tmp_path / ".lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}\n"
         with pytest.raises(RunError, match=f"process {os.getpid()} on"), locked(tmp_path):
@@ -300,22 +298,22 @@ def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path):
 
 def test_a_forked_child_does_not_hold_the_lock_on(tmp_path):
     """Environments in processes of their own outlive a killed parent for a while."""
-    reads, writes = os.pipe()
+    begun, over = os.pipe(), os.pipe()
     with locked(tmp_path):
         child = fork()
         if child == 0:
-            os.write(writes, b"!")
-            time.sleep(60)
+            os.close(over[1])
+            os.write(begun[1], b"!")
+            os.read(over[0], 1)  # until the parent closes it, or ends
             os._exit(0)
-        os.read(reads, 1)
+        os.read(begun[0], 1)
     try:
         with locked(tmp_path):
             pass
     finally:
-        os.kill(child, signal.SIGKILL)
+        for end in (*begun, *over):
+            os.close(end)
         os.waitpid(child, 0)
-        os.close(reads)
-        os.close(writes)
 
 
 def test_where_nothing_can_be_locked_a_warning_says_so(tmp_path, monkeypatch):
@@ -552,7 +550,7 @@ def test_no_broken_file_is_loaded_or_crashes(tmp_path):
                 counts[kind] = counts.get(kind, 0) + 1
                 assert mutant not in (contents, later)
                 replace(path, mutant)
-                with little_memory(2**30) if sys.platform == "linux" else contextlib.nullcontext():
+                with little_memory(2**32) if sys.platform == "linux" else contextlib.nullcontext():
                     assert str(path) in refusal(agent, path), (kind, number)
                 assert digest(agent) == before, (kind, number)
     assert sum(counts.values()) >= 2000
@@ -565,10 +563,11 @@ def test_a_file_of_a_terabyte_is_refused_at_once(tmp_path):
         with (tmp_path / "file").open("wb") as file:
             file.write(beginning)
             file.truncate(2**40)
-        started = time.perf_counter()
+        tracemalloc.start()
         with pytest.raises(CheckpointError, match="not a whole"):
             read_tensors(tmp_path / "file")
-        assert time.perf_counter() - started < 2
+        assert tracemalloc.get_traced_memory()[1] < 2**27
+        tracemalloc.stop()
 
 
 def test_what_is_no_file_is_refused(tmp_path):

@@ -2,7 +2,6 @@
 
 import json
 import math
-import subprocess
 import sys
 import warnings
 from types import SimpleNamespace
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from processes import run_process
 from saved_runs import rows_of
 
 import dualhead
@@ -311,11 +311,11 @@ def test_own_parts_by_name_and_as_objects(tmp_path, capsys, monkeypatch):
 def test_an_imported_module_brings_a_world_and_its_options(tmp_path):
     (tmp_path / "my_world.py").write_text(OWN_WORLD)
     command = [sys.executable, "-m", "dualhead", "train", "mine", "--import", "my_world"]
-    said = subprocess.run([*command, "--help"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    said = run_process([*command, "--help"], cwd=tmp_path).stdout
     assert "--world.payoff FLOAT" in said
     assert "--world.punishment" not in said
     options = "--world.payoff 3 --total-steps 80 --num-envs 2 --rollout-length 20 --batch-size 20 --eval-episodes 0"
-    subprocess.run([*command, *options.split(), "--run-dir", "run"], cwd=tmp_path, capture_output=True, check=True)
+    assert run_process([*command, *options.split(), "--run-dir", "run"], cwd=tmp_path).returncode == 0
     world = json.loads((tmp_path / "run" / "config.json").read_text())["world"]
     assert world == {"num_agents": 2, "resources": [], "payoff": 3.0}
 

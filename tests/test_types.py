@@ -1,10 +1,10 @@
 """Type checkers are content with correct code, and tell of wrong code; `help` and `repr` are of use."""
 
 import pydoc
-import subprocess
 import sys
 
 import pytest
+from processes import run_process
 
 import dualhead
 from dualhead import CommonsConfig, NetworkConfig, PPOConfig, RunConfig
@@ -52,8 +52,7 @@ def test_mypy_likes_correct_code_and_no_other(tmp_path):
     command = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", str(tmp_path), "--ignore-missing-imports"]
 
     def said(name):
-        done = subprocess.run([*command, name], cwd=tmp_path, capture_output=True, text=True, check=False)
-        return done.stdout
+        return run_process([*command, name], cwd=tmp_path).stdout
 
     assert "Success" in said("correct.py"), said("correct.py")
     wrong = said("wrong.py")

@@ -2,7 +2,6 @@
 
 import json
 import re
-import subprocess
 import sys
 
 import gymnasium as gym
@@ -11,6 +10,7 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 from gymnasium import spaces
+from processes import run_process
 from saved_runs import save_run
 from settings import spec_segments
 
@@ -63,7 +63,8 @@ def gif_frames(path):
 def mp4(path):
     """Width, height, frames per second, and the frames of a video, read by ffmpeg itself."""
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-i", str(path), "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
-    done = subprocess.run(command, capture_output=True, check=True)
+    done = run_process(command, text=False)
+    assert done.returncode == 0, done.stderr
     width, height, fps = map(int, re.search(rb"Video: h264.*yuv420p.* (\d+)x(\d+).* (\d+) fps", done.stderr).groups())
     return width, height, fps, np.frombuffer(done.stdout, np.uint8).reshape(-1, height, width, 3)
 

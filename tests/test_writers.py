@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import dualhead
 from dualhead import RunConfig
 from dualhead.running.checkpoint import RunError
-from dualhead.running.episodes import EpisodeTracker
+from dualhead.running.episodes import EpisodeTracker, TrackerState
 from dualhead.running.writers import CSVWriter, TensorBoardWriter, make_writers
 from dualhead.worlds.streams import StreamStep
 
@@ -313,7 +313,7 @@ def test_numbers_of_episodes_by_hand():
     step([False, True, False], score=np.array([0.0, 4.0, 0.0]), count=[5, 5, 5])
     step([True, False, False], score=np.array([1.0, 0.0, 0.0]))
     resumed = EpisodeTracker(3)
-    resumed.restore(json.loads(json.dumps(tracker.state())))
+    resumed.restore(TrackerState.read(json.loads(json.dumps(tracker.state())), source="test"))
     assert resumed.metrics() == tracker.metrics()
     assert (tracker.metrics()["episode/score"], tracker.metrics()["episode/count"]) == (2.5, 4)
     with pytest.raises(ValueError, match="'score'"):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dualhead import snapshot
 from dualhead.config import NetworkConfig, NormConfig, PPOConfig
-from dualhead.errors import DataError
+from dualhead.errors import CheckpointError, DataError
 from dualhead.learning.advantages import RewardScale, generalized_advantages
 from dualhead.learning.rollout import Rollout
 from dualhead.learning.update import ppo_update
@@ -504,14 +504,29 @@ class DualHeadRecurrentPPO:
         if self.rollout_memory.length:
             raise RuntimeError(f"{call} with {self.rollout_memory.length} steps recorded: call learn(...) before it")
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def forget_actions(self) -> bool:
+        """Takes back an `act` that no `record` has followed, and says whether there was one.
+
+        For an environment that failed in its step. Random numbers that were drawn stay drawn.
+        """
+        was_pending, self._step_is_pending = self._step_is_pending, False
+        if was_pending:
+            memory = self.rollout_memory
+            before = {name: states[:, memory.max_tail + memory.length] for name, states in memory.states.items()}
+            self._update_hidden_state(RecurrentState(**before).map(Tensor.clone))
+        return was_pending
+
+    def state(self, *, copy: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything the agent is: tensors by name, and JSON metadata. `restore` takes them back.
+
+        Args:
+            copy: without it tensors are the agent's own, which its next step changes.
 
         Raises:
             RuntimeError: a step is not recorded yet.
         """
         self._expect_no_pending("save()")
-        return snapshot.take(self)
+        return snapshot.take(self, copy=copy)
 
     def check(self, tensors: dict[str, Tensor], metadata: dict[str, Any], *, source: str = "checkpoint") -> None:
         """Raises what `restore` would raise; the agent stays as it is."""
@@ -535,7 +550,7 @@ class DualHeadRecurrentPPO:
             RuntimeError: a step is not recorded yet.
             OSError: it cannot be written.
         """
-        write_tensors(path, *self.state())
+        write_tensors(path, *self.state(copy=False))
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Continues exactly where the agent that saved this file was; a run's checkpoint serves as well.
@@ -581,7 +596,11 @@ class DualHeadRecurrentPPO:
         tensors, metadata = snapshot.read(path)
         arguments = snapshot.arguments(metadata, source=str(path))
         parts = snapshot.foreign_arguments(metadata, encoder=encoder, memory=memory, source=str(path))
-        made = cls(**arguments, **parts, device=device)
+        snapshot.expect_weights(arguments, tensors, parts, source=str(path))
+        try:
+            made = cls(**arguments, **parts, device=device)
+        except (TypeError, ValueError, RuntimeError, MemoryError) as error:
+            raise CheckpointError(f"{path} describes no possible agent: {error}") from error
         made.restore(tensors, metadata, source=str(path))
         return made
 

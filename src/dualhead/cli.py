@@ -2,6 +2,7 @@
 
 import errno
 import importlib.metadata
+import io
 import json
 import math
 import os
@@ -57,9 +58,23 @@ class OwnParts:
     encoder: Annotated[str | None, arg(metavar="MODULE:NAME", help="The run's own encoder, where it has one.")] = None
     memory: Annotated[str | None, arg(metavar="MODULE:NAME", help="The run's own memory, where it has one.")] = None
     modules: Modules = ()
+    trust: Annotated[bool, arg(help="Import what the run's files name. They can then do anything that you can.")] = (
+        False
+    )
 
-    def found(self) -> dict[str, Any]:
-        return {part: find_part(getattr(self, part), what=f"--{part}") for part in ("encoder", "memory")}
+    def found(self, *runs: str) -> dict[str, Any]:
+        """The parts, imported, and with `--trust` also what the runs name."""
+        named = {part: getattr(self, part) for part in ("encoder", "memory")}
+        if self.trust:
+            from dualhead.running.checkpoint import read_config
+            from dualhead.running.environment import module_of
+            from dualhead.running.playing import run_directory
+
+            for config in map(read_config, map(run_directory, runs)):
+                if config.env_from == "id" and (module := module_of(config.env)):
+                    import_module(module, what="--trust")
+                named = {part: name or getattr(config, part) for part, name in named.items()}
+        return {part: find_part(name, what=f"--{part}") for part, name in named.items()}
 
 
 Own = Annotated[OwnParts, arg(name="")]
@@ -67,6 +82,7 @@ Own = Annotated[OwnParts, arg(name="")]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; errors that a user can mend give one message and exit status 1 or 2."""
+    _mend_standard_streams()
     try:
         try:
             return _main(sys.argv[1:] if arguments is None else list(arguments))
@@ -82,6 +98,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 141  # `dualhead envs | head` has seen enough
         print(f"error: cannot write the output: {error.strerror}", file=sys.stderr)
         return 1
+
+
+def _mend_standard_streams() -> None:
+    """Opens those that were closed at the start, and lets any encoding print any character, as an escape at worst.
+
+    A file that is opened later would take the place of a closed stream, and what libraries print would end in it.
+    """
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            stream = open(os.devnull, "r" if name == "stdin" else "w")  # noqa: SIM115  # open until the process ends
+            os.set_inheritable(stream.fileno(), True)  # the processes of a study need them too
+            setattr(sys, name, stream)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _has_reader() -> bool:
@@ -141,7 +171,8 @@ def _import(modules: Modules = ()) -> None:
 
 def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
     plain = re.sub(r"\x1b\[\d*m", "", str(message))  # Gymnasium colours its own
-    print(f"warning: {plain.removeprefix('WARN: ')}", file=sys.stderr)
+    with suppress(OSError):  # the disk is full: the run goes on
+        print(f"warning: {plain.removeprefix('WARN: ')}", file=sys.stderr)
 
 
 _OF_AGENTS = ["world", "policies", "enforce_norms", "norms", "turnover"]
@@ -280,7 +311,7 @@ def resume(run: Run, own: Own, total_steps: int | None = None) -> int:
     """
     from dualhead.running.trainer import resume
 
-    return _describe_run(resume(run, total_steps=total_steps, **own.found()).summary)
+    return _describe_run(resume(run, total_steps=total_steps, **own.found(run)).summary)
 
 
 def _describe_run(summary: dict[str, Any]) -> int:
@@ -318,14 +349,18 @@ def evaluate(
     from dualhead.running.evaluation import evaluate
     from dualhead.running.video import record_video
 
-    how = {"seed": seed, "deterministic": not sample, **own.found()}
+    how = {"seed": seed, "deterministic": not sample, **own.found(run)}
     # The video first: what is wrong with it shows at once.
     filmed = video and str(record_video(run, video, **how))
     played = evaluate(run, episodes=episodes, **how)
     result = played.summary()
     if json_:
         numbers = {name: value if math.isfinite(value) else None for name, value in result.items()}
-        print(json.dumps(numbers | played._asdict() | ({"video": filmed} if filmed else {})))
+        print(
+            json.dumps(
+                numbers | {"returns": played.returns, "lengths": played.lengths} | ({"video": filmed} if filmed else {})
+            )
+        )
         return 0
     print("returns " + " ".join(f"{value:.6g}" for value in played.returns))
     print(_describe_returns(result))
@@ -376,7 +411,7 @@ def export(run: RunOrCheckpoint, own: Own, out: str = "policy.onnx") -> int:
     """
     from dualhead.running.export import export
 
-    written = export(run, out, **own.found())
+    written = export(run, out, **own.found(run))
     trained, verified = written["run"], written["verified"]
     print(f"{out}: {written['memory']} policy of {trained['env']} after {trained['steps']:,} steps")
     if verified:
@@ -399,7 +434,7 @@ def report(runs: Positional[tuple[str, ...]], own: Own, out: str | None = None, 
     """
     from dualhead.running.report import write_report
 
-    print(write_report(runs, out, replay=replay, **own.found()))
+    print(write_report(runs, out, replay=replay, **own.found(*runs)))
     return 0
 
 

@@ -16,8 +16,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from dualhead.errors import SettingsError
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
+COUNT_LIMIT = 2**53
+"""Of every count: a float holds smaller ones exactly."""
+PositiveInt = Annotated[int, Field(gt=0, lt=COUNT_LIMIT)]
+NonNegativeInt = Annotated[int, Field(ge=0, lt=COUNT_LIMIT)]
 PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 SEED_LIMIT = 2**64

@@ -24,6 +24,10 @@ class DataError(ValueError):
     """An environment gave data that nothing can be learned from: wrong shape, missing part, NaN or infinity."""
 
 
+class EnvironmentFailed(RuntimeError):
+    """An environment raised an error, or its process ended."""
+
+
 class DivergedError(RuntimeError):
     """Losses or gradients stayed non-finite for too many optimiser steps in a row."""
 

@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 
 from dualhead.agent import DualHeadRecurrentPPO
-from dualhead.config import TurnoverConfig
+from dualhead.config import NonNegativeFloat, NonNegativeInt, TurnoverConfig
 from dualhead.networks.encoders import PreviousStep
 from dualhead.networks.heads import DiagonalGaussian, Distribution, FactoredCategorical, Heads
 from dualhead.networks.policy import PolicyOutput, RecurrentPolicy
 from dualhead.norms import NormEvents
 from dualhead.spaces import as_tensor, holds_tensors
-from dualhead.storage import CheckpointError, with_prefix, without_prefix
+from dualhead.storage import CheckpointError, Saved, with_prefix, without_prefix
 from dualhead.types import Observations, RecurrentState, on_device
+from dualhead.worlds.replay import GeneratorState
 
 
 class IndependentLearners:
@@ -105,12 +106,16 @@ class IndependentLearners:
             raise RuntimeError(f"replace() with {length} steps recorded: call learn(...) before it")
         self.learners[agent] = self._make(self._seed_of(individual))
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def forget_actions(self) -> bool:
+        """Takes back an `act` that was not recorded; see `DualHeadRecurrentPPO.forget_actions`."""
+        return sum(learner.forget_actions() for learner in self.learners) > 0  # all of them
+
+    def state(self, *, copy: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything that the learners are; see `DualHeadRecurrentPPO.state`."""
         tensors: dict[str, Tensor] = {}
         parts = []
         for agent, learner in enumerate(self.learners):
-            own, metadata = learner.state()
+            own, metadata = learner.state(copy=copy)
             tensors |= with_prefix(f"agent_{agent}", own)
             parts.append(metadata)
         return tensors, {"num_steps": self.num_steps, "learners": parts}
@@ -212,6 +217,17 @@ def _joined(distributions: list[Any]) -> Distribution:
     return FactoredCategorical(_interleaved([torch.cat(own.logits, dim=-1) for own in distributions]), nvec)
 
 
+class TurnoverState(Saved):
+    """What a checkpoint says of a turnover; the fields are those of `Turnover`."""
+
+    individuals: list[NonNegativeInt]
+    arrivals: list[NonNegativeInt]
+    num_times: NonNegativeInt
+    taken: list[list[NonNegativeFloat]]
+    num_turns: NonNegativeInt
+    random: GeneratorState
+
+
 class Turnover:
     """Which individual has which place, and when newcomers replace individuals.
 
@@ -302,24 +318,25 @@ class Turnover:
         return metrics
 
     def state(self) -> dict[str, Any]:
-        """JSON that `restore` takes back."""
-        return {
-            "individuals": self.individuals.tolist(),
-            "arrivals": self.arrivals.tolist(),
-            "num_times": self.num_times,
-            "taken": self._taken.tolist(),
-            "num_turns": self._num_turns,
-            "random": self._random.bit_generator.state,
-        }
+        """JSON, which `TurnoverState` reads for `restore`."""
+        random: Any = self._random.bit_generator.state
+        return TurnoverState(
+            individuals=self.individuals.tolist(),
+            arrivals=self.arrivals.tolist(),
+            num_times=self.num_times,
+            taken=self._taken.tolist(),
+            num_turns=self._num_turns,
+            random=GeneratorState(**random),
+        ).model_dump()
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Takes back what `state` gave. Raises KeyError, TypeError or ValueError where it is of other agents."""
-        individuals, arrivals = (np.array(state[name], dtype=np.int64) for name in ("individuals", "arrivals"))
-        taken = torch.tensor(state["taken"], dtype=torch.float64)
+    def restore(self, state: TurnoverState) -> None:
+        """Takes back what `state` gave; ValueError where it is of other agents."""
+        individuals, arrivals = (np.array(of, dtype=np.int64) for of in (state.individuals, state.arrivals))
+        taken = torch.tensor(state.taken, dtype=torch.float64)
         if not individuals.shape == arrivals.shape == (self.num_agents,) or taken.shape != self._taken.shape:
             raise ValueError(f"turnover: expected individuals, arrivals and taken of {self.num_agents} agents")
-        self._random.bit_generator.state = state["random"]
-        self.num_times, self._num_turns = int(state["num_times"]), int(state["num_turns"])
+        self._random.bit_generator.state = state.random.model_dump()
+        self.num_times, self._num_turns = state.num_times, state.num_turns
         self.individuals, self.arrivals, self._taken = individuals, arrivals, taken
 
 

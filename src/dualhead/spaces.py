@@ -20,7 +20,8 @@ from dualhead.types import Observations, on_device
 
 ACTION_MASK = "action_mask"
 WHOLE = "observation"
-_MAX_NUMBERS = 100_000_000
+_MAX_DEPTH = 20
+_MAX_NUMBERS = 10_000_000
 """Of one observation. A file may claim any shape, and must not fill the memory by it."""
 _OBSERVATIONS = "Box, Discrete, MultiDiscrete, MultiBinary, and Dict or Tuple of them"
 _ACTIONS = "Discrete, MultiDiscrete (one axis), a Dict of those, or a one-axis Box"
@@ -340,16 +341,27 @@ def space_from_json(saved: Any) -> gym.Space:
     Raises:
         ValueError: it is no such description.
     """
+    space = _space(saved, depth=0)
+    if space_to_json(space) != saved:
+        raise ValueError(
+            f"expected the description of a space, got {saved!s:.80}: that of {space!s:.80} has other entries"
+        )
+    return space
+
+
+def _space(saved: Any, *, depth: int) -> gym.Space:
     try:
+        if depth > _MAX_DEPTH:
+            raise ValueError(f"it has more than {_MAX_DEPTH} spaces inside each other")
         dtype: Any = np.dtype(str(saved.get("dtype", "int64")))
         if dtype.kind not in "biuf":
             raise ValueError(f"its dtype is {dtype}")
         match saved["kind"]:
             case "Dict":
                 # Pairs keep their order; a mapping would be sorted.
-                return spaces.Dict([(str(name), space_from_json(part)) for name, part in saved["parts"]])
+                return spaces.Dict([(str(name), _space(part, depth=depth + 1)) for name, part in saved["parts"]])
             case "Tuple":
-                return spaces.Tuple([space_from_json(part) for part in saved["parts"]])
+                return spaces.Tuple([_space(part, depth=depth + 1) for part in saved["parts"]])
             case "Discrete":
                 return spaces.Discrete(saved["n"], start=saved["start"], dtype=dtype)
             case "MultiDiscrete":
@@ -364,7 +376,7 @@ def space_from_json(saved: Any) -> gym.Space:
             case kind:
                 raise ValueError(f"its kind is {kind!r}")
     except (KeyError, TypeError, AttributeError, AssertionError, OverflowError, ValueError) as error:
-        raise ValueError(f"expected the description of a space, got {str(saved)[:80]}: {error}") from error
+        raise ValueError(f"expected the description of a space, got {saved!s:.80}: {error!s:.200}") from error
 
 
 def _bound(saved: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:

@@ -76,11 +76,13 @@ class Rollout:
     def is_full(self) -> bool:
         return self.length == self.rollout_length
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Every buffer by name, for checkpoints."""
-        named = {f"observations/{name}": buffer for name, buffer in self.observations.items()}
-        named |= {f"states/{name}": buffer for name, buffer in self.states.items()}
-        return named | {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+    def tensors(self, length: int, tail_length: int) -> dict[str, Tensor]:
+        """Views, by name, of the rows that so many steps after so many of the tail fill: what checkpoints hold."""
+        rows = slice(self.max_tail - tail_length, self.max_tail + length)
+        named = {f"observations/{name}": buffer[rows] for name, buffer in self.observations.items()}
+        named |= {f"states/{name}": buffer[:, rows] for name, buffer in self.states.items()}
+        of_steps = {name: value[:length] for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return named | of_steps | {"episode_starts": self.episode_starts[rows]}
 
     def put_step(
         self, observations: Observations, state: RecurrentState, sample: ActionSample, episode_starts: Tensor
@@ -96,6 +98,7 @@ class Rollout:
         self.actions[t] = sample.actions
         self.log_probs[t] = sample.log_probs
         self.values[t] = sample.values
+        self.final_values[t] = 0.0  # written only where an episode is truncated
 
     def complete_step(self, task_rewards: Tensor, guilt: Tensor, terminated: Tensor, truncated: Tensor) -> None:
         """Writes the environment's answer, [B] each, and counts the step."""

@@ -27,8 +27,17 @@ from dualhead.worlds.registry import WORLDS
 
 EVAL_EPISODES = 20
 """Episodes of an evaluation."""
+EVAL_MAX_STEPS = 30_000
+"""Of an episode in an evaluation; an Atari game has at most 27,000."""
 EVALUATION_SEED = 10_000
 """Of an evaluation's environments and of sampled actions."""
+
+
+MAY_CHANGE = {
+    *("total_steps", "vectorization", "run_dir", "device", "num_threads", "checkpoint_every", "keep_checkpoints"),
+    *("log_to", "eval_episodes", "eval_every", "eval_max_steps", "save_on"),
+}
+"""Settings that may be edited before a run is resumed. Checkpoints hold the others, which say what run it is."""
 
 
 class RunConfig(Config):
@@ -66,10 +75,14 @@ class RunConfig(Config):
     """Environment steps between checkpoints."""
     keep_checkpoints: PositiveInt = 2
     """How many of the newest checkpoints stay; the best one does."""
+    save_on: Literal["SIGUSR1", "SIGUSR2"] | None = None
+    """A signal that asks for a checkpoint after the current step, such as before a deadline of the cluster."""
     log_to: tuple[Literal["wandb", "mlflow"], ...] = ()
     """Also log to Weights & Biases or MLflow, beside TensorBoard and metrics.csv."""
     eval_episodes: NonNegativeInt = EVAL_EPISODES
     """Episodes of an evaluation (the same number for each agent of a world); 0: none at the end."""
+    eval_max_steps: PositiveInt = EVAL_MAX_STEPS
+    """Steps after which an evaluation cuts an episode; its return counts as it is then."""
     eval_every: NonNegativeInt = 0
     """Environment steps between evaluations during training, the best of which is kept; 0: none."""
     policies: Literal["shared", "independent"] = "shared"
@@ -124,6 +137,19 @@ class RunConfig(Config):
         if is_id and settings is WorldConfig and given != WorldConfig():
             raise ValueError(f"{unregistered}; environments of Gymnasium have no settings, got {given!r}")
         return given
+
+    @field_validator("run_dir")
+    @classmethod
+    def _is_a_name_that_json_can_hold(cls, given: str | None) -> str | None:
+        try:
+            (given or "").encode()
+        except UnicodeEncodeError as error:
+            raise ValueError("expected a name in UTF-8") from error
+        return given
+
+    def identity(self) -> dict[str, Any]:
+        """What stays the same from a run's beginning to its end; the rest says where, how long, and what it writes."""
+        return self.model_dump(exclude=MAY_CHANGE)
 
     @property
     def memory_name(self) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 from collections.abc import Callable
 from typing import Any, TypeGuard
 
@@ -12,6 +14,7 @@ from gymnasium.vector import VectorEnv
 
 from dualhead.config import WorldConfig
 from dualhead.errors import RunError
+from dualhead.running.checkpoint import read_config
 from dualhead.running.config import RunConfig
 from dualhead.worlds.registry import WORLDS
 from dualhead.worlds.streams import GymnasiumStreams, Streams, make_streams
@@ -44,6 +47,30 @@ def settings_of(env: str | Environment) -> dict[str, Any]:
         f"env: expected an environment id, a callable that makes one environment, a Gymnasium vector environment, or "
         f"Streams, got {env!r}" + ("; pass lambda: ... that makes it" if isinstance(env, gym.Env) else "")
     )
+
+
+def module_of(env: str) -> str | None:
+    """The module that Gymnasium imports to make an environment with this id, `MODULE:ID`; None for a plain id."""
+    module, colon, _ = env.partition(":")
+    return module if colon else None
+
+
+def config_to_play(run: str | os.PathLike[str]) -> RunConfig:
+    """The configuration of a run whose environment is to be made. A run may come from a stranger, so its files import
+    nothing: a module that the environment's id names must be imported already.
+
+    Raises:
+        RunError: it is not, or no run is there.
+    """
+    config = read_config(run)
+    module = module_of(config.env)
+    if config.env_from == "id" and module is not None and module not in sys.modules:
+        raise RunError(
+            f"the environment {config.env!r} of {run} needs the module {module!r}, which the run's files name and "
+            f"which is not imported by itself. If you trust it: --import {module}, or --trust; in Python, import it "
+            f"first"
+        )
+    return config
 
 
 def is_streams(env: Any) -> TypeGuard[Streams | VectorEnv]:

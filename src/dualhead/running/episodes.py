@@ -5,20 +5,37 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterable
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import Field
 from torch import Tensor
 
+from dualhead.config import NonNegativeInt
 from dualhead.errors import DataError
+from dualhead.storage import Saved
 from dualhead.types import as_numpy
 from dualhead.worlds.streams import StreamStep
 
+_WINDOW = 100
+"""Episodes that the means are over."""
+
+
+class TrackerState(Saved):
+    """What a checkpoint says of the episodes: those in progress by stream, and the last ones that ended."""
+
+    running_returns: list[float]
+    running_lengths: list[NonNegativeInt]
+    returns: list[float] = Field(max_length=_WINDOW)
+    lengths: list[NonNegativeInt] = Field(max_length=_WINDOW)
+    numbers: dict[str, Annotated[list[float], Field(max_length=_WINDOW)]]
+    num_episodes: NonNegativeInt
+
 
 def _window(values: Iterable[float] = ()) -> deque[float]:
-    return deque(values, maxlen=100)
+    return deque(values, maxlen=_WINDOW)
 
 
 class EpisodeTracker:
@@ -80,24 +97,23 @@ class EpisodeTracker:
         self.running_lengths[streams] = 0
 
     def state(self) -> dict[str, Any]:
-        """JSON that `restore` reads."""
+        """JSON, which `TrackerState` reads for `restore`."""
         self._fetch()
-        return {
-            "running_returns": self.running_returns.tolist(),
-            "running_lengths": self.running_lengths.tolist(),
-            "returns": list(self._returns),
-            "lengths": list(self._lengths),
-            "numbers": {name: list(values) for name, values in self._numbers.items()},
-            "num_episodes": self.num_episodes,
-        }
+        return TrackerState(
+            running_returns=self.running_returns.tolist(),
+            running_lengths=self.running_lengths.tolist(),
+            returns=list(self._returns),
+            lengths=[int(length) for length in self._lengths],
+            numbers={name: list(values) for name, values in self._numbers.items()},
+            num_episodes=self.num_episodes,
+        ).model_dump()
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: TrackerState) -> None:
         """Continues from a `state`; ValueError if it has another number of streams."""
-        running = np.array(state["running_returns"], dtype=np.float64)
-        if running.shape != self.running_returns.shape:
+        running, lengths = np.array(state.running_returns), np.array(state.running_lengths, dtype=np.int64)
+        if not running.shape == lengths.shape == self.running_returns.shape:
             raise ValueError(f"episodes of {len(running)} streams, expected {len(self.running_returns)}")
-        self.running_returns, self._waiting = running, []
-        self.running_lengths = np.array(state["running_lengths"], dtype=np.int64)
-        self._returns, self._lengths = _window(map(float, state["returns"])), _window(map(int, state["lengths"]))
-        self._numbers = {name: _window(values) for name, values in state["numbers"].items()}
-        self.num_episodes = int(state["num_episodes"])
+        self.running_returns, self.running_lengths, self._waiting = running, lengths, []
+        self._returns, self._lengths = _window(state.returns), _window(state.lengths)
+        self._numbers = {name: _window(values) for name, values in state.numbers.items()}
+        self.num_episodes = state.num_episodes

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dualhead.errors import DataError, RunError, UnavailableEnvironment
+from dualhead.errors import DataError, EnvironmentFailed, RunError, UnavailableEnvironment
 from dualhead.running.checkpoint import save_best
 from dualhead.running.config import EVAL_EPISODES, EVALUATION_SEED
 from dualhead.running.environment import Environment, is_streams, open_streams, settings_of
-from dualhead.running.evaluation import SELECTION_SEED, evaluation_size, play_episodes
-from dualhead.running.machine import preserved_randomness
+from dualhead.running.evaluation import SELECTION_SEED, Stopped, evaluation_size, play_episodes
+from dualhead.running.machine import Requests, preserved_randomness
 from dualhead.running.session import Session
 from dualhead.running.writers import CSVWriter
+from dualhead.storage import RUN_PREFIX
 from dualhead.worlds.streams import Streams
 
 
@@ -41,12 +42,19 @@ class Evaluator:
     Args:
         env: what to play in; None: what the run's settings name.
         resume_at: environment steps of the checkpoint that the run resumes from.
+        requests: one to stop ends an evaluation, which then counts as not begun.
     """
 
     def __init__(
-        self, session: Session, run_dir: Path, *, env: Environment | None = None, resume_at: int | None = None
+        self,
+        session: Session,
+        run_dir: Path,
+        *,
+        env: Environment | None = None,
+        resume_at: int | None = None,
+        requests: Requests | None = None,
     ) -> None:
-        self._session, self._run_dir, self._env = session, run_dir, env
+        self._session, self._run_dir, self._env, self._requests = session, run_dir, env, requests
         self._writer = CSVWriter(run_dir, name="evaluations.csv", resume_at=resume_at)
         self._streams: Streams | None = None
         self._last: tuple[int, dict[str, float]] = (-1, {})
@@ -64,27 +72,43 @@ class Evaluator:
         num_steps = self._session.learner.num_steps
         if self._last[0] != num_steps:
             summary = self._play(SELECTION_SEED)
-            save_best(self._run_dir, *self._session.learner.state(), score=summary["mean_return"])
+            if summary is None:
+                self._session.postpone_evaluation()
+                return {}
+            tensors, metadata = self._session.learner.state(copy=False)
+            metadata[RUN_PREFIX] = {"config": self._session.config.identity()}
+            save_best(self._run_dir, tensors, metadata, score=summary["mean_return"])
             self._last = num_steps, {f"evaluation/{name}": value for name, value in summary.items()}
         return self._last[1]
 
-    def conclude(self) -> dict[str, float]:
+    def conclude(self) -> dict[str, float] | None:
         """The summary of the episodes that `dualhead eval` plays too, and that did not choose the best checkpoint."""
         if self._session.config.eval_every:
             self.evaluate()
         return self._play(EVALUATION_SEED)
 
-    def _play(self, seed: int) -> dict[str, float]:
-        """Plays episodes, and writes their row unless there is one of these steps."""
+    def _play(self, seed: int) -> dict[str, float] | None:
+        """Plays episodes, and writes their row unless there is one of these steps. None after a request to stop."""
         session = self._session
         if self._streams is None:
             self._streams = open_evaluation(session, self._env)
         _, episodes = evaluation_size(session.config, session.config.eval_episodes or EVAL_EPISODES)
         try:
             with preserved_randomness():
-                played = play_episodes(session.learner.policy, self._streams, episodes=episodes, seed=seed)
-        except DataError as error:
-            raise DataError(f"in an evaluation, {error}") from error
+                played = play_episodes(
+                    session.learner.policy,
+                    self._streams,
+                    episodes=episodes,
+                    seed=seed,
+                    max_steps=session.config.eval_max_steps,
+                    requests=self._requests,
+                )
+        except (DataError, EnvironmentFailed) as error:
+            session.postpone_evaluation()
+            session.save(self._run_dir)
+            raise RunError(f"in an evaluation, {error}") from error
+        except Stopped:
+            return None
         summary = played.summary()
         if self._writer.last_steps != session.learner.num_steps:  # a killed run may have written it
             self._writer.write(session.learner.num_steps, summary)

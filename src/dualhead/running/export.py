@@ -21,7 +21,7 @@ from dualhead.networks.encoders import EncoderFactory
 from dualhead.networks.heads import DiagonalGaussian, FactoredCategorical
 from dualhead.networks.memory import MemoryFactory
 from dualhead.networks.policy import RecurrentPolicy
-from dualhead.running.checkpoint import RunError, read_json, write_json
+from dualhead.running.checkpoint import RunError, read_config, write_json
 from dualhead.running.playing import Policy, load_player
 from dualhead.spaces import ACTION_MASK, WHOLE, ActionSpec, ObservationSpec, torch_dtype
 from dualhead.storage import write_bytes
@@ -100,8 +100,9 @@ def export(
             ActionSpec(player.action_space),
         )
         folder = path.absolute().parent.parent
-        if config := read_json(folder / "config.json"):
-            run |= {"directory": folder.name, "env": config.get("env"), "seed": config.get("seed")}
+        if (folder / "config.json").exists():
+            config = read_config(folder)
+            run |= {"directory": folder.name, "env": config.env, "seed": config.seed}
         run |= {"checkpoint": path.name, "steps": metadata["num_steps"]}
     if not isinstance(policy, RecurrentPolicy):
         raise RunError(f"{source} holds a policy for each agent: only a run with --policies shared can be exported")

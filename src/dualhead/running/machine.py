@@ -13,11 +13,15 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from types import FrameType
+from typing import Any
 
 import numpy as np
 import psutil
 import torch
+
+from dualhead.errors import RunError
 
 _SECONDS_BEFORE_LOOKING = 2.0
 """After this many seconds a run checks once whether other programs compete for its cores."""
@@ -119,24 +123,49 @@ def _cores() -> set[int]:
     return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
 
 
+@dataclass
+class Requests:
+    """What signals have asked a run for."""
+
+    stop: bool = False
+    save: bool = False
+
+
 @contextmanager
-def stop_requests() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM in a list; the second signal raises KeyboardInterrupt."""
-    received: list[int] = []
+def requests_by_signal(*, save_on: str | None = None) -> Iterator[Requests]:
+    """SIGINT, SIGTERM and SIGHUP ask a run to stop, and the second of them raises KeyboardInterrupt.
+
+    Args:
+        save_on: name of the signal that asks for a checkpoint.
+
+    Raises:
+        RunError: this system has no such signal.
+    """
+    requests = Requests()
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
-        yield received
+        yield requests
         return
 
-    def remember(number: int, frame: FrameType | None) -> None:
-        if received:
+    def stop(number: int, frame: FrameType | None) -> None:
+        if requests.stop:
             raise KeyboardInterrupt
-        received.append(number)
+        requests.stop = True
         with suppress(RuntimeError, OSError):  # it may arrive during another print, or after the reader has gone
             print("stopping after this step; once more to stop at once", file=sys.stderr)
 
-    before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    def save(number: int, frame: FrameType | None) -> None:
+        requests.save = True
+
+    handlers: dict[int, Any] = {signal.SIGINT: stop, signal.SIGTERM: stop}
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
+        handlers[signal.SIGHUP] = stop
+    if save_on is not None:
+        if not hasattr(signal, save_on):
+            raise RunError(f"save_on: this system has no signal {save_on}: expected None")
+        handlers[getattr(signal, save_on)] = save
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
-        yield received
+        yield requests
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

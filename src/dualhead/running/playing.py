@@ -17,9 +17,9 @@ from dualhead.networks.encoders import EncoderFactory
 from dualhead.networks.memory import MemoryFactory
 from dualhead.networks.policy import RecurrentPolicy
 from dualhead.population import IndependentPolicies
-from dualhead.running.checkpoint import RunError, read_newest
+from dualhead.running.checkpoint import RunError, expect_own, use_newest
 from dualhead.spaces import ActionSpec, ObservationSpec, all_finite, as_tensor, holds_tensors
-from dualhead.storage import CheckpointError, fill, read_tensors, without_prefix
+from dualhead.storage import CheckpointError, read_tensors
 from dualhead.types import RecurrentState, on_device
 
 Policy = RecurrentPolicy | IndependentPolicies
@@ -149,49 +149,49 @@ def load_policy(
     return load_player(run, seed=seed, encoder=encoder, memory=memory)[0]
 
 
-def load_player(
-    run: str | os.PathLike[str], *, seed: int = 0, world: Any = None, **foreign: Any
-) -> tuple[Player, Path, dict[str, Any]]:
-    """As `load_policy`, with the checkpoint's path and metadata. The spaces of a `world` must be the policy's."""
+def load_player(run: str | os.PathLike[str], *, seed: int = 0, **foreign: Any) -> tuple[Player, Path, dict[str, Any]]:
+    """As `load_policy`, with the checkpoint's path and metadata."""
     path = Path(run)
-    if path.is_file():
+
+    def load(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> tuple[Player, Path, dict[str, Any]]:
+        return _player(path, tensors, metadata, seed=seed, foreign=foreign), path, metadata
+
+    if os.path.isfile(path):  # unlike the method, False for names that are too long
         tensors, metadata = read_tensors(path)
-    elif not (path / "config.json").exists():
+        expect_own(path, metadata)
+        return load(path, tensors, metadata)
+    if not os.path.exists(path / "config.json"):
         raise RunError(f"{run} holds no run: expected a run directory, or a checkpoint file")
-    else:
-        path, tensors, metadata = read_newest(path)
-    learners = metadata.get("learners")
+    return use_newest(path, load)
+
+
+def _player(
+    path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any], *, seed: int, foreign: dict[str, Any]
+) -> Player:
+    """The player of one checkpoint."""
+    learners = snapshot.learners(tensors, metadata, source=str(path))
     for name, part in foreign.items():
-        if learners and isinstance(part, nn.Module):
+        if "learners" in metadata and isinstance(part, nn.Module):
             raise CheckpointError(f"{name}: {path} has several policies: expected a class or factory, got a module")
     policies: list[RecurrentPolicy] = []
-    for number, of_learner in enumerate(learners if isinstance(learners, list) and learners else [metadata]):
-        arguments = snapshot.arguments(of_learner, source=str(path))
-        spaces = arguments["observation_space"], arguments["action_space"]
-        theirs = spaces if world is None else (world.observation_space, world.action_space)
-        if spaces != theirs:
-            raise CheckpointError(f"{path} has the spaces {spaces}, but the environment has {theirs}")
-        parts = snapshot.foreign_arguments(of_learner, source=str(path), **foreign)
-        try:
-            with torch.random.fork_rng(devices=[]):  # the initial weights are overwritten
-                made = RecurrentPolicy(
-                    ObservationSpec(spaces[0]),
-                    ActionSpec(spaces[1]),
-                    config=arguments["network"],
-                    normalize_observations=arguments["config"].normalize_observations,
-                    **parts,
-                ).to(arguments["dtype"])
-        except (TypeError, ValueError) as error:
-            raise CheckpointError(f"{path} describes no possible policy: {error}") from error
+    for of_learner, own in learners:
+        arguments = snapshot.arguments(own, source=str(path))
+        parts = snapshot.foreign_arguments(own, source=str(path), **foreign)
+        made = snapshot.make_policy(arguments, of_learner, parts, source=str(path))
         for name, part in made.foreign_parts.items():
-            saved = str(of_learner["foreign_parts"][name])
+            saved = str(own["foreign_parts"][name])
             if saved.rpartition(":")[2] != part.rpartition(":")[2]:  # the class may have moved to another module
                 raise CheckpointError(f"{path} was saved with the {name} {saved}, got {part}")
-        prefix = f"agent_{number}/policy" if learners else "policy"
-        fill(made.state_dict(keep_vars=True), without_prefix(prefix, tensors), what=str(path))
         policies.append(made)
-    policy: Policy = IndependentPolicies(policies) if learners else policies[0]
-    return Player(policy, *spaces, seed=seed), path, metadata
+    policy: Policy = IndependentPolicies(policies) if "learners" in metadata else policies[0]
+    return Player(policy, arguments["observation_space"], arguments["action_space"], seed=seed)
+
+
+def expect_spaces(player: Player, world: Any, path: Path) -> None:
+    """Raises CheckpointError where a world has other spaces than the policy in `path`."""
+    ours, theirs = ((of.observation_space, of.action_space) for of in (player, world))
+    if ours != theirs:
+        raise CheckpointError(f"{path} has the spaces {ours}, but the environment has {theirs}")
 
 
 def run_directory(run: str | os.PathLike[str]) -> Path:
@@ -201,7 +201,7 @@ def run_directory(run: str | os.PathLike[str]) -> Path:
         RunError: it is a file that lies in no run.
     """
     path = Path(run)
-    if not path.is_file():
+    if not os.path.isfile(path):
         return path
     folder = path.absolute().parent.parent
     if not (folder / "config.json").exists():

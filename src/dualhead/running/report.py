@@ -20,11 +20,12 @@ from dualhead.running.checkpoint import RunError
 from dualhead.running.config import EVALUATION_SEED, default_settings, preset_settings
 from dualhead.running.report_figures import DASHES, NUM_COLORS, NUM_STRETCHES, curves, draw, number
 from dualhead.running.results import Run, read_run
-from dualhead.storage import CheckpointError
+from dualhead.storage import CheckpointError, read_bytes, write_bytes
 from dualhead.worlds.streams import UnavailableEnvironment
 
 REPLAY_STEPS = 500
 MAX_REPLAY_BYTES = 10_000_000
+MAX_GIF_BYTES = 1_000_000_000
 MAX_REPLAYS = 4
 MAX_NAMED_SETTINGS = 3
 """Groups that differ in more settings than this are named by their folders."""
@@ -68,7 +69,7 @@ def write_report(
     page = render(groups, [_replay(path, encoder=encoder, memory=memory) for path in shown])
     path = Path(out) if out is not None else (paths[0] if len(paths) == 1 else Path()) / "report.html"
     try:
-        path.write_text(page, encoding="utf-8")
+        write_bytes(path, page.encode())
     except OSError as error:
         raise RunError(f"cannot write the report {path}: {error.strerror or error}; name a file with --out") from error
     return path
@@ -195,8 +196,8 @@ def _outcome(run: Run) -> tuple[float, str] | None:
     """A run's final return, with its interval and source: the final evaluation, else the newest, else training."""
     evaluation = run.summary.get("evaluation")
     if isinstance(evaluation, dict) and "mean_return" in evaluation:
-        spread = _interval(evaluation) or f"± {number(evaluation['std_return'])} (deviation)"
-        return evaluation["mean_return"], f"{spread}, evaluation over {evaluation['episodes']} episodes"
+        spread = _interval(evaluation) or f"± {number(evaluation.get('std_return', math.nan))} (deviation)"
+        return evaluation["mean_return"], f"{spread}, evaluation over {evaluation.get('episodes', 'unknown')} episodes"
     for table, name, source in (
         (run.evaluations, "mean_return", "evaluation"),
         (run.metrics, "episode/mean_return", "training"),
@@ -257,7 +258,7 @@ def _replay(run_dir: Path, **parts: Any) -> dict[str, str]:
     image = problem = ""
     try:
         path = run_dir / "replay.gif"
-        contents = path.read_bytes() if path.exists() else _record(run_dir, **parts)
+        contents = read_bytes(path, at_most=MAX_GIF_BYTES) if path.exists() else _record(run_dir, **parts)
         if contents[:4] != b"GIF8":
             problem = "replay.gif is no GIF"
         elif len(contents) > MAX_REPLAY_BYTES:

@@ -5,17 +5,23 @@ from __future__ import annotations
 import csv
 import io
 import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, ValidationError
 
+from dualhead.config import COUNT_LIMIT, NonNegativeInt, problems
 from dualhead.errors import RunError
 from dualhead.running.checkpoint import read_config, read_json
 from dualhead.running.config import RunConfig
+from dualhead.storage import read_bytes
 
+_MAX_METRICS = 2**31
+"""Bytes."""
 FloatArray = NDArray[np.float64]
 
 
@@ -57,9 +63,42 @@ def read_run(path: Path, *, condition: str = "") -> Run:
     metrics, evaluations = read_table(path / "metrics.csv"), read_table(path / "evaluations.csv")
     if not len(metrics.steps):
         raise RunError(f"{path} has no numbers yet: metrics.csv gets a row after the first update")
-    summary = read_json(path / "summary.json") or {}
+    summary = read_summary(path)
     newest = max(int(table.steps[-1]) for table in (metrics, evaluations) if len(table.steps))
     return Run(path, config, metrics, evaluations, summary if summary.get("steps", 0) >= newest else {}, condition)
+
+
+class _Evaluation(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    mean_return: float
+    std_return: float = math.nan
+    ci95_low: float = math.nan
+    ci95_high: float = math.nan
+    episodes: NonNegativeInt = 0
+
+
+class _Summary(BaseModel):
+    """What is read of a `summary.json`."""
+
+    model_config = ConfigDict(strict=True)
+
+    steps: NonNegativeInt = 0
+    stopped_early: bool = True
+    seconds: float = math.nan
+    evaluation: _Evaluation | None = None
+
+
+def read_summary(run_dir: Path) -> dict[str, Any]:
+    """The contents of a run's summary; nothing if there is none, or none that a run wrote."""
+    path = run_dir / "summary.json"
+    contents = read_json(path) or {}
+    try:
+        return contents | _Summary.model_validate(contents).model_dump(exclude_unset=True)
+    except ValidationError as error:
+        name, message = problems(error)[0]
+        warnings.warn(f"{path} is not used, it is no summary of a run: {name}: {message:.200}", stacklevel=2)
+        return {}
 
 
 def read_table(path: Path) -> Table:
@@ -89,7 +128,8 @@ def read_rows(path: Path) -> tuple[list[str], list[list[str]], int]:
         RunError: the file cannot be read, or holds something else.
     """
     try:
-        text = path.read_text(encoding="utf-8", errors="replace").replace("\0", "")
+        contents = read_bytes(path, at_most=_MAX_METRICS)
+        text = contents.decode(errors="replace").replace("\0", "").replace("\r\n", "\n")
         lines = list(csv.reader(io.StringIO(text[: text.rfind("\n") + 1], newline="")))
     except FileNotFoundError:
         lines = []
@@ -103,7 +143,7 @@ def read_rows(path: Path) -> tuple[list[str], list[list[str]], int]:
     kept: list[list[str]] = []
     num_damaged = 0
     for row in rows:
-        if len(row) != len(columns) or not row[0].isdecimal():
+        if len(row) != len(columns) or not _is_count(row[0]):
             num_damaged += 1
             continue
         while kept and int(kept[-1][0]) >= int(row[0]):
@@ -115,11 +155,15 @@ def read_rows(path: Path) -> tuple[list[str], list[list[str]], int]:
 def last_steps(path: Path) -> int:
     """Environment steps of the last row of a file of metrics; 0 if there is none."""
     try:
-        contents = path.read_bytes()
+        contents = read_bytes(path, at_most=_MAX_METRICS)
     except OSError:
         return 0
-    steps = contents.rstrip().rpartition(b"\n")[2].partition(b",")[0]
-    return int(steps) if steps.isdigit() else 0
+    steps = contents.rstrip().rpartition(b"\n")[2].partition(b",")[0].decode(errors="replace")
+    return int(steps) if _is_count(steps) else 0
+
+
+def _is_count(text: str) -> bool:
+    return text.isdecimal() and len(text) < 20 and int(text) < COUNT_LIMIT
 
 
 def interval(values: Sequence[float] | FloatArray) -> tuple[float, float]:

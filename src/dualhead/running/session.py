@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -15,15 +16,32 @@ import torch
 from torch import Tensor, nn
 
 from dualhead.agent import DualHeadRecurrentPPO
+from dualhead.config import NonNegativeFloat, NonNegativeInt
 from dualhead.errors import CheckpointError, DataError, RunError
-from dualhead.population import IndependentLearners, Turnover, strengths_by_agent
+from dualhead.population import IndependentLearners, Turnover, TurnoverState, strengths_by_agent
 from dualhead.running.checkpoint import save_checkpoint
 from dualhead.running.config import RunConfig
 from dualhead.running.environment import Environment, is_streams, open_streams
-from dualhead.running.episodes import EpisodeTracker
-from dualhead.storage import RUN_PREFIX, with_prefix, without_prefix
+from dualhead.running.episodes import EpisodeTracker, TrackerState
+from dualhead.storage import RUN_PREFIX, Saved, with_prefix, without_prefix
 from dualhead.worlds.replay import CannotReplay
 from dualhead.worlds.streams import Streams, StreamStep, restart
+
+
+class _RunState(Saved):
+    """What a checkpoint says of the run, besides its learner."""
+
+    config: dict[str, Any]
+    """Compared by `checkpoint.expect_own`."""
+    seconds: NonNegativeFloat
+    learning_rate: NonNegativeFloat | None
+    next_checkpoint: NonNegativeInt
+    next_evaluation: NonNegativeInt | None
+    metrics: dict[str, int | float]
+    tracker: TrackerState
+    turnover: TurnoverState | None
+    streams: dict[str, Any] | None
+    """Checked by the streams."""
 
 
 class Session:
@@ -67,6 +85,14 @@ class Session:
         except (TypeError, ValueError) as error:
             self.close()
             raise RunError(f"{config.env}: {error}") from error
+        except (MemoryError, RuntimeError) as error:
+            self.close()
+            if isinstance(error, RuntimeError) and not re.search("memory|overflow", str(error)):
+                raise
+            raise RunError(
+                f"the networks and the rollout do not fit into memory: lower hidden_size={config.network.hidden_size}, "
+                f"encoder_sizes, num_envs={config.num_envs} or rollout_length={config.ppo.rollout_length}"
+            ) from error
         self.turnover: Turnover | None = None
         if config.turnover.first_turn is not None:
             self.turnover = Turnover(
@@ -135,15 +161,29 @@ class Session:
         self._due[what] = num_steps + every
         return True
 
-    def save(self, run_dir: Path, *, seconds: float) -> None:
-        """Writes a checkpoint, after so many seconds of training."""
-        self.seconds = seconds
-        save_checkpoint(run_dir, *self.state(), keep=self.config.keep_checkpoints)
+    def postpone_evaluation(self) -> None:
+        """Plans the evaluation that is under way for after the next update."""
+        self._due["eval"] = self.learner.num_steps
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and JSON of a checkpoint: the learner's own, and those of the run under the prefix `run`."""
-        tensors, metadata = self.learner.state()
-        run: dict[str, Any] = {
+    def save(self, run_dir: Path, *, seconds: float | None = None, with_streams: bool = True) -> Path:
+        """Writes a checkpoint, after so many seconds of training.
+
+        Args:
+            with_streams: False after an environment failed in the middle of a step; a resumed run begins new episodes.
+        """
+        if seconds is not None:
+            self.seconds = seconds
+        state = self.state(with_streams=with_streams)
+        return save_checkpoint(run_dir, *state, keep=self.config.keep_checkpoints)
+
+    def state(self, *, with_streams: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and JSON of a checkpoint: the learner's own, and those of the run under the prefix `run`.
+
+        The learner's tensors are its own and no copies.
+        """
+        tensors, metadata = self.learner.state(copy=False)
+        run: dict[str, Any] = {  # as `_RunState` has it
+            "config": self.config.identity(),
             "seconds": self.seconds,
             "learning_rate": self._learning_rate,
             "next_checkpoint": self._due["checkpoint"],
@@ -154,7 +194,7 @@ class Session:
             "streams": None,
         }
         of_run = {"rng": torch.get_rng_state()}
-        if self.streams.resumable is None:
+        if with_streams and self.streams.resumable is None:
             try:
                 of_streams, run["streams"] = self.streams.state()
                 of_run |= with_prefix("streams", of_streams)
@@ -170,25 +210,25 @@ class Session:
         """
         own = {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{RUN_PREFIX}/")}
         of_run = without_prefix(RUN_PREFIX, tensors)
+        run = _RunState.read(metadata.get(RUN_PREFIX), source=source)
+        if (run.turnover is None) != (self.turnover is None):
+            raise CheckpointError(f"{source} has no valid turnover: expected one exactly where newcomers are planned")
         self.learner.restore(own, metadata, source=source)
+        self.seconds, self.metrics, self._learning_rate = run.seconds, dict(run.metrics), run.learning_rate
+        # A resumed run may evaluate where it did not before.
+        evaluation = run.next_evaluation or self.learner.num_steps + self.config.eval_every
+        self._due = {"checkpoint": run.next_checkpoint, "eval": evaluation}
         try:
-            run = metadata[RUN_PREFIX]
-            self.seconds, self.metrics = float(run["seconds"]), dict(run["metrics"])
-            self.learning_rate = run["learning_rate"]
-            # A resumed run may evaluate where it did not before.
-            evaluation = run["next_evaluation"] or self.learner.num_steps + self.config.eval_every
-            self._due = {"checkpoint": int(run["next_checkpoint"]), "eval": int(evaluation)}
-            self.tracker.restore(run["tracker"])
-            if self.turnover is not None:
-                self.turnover.restore(run["turnover"])
-            of_streams = run["streams"]
+            self.tracker.restore(run.tracker)
+            if self.turnover is not None and run.turnover is not None:
+                self.turnover.restore(run.turnover)
             torch.set_rng_state(of_run["rng"])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{source} lacks a part of the run: {error!r}") from error
         why_not = "their state was not saved"
-        if of_streams is not None:
+        if run.streams is not None:
             try:
-                self.observations = self.streams.restore(without_prefix("streams", of_run), of_streams, source=source)
+                self.observations = self.streams.restore(without_prefix("streams", of_run), run.streams, source=source)
                 return
             except CannotReplay as error:
                 why_not = str(error)

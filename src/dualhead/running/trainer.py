@@ -5,30 +5,32 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from dualhead import snapshot
 from dualhead.agent import DualHeadRecurrentPPO
-from dualhead.errors import DataError, DivergedError, RunError, SettingsError
+from dualhead.errors import CheckpointError, DataError, DivergedError, EnvironmentFailed, RunError, SettingsError
 from dualhead.population import IndependentLearners
 from dualhead.running import machine
 from dualhead.running.checkpoint import (
+    Checkpoint,
     checkpoints,
     locked,
     new_run_dir,
     read_config,
-    read_json,
-    read_newest,
+    use_newest,
     write_json,
 )
 from dualhead.running.config import RunConfig, planned
-from dualhead.running.environment import Environment, is_streams, settings_of
+from dualhead.running.environment import Environment, config_to_play, is_streams, settings_of
 from dualhead.running.evaluator import Evaluator, open_evaluation
 from dualhead.running.parts import find_part, name_of
+from dualhead.running.results import read_summary
 from dualhead.running.session import Session, make_numbers
 from dualhead.running.writers import Writer, expect_writers, make_writers, require_packages
 
@@ -73,7 +75,8 @@ def train(
         result = dualhead.train("CartPole-v1", total_steps=50_000, ppo=PPOConfig(gamma=0.95))
         result = dualhead.train(lambda: MyEnv(size=7), num_envs=8, writers=[MyWriter()])
 
-    Ctrl-C (or SIGTERM) ends the run after the current step, with a checkpoint; a second one ends it at once.
+    Ctrl-C (or SIGTERM, or SIGHUP) ends the run after the current step, with a checkpoint; a second one ends it at once.
+    Where an environment fails, the run ends with a checkpoint of the agent before the step.
 
     Args:
         env: an environment id, a callable that makes one environment, a Gymnasium vector environment in SAME_STEP
@@ -96,7 +99,8 @@ def train(
         SettingsError: impossible settings.
         UnavailableEnvironment: the environment cannot be made.
         RunError: spaces or settings do not fit each other, `eval_env` cannot be used, the run directory cannot be
-            written or is in use, the environment gave data that cannot be learned from, or a metric is no number.
+            written or is in use, an environment failed or gave data that cannot be learned from, or a metric is no
+            number.
     """
     own_env = None if isinstance(env, str | RunConfig) else env
     given = _Given(own_env, encoder, memory, learning_rate, writers, on_update, eval_env, show_progress)
@@ -146,7 +150,7 @@ def resume(
         CheckpointError: its checkpoint does not fit its configuration.
     """
     given = _Given(env, encoder, memory, learning_rate, writers, on_update, eval_env, show_progress)
-    config = read_config(run).model_copy(update={"run_dir": str(run)})
+    config = config_to_play(run).model_copy(update={"run_dir": str(run)})
     if total_steps is not None:
         try:
             config = RunConfig(**config.model_dump() | {"total_steps": total_steps})
@@ -185,8 +189,17 @@ def _run(config: RunConfig, given: _Given, *, resumed: Path | None = None) -> Tr
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     machine.seed_everything(config.seed)
+    run_dir, saved, untold = resumed, None, False
     with ExitStack() as stack:
-        saved = None
+
+        def say_how_to_go_on(_: Any, error: BaseException | None, __: Any) -> None:
+            if error is not None and untold:
+                said = "stopped at once" if isinstance(error, KeyboardInterrupt) else "the run failed"
+                with suppress(OSError):  # the terminal may be gone
+                    print(f"{said}; {_how_to_go_on(run_dir)}", file=sys.stderr)
+
+        stack.push(say_how_to_go_on)  # the first here is the last on the way out
+        requests = stack.enter_context(machine.requests_by_signal(save_on=config.save_on))
         if resumed is not None:
             stack.enter_context(locked(resumed))
             saved = _newest_unfinished(resumed, config)
@@ -208,8 +221,7 @@ def _run(config: RunConfig, given: _Given, *, resumed: Path | None = None) -> Tr
         if saved is None:
             session.begin()
         else:
-            session.restore(saved[1], saved[2], source=str(saved[0]))
-            print(f"going on from {saved[0]}")
+            print(f"going on from {_restore(session, run_dir, saved)}")
         if resumed is not None and read_config(run_dir).total_steps != config.total_steps:
             write_json(run_dir / "config.json", config.model_dump())
         with machine.preserved_randomness():  # `resumable` plays a trial episode
@@ -227,26 +239,60 @@ def _run(config: RunConfig, given: _Given, *, resumed: Path | None = None) -> Tr
         for writer in writers:
             stack.callback(writer.close)
         writers += own_writers
-        evaluator = stack.enter_context(Evaluator(session, run_dir, env=evaluation_env, resume_at=resume_at))
-        stop = stack.enter_context(machine.stop_requests())
+        evaluator = stack.enter_context(
+            Evaluator(session, run_dir, env=evaluation_env, resume_at=resume_at, requests=requests)
+        )
+        untold = True
         try:
-            run_loop(session, writers, evaluator, run_dir, stop=stop, on_update=given.on_update)
-            return TrainingResult(_conclude(session, evaluator, run_dir, interrupted=bool(stop)), session.learner)
-        except (DataError, DivergedError) as error:
-            num_steps = session.learner.num_steps
-            done = f"{num_steps} steps ({num_steps // config.num_streams} of each stream)"
-            raise RunError(f"{config.env} after {done}: {error}; {_name_newest(run_dir)}") from error
-        except KeyboardInterrupt:
-            print(f"stopped at once; {_name_newest(run_dir)}; go on with: dualhead resume {run_dir}", file=sys.stderr)
-            raise
+            run_loop(session, writers, evaluator, run_dir, requests=requests, on_update=given.on_update)
+            return TrainingResult(_conclude(session, evaluator, run_dir, requests=requests), session.learner)
+        except (Exception, SystemExit) as error:
+            said = _why_it_ended(error, session, run_dir)
+            if said is None:
+                raise
+            untold = False
+            raise RunError(said) from error
 
 
-def _newest_unfinished(run_dir: Path, config: RunConfig) -> tuple[Path, dict[str, Tensor], dict[str, Any]] | None:
+def _why_it_ended(error: BaseException, session: Session, run_dir: Path) -> str | None:
+    """What to say of an error that ended a run; None where it is not one of its environments, its data or its files.
+
+    Where its environments failed, the agent is saved first, as it was before their step.
+    """
+    learner, config = session.learner, session.config
+    failed_in_step = learner.forget_actions() or isinstance(error, DataError | EnvironmentFailed)
+    done = f"{config.env} after {learner.num_steps} steps ({learner.num_steps // config.num_streams} of each stream)"
+    known = isinstance(error, DataError | EnvironmentFailed | DivergedError | RunError)
+    if not failed_in_step and not known:
+        return None
+    if failed_in_step and session.metrics:  # something was learned
+        with suppress(RunError):  # such as a full disk: the checkpoint before is named
+            session.save(run_dir, with_streams=False)
+    said = str(error) if known else f"the step raised {type(error).__name__}: {error}"
+    return f"{done}: {said}; {_how_to_go_on(run_dir)}"
+
+
+def _restore(session: Session, run_dir: Path, newest: Checkpoint) -> Path:
+    """Restores the newest checkpoint, or the one before it where that is not a possible one; its file."""
+
+    def restore(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> Path:
+        session.restore(tensors, metadata, source=str(path))
+        return path
+
+    return use_newest(run_dir, restore, first=newest)
+
+
+def _newest_unfinished(run_dir: Path, config: RunConfig) -> Checkpoint | None:
     """The checkpoint to resume from, or None before the first one; RunError if the run has reached its end."""
     if not checkpoints(run_dir):
         return None
-    newest = read_newest(run_dir)
-    num_steps, summary = newest[2].get("num_steps", 0), read_json(run_dir / "summary.json") or {}
+
+    def check(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> Checkpoint:
+        snapshot.learners(tensors, metadata, source=str(path))
+        return path, tensors, metadata
+
+    newest = use_newest(run_dir, check)
+    num_steps, summary = newest[2]["num_steps"], read_summary(run_dir)
     # A run that was killed in its last evaluation has no summary yet.
     is_concluded = summary.get("steps") == num_steps and not summary.get("stopped_early")
     if num_steps >= config.total_steps and is_concluded:
@@ -255,12 +301,19 @@ def _newest_unfinished(run_dir: Path, config: RunConfig) -> tuple[Path, dict[str
         raise RunError(
             f"{run_dir} has done {num_steps} steps: expected at least that, got total_steps={config.total_steps}"
         )
+    # Before anything is made of that size.
+    if (num_streams := snapshot.num_streams(newest[2])) != config.num_streams:
+        raise CheckpointError(
+            f"{newest[0]} is of another architecture: its num_streams is {num_streams}, expected {config.num_streams}"
+        )
     return newest
 
 
-def _name_newest(run_dir: Path) -> str:
-    newest = next(iter(checkpoints(run_dir)), None)
-    return "no checkpoint was written yet" if newest is None else f"the newest checkpoint is {newest}"
+def _how_to_go_on(run_dir: Path | None) -> str:
+    newest = None if run_dir is None else next(iter(checkpoints(run_dir)), None)
+    if newest is None:
+        return "no checkpoint was written yet"
+    return f"the newest checkpoint is {newest}; go on with: dualhead resume {run_dir}"
 
 
 def run_loop(
@@ -269,13 +322,14 @@ def run_loop(
     evaluator: Evaluator,
     run_dir: Path,
     *,
-    stop: Sequence[int] = (),
+    requests: machine.Requests | None = None,
     on_update: OnUpdate | None = None,
 ) -> None:
     """Act, step, record, learn, log, until `total_steps`, a request to stop, or an `on_update` that asks for it."""
+    requests = requests or machine.Requests()
     learner, streams = session.learner, session.streams
     clock, cores, is_enough = machine.Stopwatch(session.seconds, learner.num_steps), machine.CoreUse(), False
-    while learner.num_steps < session.config.total_steps and not stop and not is_enough:
+    while learner.num_steps < session.config.total_steps and not requests.stop and not is_enough:
         actions = learner.act(session.observations)
         step = streams.step(actions)
         session.record(step)
@@ -290,26 +344,29 @@ def run_loop(
             for writer in writers:
                 writer.write(learner.num_steps, metrics)
             cores.warn_once()
-            if session.is_due("checkpoint"):
-                session.save(run_dir, seconds=clock.seconds)
+            requests.save |= session.is_due("checkpoint")
+        if requests.save:
+            requests.save = False
+            session.save(run_dir, seconds=clock.seconds)
     session.save(run_dir, seconds=clock.seconds)
 
 
-def _conclude(session: Session, evaluator: Evaluator, run_dir: Path, *, interrupted: bool) -> dict[str, Any]:
+def _conclude(session: Session, evaluator: Evaluator, run_dir: Path, *, requests: machine.Requests) -> dict[str, Any]:
     config, num_steps = session.config, session.learner.num_steps
     summary: dict[str, Any] = {
         "env": config.env,
         "memory": config.memory_name,
         "seed": config.seed,
         "steps": num_steps,
-        "stopped_early": interrupted or num_steps < config.total_steps,
+        "stopped_early": requests.stop or num_steps < config.total_steps,
         "seconds": round(session.seconds, 3),
         "steps_per_s": round(num_steps / session.seconds, 1),
         "run_dir": str(run_dir),
         "checkpoint": str(checkpoints(run_dir)[0]),
         "metrics": session.metrics,
     }
-    if config.eval_episodes and not interrupted:
-        summary["evaluation"] = evaluator.conclude()
+    if config.eval_episodes and not requests.stop:
+        evaluation = evaluator.conclude()
+        summary |= {"stopped_early": True} if evaluation is None else {"evaluation": evaluation}
     write_json(run_dir / "summary.json", summary)
     return summary

@@ -16,9 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dualhead.errors import DataError
-from dualhead.running.checkpoint import RunError, read_config
+from dualhead.running.checkpoint import RunError
 from dualhead.running.config import EVALUATION_SEED
-from dualhead.running.playing import Player, load_player, run_directory
+from dualhead.running.environment import config_to_play
+from dualhead.running.playing import Player, expect_spaces, load_player, run_directory
 from dualhead.worlds.commons.config import CommonsConfig
 from dualhead.worlds.commons.world import Commons
 from dualhead.worlds.streams import make_env
@@ -71,12 +72,13 @@ def record_video(
         raise RunError(
             f"a {suffix} video needs the package {error.name}: pip install -e '.[video]' in the checkout"
         ) from error
-    config = read_config(run_directory(run_dir))
+    config = config_to_play(run_directory(run_dir))
     if config.env_from != "id":
         raise RunError(f"{config.env!r} was handed over in Python: its files cannot make it to be filmed")
+    player, path, _ = load_player(run_dir, seed=seed, encoder=encoder, memory=memory)
     env = Commons(config.world) if isinstance(config.world, CommonsConfig) else _renderable(config.env)
     try:
-        player, _, _ = load_player(run_dir, seed=seed, world=env, encoder=encoder, memory=memory)
+        expect_spaces(player, env, path)
         fps = COMMONS_FPS if isinstance(env, Commons) else float(env.metadata.get("render_fps") or DEFAULT_FPS)
         frames = _frames(env, player, max_steps, seed=seed, deterministic=deterministic)
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -86,8 +86,10 @@ class StudyConfig(Config):
             if len(set(values)) < len(values):
                 raise ValueError(f"{name}: expected different ones, got {values}")
         for name in self.conditions:
-            if not re.fullmatch("[A-Za-z0-9_-]+", name):
-                raise ValueError(f"conditions: expected names of letters, digits, '-' and '_', got {name!r}")
+            if not re.fullmatch("[A-Za-z0-9_-]{1,100}", name):
+                raise ValueError(
+                    f"conditions: expected names of at most 100 letters, digits, '-' and '_', got {name!r}"
+                )
             for env in self.worlds:
                 rules = self.run(name, 0, "", env=env).world
                 if self.is_of_the_commons and self.harmful not in rules.resources:

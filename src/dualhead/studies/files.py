@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib import resources
 from pathlib import Path
 
@@ -38,11 +39,12 @@ def copy_study(name: str, path: str) -> None:
     Raises:
         RunError: no such study, or something is there already, or it cannot be written.
     """
+    from dualhead.storage import write_bytes  # loads torch, and the command line imports this module
+
     text = study_text(name)
+    if os.path.lexists(path):
+        raise RunError(f"{path} is there already: choose another name")
     try:
-        with open(path, "x", encoding="utf-8") as file:
-            file.write(text)
-    except FileExistsError as error:
-        raise RunError(f"{path} is there already: choose another name") from error
+        write_bytes(path, text.encode())
     except OSError as error:
         raise RunError(f"cannot write {path}: {error.strerror or error}") from error

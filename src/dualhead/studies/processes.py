@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.forkserver
 import os
 import signal
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import FrameType
 from typing import Any, NamedTuple
 
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -52,7 +56,7 @@ def run_all(
 
     Args:
         tasks: settings of each run, with its `run_dir`, by its name on the terminal.
-        jobs: number of processes.
+        jobs: number of processes. They get the signals that ask for a checkpoint (`save_on`) from this one.
         modules: imported in each process first, such as those that register environments.
 
     Yields:
@@ -60,7 +64,8 @@ def run_all(
     """
     waiting, running = dict(tasks), dict[str, _Worker]()
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f}%"), TimeElapsedColumn())
-    with Progress(*columns, transient=True, disable=not sys.stdout.isatty() or not tasks) as progress:
+    disabled = not sys.stdout.isatty() or not tasks
+    with _passed_on(tasks, running), Progress(*columns, transient=True, disable=disabled) as progress:
         steps = dict.fromkeys(tasks, 0)
         together = progress.add_task("all runs", total=sum(config.total_steps for config in tasks.values()))
         try:
@@ -81,17 +86,49 @@ def run_all(
             _stop([worker.process for worker in running.values()])
 
 
+@contextmanager
+def _passed_on(tasks: Mapping[str, RunConfig], running: Mapping[str, _Worker]) -> Iterator[None]:
+    """Sends the signals of `save_on` to the runs, which are in groups of their own."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+        yield
+        return
+
+    def send(number: int, frame: FrameType | None) -> None:
+        for name, worker in list(running.items()):
+            if tasks[name].save_on == signal.Signals(number).name and worker.process.is_alive():
+                os.kill(worker.process.pid, number)
+
+    names = sorted({config.save_on for config in tasks.values() if config.save_on})
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+    try:
+        if numbers and sys.platform == "linux":
+            _context()
+            multiprocessing.forkserver.ensure_running()  # it and its children ignore them until they set handlers
+        for number in numbers:
+            signal.signal(number, send)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def folder_of(config: RunConfig) -> Path:
     """The run directory of a study's run."""
     assert config.run_dir is not None
     return Path(config.run_dir)
 
 
-def _start(config: RunConfig, modules: Sequence[str]) -> tuple[Any, Connection]:
+def _context() -> Any:
     # The fork server has imported what runs need and done nothing else, so a run starts immediately.
-    context: Any = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+    context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
     if sys.platform == "linux":
         context.set_forkserver_preload(_PRELOADED)
+    return context
+
+
+def _start(config: RunConfig, modules: Sequence[str]) -> tuple[Any, Connection]:
+    context = _context()
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_work, args=(config, modules, sender))
     process.start()
@@ -137,7 +174,8 @@ def _work(config: RunConfig, modules: Sequence[str], answer: Connection) -> None
             import_module(module, what="--import")
         problem = _train(config)
     except Exception as error:
-        traceback.print_exc()
+        with suppress(OSError):  # a full disk must not keep the message from the parent
+            traceback.print_exc()
         expected = isinstance(error, (RunError, CheckpointError, UnavailableEnvironment, ValueError))
         problem = str(error) if expected else f"{type(error).__name__}: {error}"
     # The parent reads only after this process has ended, and a pipe holds 64 kB.
@@ -153,6 +191,7 @@ def _end_with_parent() -> None:
 
 
 def _train(config: RunConfig) -> str | None:
+    from dualhead.running.environment import module_of
     from dualhead.running.trainer import resume, train
 
     folder = folder_of(config)
@@ -160,11 +199,15 @@ def _train(config: RunConfig) -> str | None:
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / OUTPUT).open("a") as file:
             for stream in (sys.stdout, sys.stderr):
+                assert isinstance(stream, io.TextIOWrapper)
                 os.dup2(file.fileno(), stream.fileno())
+                stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise RunError(f"cannot write the run directory {folder}: {error.strerror or error}") from error
     if (folder / "config.json").exists():
-        # The user wrote the study's file, so the parts that it names may be imported.
+        # The user wrote the study's file, so what it names may be imported.
+        if module := module_of(config.env):
+            import_module(module, what="env")
         done = resume(folder, encoder=config.encoder, memory=config.memory, show_progress=False)
     else:
         done = train(config, show_progress=False)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import os
 import platform
 import re
 import shlex
@@ -19,7 +20,7 @@ from pathlib import Path
 from dualhead.running.checkpoint import RunError, read_config, read_json, write_json
 from dualhead.running.config import RunConfig
 from dualhead.running.machine import num_cores
-from dualhead.running.results import Run, read_run
+from dualhead.running.results import Run, read_run, read_summary
 from dualhead.studies import tables
 from dualhead.studies.commons_measures import measure_commons
 from dualhead.studies.config import StudyConfig
@@ -69,7 +70,10 @@ def run_study(name: str, *, out: str | None = None, jobs: int | None = None, mod
     if jobs is not None and jobs < 1:
         raise RunError(f"jobs: expected at least 1, got {jobs}")
     folder = Path(out) if out is not None else Path("runs") / f"study-{Path(name).stem}"
-    planned = plan(study, folder)
+    try:
+        planned = plan(study, folder)
+    except ValueError as error:
+        raise RunError(str(error)) from error
     missing = {label: config for label, config in planned.items() if not _is_finished(config)}
     if importlib.util.find_spec("matplotlib") is None:
         warnings.warn("there will be tables only: figures need pip install -e '.[plot]' in the checkout", stacklevel=2)
@@ -161,7 +165,7 @@ def _run_missing(
 def _is_finished(config: RunConfig) -> bool:
     """Whether a run is there and complete; RunError if a run with other settings is there."""
     folder = folder_of(config)
-    if not (folder / "config.json").exists():
+    if not os.path.exists(folder / "config.json"):  # unlike the method, False for names that are too long
         return False
     found = read_config(folder).model_dump(exclude={"run_dir"})  # a study may be moved
     settings = config.model_dump(exclude={"run_dir"})
@@ -171,8 +175,7 @@ def _is_finished(config: RunConfig) -> bool:
             f"{folder} holds a run of other settings ({names}): the study was changed since; choose another --out, or "
             f"remove it"
         )
-    summary = read_json(folder / "summary.json")
-    return summary is not None and summary.get("stopped_early") is False
+    return read_summary(folder).get("stopped_early") is False
 
 
 def _write_outcome(study: StudyConfig, planned: dict[str, RunConfig], folder: Path) -> list[Path]:

@@ -20,11 +20,13 @@ from annotated_types import Predicate
 from gymnasium import spaces
 from gymnasium.vector.utils import batch_space, create_empty_array, iterate
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 from torch import Tensor
 
+from dualhead.config import FiniteFloat
 from dualhead.errors import CheckpointError
 from dualhead.spaces import torch_dtype
+from dualhead.storage import Saved
 
 MAX_REPLAYED_STEPS = 100_000
 """Longer episodes begin again on resume. An Atari game has at most 27,000 steps, a MuJoCo task 1,000. Only an endless
@@ -44,18 +46,12 @@ class CannotReplay(RuntimeError):
     """An episode cannot be saved, or playing it again led elsewhere. The caller can begin a new one."""
 
 
-class _Saved(BaseModel):
-    """What a checkpoint says in JSON. It may come from a stranger: every field is checked before it is used."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
-
-
-class _PCG64Words(_Saved):
+class _PCG64Words(Saved):
     state: _Uint128
     inc: Annotated[_Uint128, Predicate(lambda inc: inc % 2 == 1)]
 
 
-class GeneratorState(_Saved):
+class GeneratorState(Saved):
     """Of a generator of Gymnasium's kind, in NumPy's form."""
 
     bit_generator: Literal["PCG64"]
@@ -64,7 +60,7 @@ class GeneratorState(_Saved):
     uinteger: _Uint32
 
 
-class Episode(_Saved):
+class Episode(Saved):
     """An episode in progress, without its actions.
 
     Fields:
@@ -82,13 +78,13 @@ class Episode(_Saved):
     fingerprint: str = Field(pattern="^[0-9a-f]{64}$")
 
 
-class MersenneTwister(_Saved):
+class MersenneTwister(Saved):
     key: list[_Uint32] = Field(min_length=624, max_length=624)
     position: int = Field(ge=0, le=624)
-    gauss: float | None
+    gauss: FiniteFloat | None
 
 
-class Randomness(_Saved):
+class Randomness(Saved):
     """The process's own generators: that of `random`, and NumPy's global one."""
 
     python: MersenneTwister
@@ -110,7 +106,7 @@ class Randomness(_Saved):
         np.random.set_state(("MT19937", np.array(key, np.uint32), position, int(gauss is not None), gauss or 0.0))  # noqa: NPY002
 
 
-class _State(_Saved):
+class _State(Saved):
     episodes: list[Episode]
     randomness: Randomness
 
@@ -334,11 +330,7 @@ def unpack(
     def wrong(what: str) -> CheckpointError:
         return CheckpointError(f"{source} holds no state of these environments: {what}")
 
-    try:
-        state = _State.model_validate(metadata)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise wrong(f"{'.'.join(map(str, first['loc']))}: {first['msg']}, got {first['input']!r:.80}") from None
+    state = _State.read(metadata, source=source)
     lengths = [episode.num_steps for episode in state.episodes]
     if len(lengths) != num_envs:
         raise wrong(f"it is of {len(lengths)} environments, expected num_envs={num_envs}")

@@ -3,25 +3,40 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import functools
+import math
+import multiprocessing.util
 import os
 import random
 import signal
-from collections.abc import Callable, Sequence
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from multiprocessing.process import BaseProcess
 from numbers import Real
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
-from gymnasium.vector.utils import concatenate, iterate
+from gymnasium.vector.async_vector_env import AsyncState
+from gymnasium.vector.utils import concatenate, create_empty_array, iterate
 from numpy.typing import NDArray
 
+from dualhead.errors import EnvironmentFailed
 from dualhead.worlds.replay import Recorder, action_bytes, layers_of, leaves
 from dualhead.worlds.replay_trial import legal_action
 
 _OURS = ("r", "l", "t")
 """What `RecordEpisodeStatistics` says of an episode is counted here anyway."""
+_OF_THE_RUN = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+"""Signals that a whole process group gets and that only the run answers to: its environments finish the step."""
+_SECONDS_TO_CLOSE, _SECONDS_IF_BUSY = 5.0, 0.5
+"""Until a process is killed: one that waits for a command, and one that has not answered the last."""
 
 
 class LeanSyncVectorEnv(SyncVectorEnv):
@@ -43,40 +58,56 @@ class LeanSyncVectorEnv(SyncVectorEnv):
         )
         self.makers = env_fns
         self._plain = isinstance(self.single_observation_space, gym.spaces.Box | gym.spaces.Discrete)
+        self._size = self._observations[0].size if self._plain else 0
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         infos: dict[str, Any] = {}
-        rows, plain = self._observations, self._plain
+        rows, plain, size = self._observations, self._plain, self._size
         # Lists are filled faster than arrays.
         rewards, terminations, truncations = [], [], []
         in_bytes = action_bytes(self.envs[0].row, actions, self.num_envs)
-        for i, (recorder, action, row) in enumerate(zip(self.envs, iterate(self.action_space, actions), in_bytes)):
-            # As `Recorder.step` does, without the time that a call takes.
-            recorded = recorder.actions
-            if len(recorded) <= recorder.max_bytes:
-                recorded += row
-            observation, reward, terminated, truncated, info = recorder.env.step(action)
-            rewards.append(reward)
-            terminations.append(terminated)
-            truncations.append(truncated)
-            if terminated or truncated:
-                if not infos:
-                    infos["final_obs"] = np.full(self.num_envs, None, dtype=object)
-                # reset() may write to the same arrays.
-                is_array = type(observation) is np.ndarray
-                infos["final_obs"][i] = observation.copy() if is_array else copy.deepcopy(observation)
-                if numbers := _numbers(info):
-                    infos = self._add_info(infos, {"final_info": numbers}, i)
-                observation, _ = recorder.reset()
-            recorder.observation = observation
-            if plain:
-                rows[i] = observation
-            else:
-                self._env_obs[i] = observation
+        i = 0
+        try:
+            for i, (recorder, action, row) in enumerate(zip(self.envs, iterate(self.action_space, actions), in_bytes)):
+                # As `Recorder.step` does, without the time that a call takes.
+                recorded = recorder.actions
+                if len(recorded) <= recorder.max_bytes:
+                    recorded += row
+                observation, reward, terminated, truncated, info = recorder.env.step(action)
+                rewards.append(reward)
+                terminations.append(terminated)
+                truncations.append(truncated)
+                if terminated or truncated:
+                    if not infos:
+                        infos["final_obs"] = np.full(self.num_envs, None, dtype=object)
+                    # reset() may write to the same arrays.
+                    is_array = type(observation) is np.ndarray
+                    infos["final_obs"][i] = observation.copy() if is_array else copy.deepcopy(observation)
+                    if numbers := _numbers(info):
+                        infos = self._add_info(infos, {"final_info": numbers}, i)
+                    observation, _ = recorder.reset()
+                recorder.observation = observation
+                if not plain:
+                    self._env_obs[i] = observation
+                elif type(observation) is np.ndarray and observation.size != size:  # one number would fill the row
+                    raise ValueError(f"observation: expected shape {rows[i].shape}, got {observation.shape}")
+                else:
+                    rows[i] = observation
+        except (Exception, SystemExit) as error:
+            raise EnvironmentFailed(f"environment {i} {_described(error)}") from error
         if not plain:
-            concatenate(self.single_observation_space, self._env_obs, rows)
+            self._concatenate(rows)
         self._rewards[:], self._terminations[:], self._truncations[:] = rewards, terminations, truncations
         return rows, self._rewards, self._terminations, self._truncations, infos
+
+    def _concatenate(self, rows: Any) -> None:
+        space = self.single_observation_space
+        try:
+            concatenate(space, self._env_obs, rows)
+        except Exception as error:
+            wrong = [i for i, observation in enumerate(self._env_obs) if not space.contains(observation)]
+            who = f"environment {wrong[0]}" if wrong else "an environment"
+            raise EnvironmentFailed(f"{who}: expected an observation of {space}: {error}") from error
 
 
 class RecordedAsyncVectorEnv(AsyncVectorEnv):
@@ -84,12 +115,72 @@ class RecordedAsyncVectorEnv(AsyncVectorEnv):
 
     Attributes:
         makers: of the environments without their recorders.
+
+    Raises:
+        EnvironmentFailed: by any call: an environment raised an error, or its process ended.
     """
 
     def __init__(self, env_fns: Sequence[Callable[[], gym.Env]]) -> None:
-        recorders = [functools.partial(_recorded, env_fn, parent=os.getpid()) for env_fn in env_fns]
-        super().__init__(recorders, autoreset_mode=AutoresetMode.SAME_STEP)
+        # Linux counts the thread that made a process as its parent: only the main one lives as long as the process.
+        ends_with_thread = threading.current_thread() is threading.main_thread()
+        own = functools.partial(_recorded, parent=os.getpid(), ends_with_thread=ends_with_thread)
+        with self._naming_the_dead():
+            recorders = [functools.partial(own, env_fn) for env_fn in env_fns]
+            super().__init__(recorders, autoreset_mode=AutoresetMode.SAME_STEP)
         self.makers = env_fns
+        # At its exit Python waits for processes that it only sent a SIGTERM.
+        multiprocessing.util.Finalize(self, _kill, args=(self.processes,), exitpriority=0)
+
+    def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+        with self._naming_the_dead():
+            return super().step(actions)
+
+    def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        with self._naming_the_dead():
+            return super().reset(seed=seed, options=options)
+
+    def call(self, name: str, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        with self._naming_the_dead():
+            return super().call(name, *args, **kwargs)
+
+    def set_attr(self, name: str, values: Any) -> None:
+        with self._naming_the_dead():
+            super().set_attr(name, values)
+
+    def close_extras(self, timeout: float | None = None, terminate: bool = False) -> None:
+        """Lets the environments close, and kills the processes that do not end in time."""
+        seconds = _SECONDS_TO_CLOSE if self._state is AsyncState.DEFAULT else _SECONDS_IF_BUSY
+        ends_at = time.perf_counter() + (0.0 if terminate else seconds)
+        try:
+            for pipe in self.parent_pipes:
+                with suppress(OSError):  # of a process that has ended
+                    pipe.send(("close", None))
+            for process in self.processes:
+                process.join(max(0.0, ends_at - time.perf_counter()))
+        finally:
+            _kill(self.processes)
+            for pipe in self.parent_pipes:
+                pipe.close()
+
+    @contextmanager
+    def _naming_the_dead(self) -> Iterator[None]:
+        try:
+            yield
+        except (EOFError, ConnectionError) as error:
+            time.sleep(0.1)  # its pipe closes a moment before it ends
+            ended = {i: process.exitcode for i, process in enumerate(self.processes) if process.exitcode is not None}
+            who = ", ".join(
+                f"{i} (killed by {signal.Signals(-code).name})" if code < 0 else f"{i} (exit status {code})"
+                for i, code in ended.items()
+            )
+            raise EnvironmentFailed(f"the process of environment {who or 'unknown'} ended") from error
+
+    def _raise_if_errors(self, successes: Iterable[bool]) -> None:
+        """Gymnasium raises the first error of a process, too, but does not say whose it was."""
+        if not all(successes):
+            number, kind, error, _ = self.error_queue.get()
+            said = str(error) if kind is EnvironmentFailed else f"raised {kind.__name__}: {error}"
+            raise EnvironmentFailed(f"environment {number} {said}")
 
 
 class KeepsFinalObservation(gym.Wrapper):
@@ -105,23 +196,70 @@ class KeepsFinalObservation(gym.Wrapper):
 class _InProcess(Recorder):
     """A recorder in a process of its own: a seed is for that process's global generators too.
 
-    Python seeds `random` by the system after a fork.
+    Python seeds `random` by the system after a fork. Errors leave it as text: others may not fit through a pipe.
     """
+
+    def __init__(self, env: gym.Env) -> None:
+        super().__init__(env)
+        self._sizes = [leaf.size for leaf in leaves(create_empty_array(env.observation_space, n=1))]
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         if seed is not None:
             random.seed(seed)
             np.random.seed(seed % 2**32)  # noqa: NPY002
-        return super().reset(seed=seed)
+        try:
+            return super().reset(seed=seed)
+        except (Exception, SystemExit) as error:
+            raise EnvironmentFailed(_described(error)) from None
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        try:
+            step = super().step(action)
+            shapes = [leaf.shape for leaf in leaves(step[0])]
+            if [math.prod(shape) for shape in shapes] != self._sizes:  # one number would fill the row
+                raise ValueError(f"observation: expected one of {self.observation_space}, got shapes {shapes}")
+        except (Exception, SystemExit) as error:
+            raise EnvironmentFailed(_described(error)) from None
+        return step
 
 
-def _recorded(env_fn: Callable[[], gym.Env], *, parent: int | None = None) -> Recorder:
+def _recorded(env_fn: Callable[[], gym.Env], *, parent: int | None = None, ends_with_thread: bool = False) -> Recorder:
     if parent is None:
         return Recorder(env_fn())
     if os.getpid() != parent:  # an AsyncVectorEnv makes one here, too, to see its spaces
-        # A terminal sends Ctrl-C to all processes. Those of environments finish the step, so that it can be saved.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for name in _OF_THE_RUN:
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), signal.SIG_IGN)
+        _end_with_parent(by_system=ends_with_thread)
     return _InProcess(KeepsFinalObservation(env_fn()))
+
+
+def _end_with_parent(*, by_system: bool) -> None:
+    """Ends this process when its parent ends, on Linux `by_system` even while it is stopped or hangs in C."""
+    if by_system and sys.platform == "linux":
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _kill(processes: Sequence[BaseProcess]) -> None:
+    for process in processes:
+        if process.is_alive():
+            process.kill()
+            process.join()
+
+
+def _described(error: BaseException) -> str:
+    """What an environment raised, and where."""
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    return f"raised {type(error).__name__}: {error} ({where.filename}, line {where.lineno})"
 
 
 def with_final_observations(envs: VectorEnv) -> VectorEnv:

@@ -18,10 +18,9 @@ from __future__ import annotations
 
 import bisect
 import itertools
-import math
 import zlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -29,8 +28,9 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dualhead.config import NonNegativeInt
 from dualhead.norms import NormEvents
-from dualhead.storage import CheckpointError, check_fit, fill, with_prefix, without_prefix
+from dualhead.storage import CheckpointError, Saved, check_fit, fill, with_prefix, without_prefix
 from dualhead.worlds.commons import view
 from dualhead.worlds.commons.actions import NO_VOTE, NUM_VOTES, VOTE_DOWN, VOTE_UP, Actions
 from dualhead.worlds.commons.config import CommonsConfig, Phase
@@ -39,6 +39,17 @@ from dualhead.worlds.streams import StreamStep
 
 _WHOLE = 1_000_000
 """The level's probability is kept as a whole number of millionths: votes up and down cancel exactly."""
+
+
+class _State(Saved):
+    """What a checkpoint says of a commons, besides its tensors."""
+
+    config: dict[str, Any]
+    num_worlds: NonNegativeInt
+    device: Literal["cpu", "cuda", "mps", "xpu"]
+    turn: NonNegativeInt
+    epoch_turn: NonNegativeInt
+    num_counted: NonNegativeInt
 
 
 class Commons:
@@ -363,22 +374,22 @@ class Commons:
             CheckpointError: it is of other rules or another number of worlds, or something in it is missing or
                 impossible; nothing changes.
         """
-        for name, ours in (("config", self.config.model_dump(mode="json")), ("num_worlds", self.num_worlds)):
-            if metadata.get(name) != ours:
-                raise CheckpointError(f"{source} is of another commons: its {name} is {metadata.get(name)}, not {ours}")
+        saved = _State.read(metadata, source=source)
+        for name, own in (("config", self.config.model_dump(mode="json")), ("num_worlds", self.num_worlds)):
+            if (given := getattr(saved, name)) != own:
+                raise CheckpointError(f"{source} is of another commons: its {name} is {given}, not {own}")
+        if saved.epoch_turn >= self.config.epoch_turns:
+            raise CheckpointError(f"{source} has no valid epoch_turn: expected less than {self.config.epoch_turns}")
         generator, ours = torch.Generator(self.device), self._tensors()
         theirs = {name: part for name, part in tensors.items() if name != "rng"}
         check_fit(ours, theirs, what=source)
-        limits = {"turn": math.inf, "epoch_turn": self.config.epoch_turns - 1, "num_counted": math.inf}
-        limits |= {"level": _WHOLE, "last_votes": NUM_VOTES - 1}
         try:
-            for name, most in limits.items():
-                values = torch.as_tensor((metadata | theirs)[name])
-                if values.dtype != torch.int64 or ((values < 0) | (values > most)).any():
+            for name, most in (("level", _WHOLE), ("last_votes", NUM_VOTES - 1)):
+                if ((theirs[name] < 0) | (theirs[name] > most)).any():
                     raise ValueError(f"{name}: expected whole numbers from 0 to {most}")
             of_forage = without_prefix("forage", theirs)
             self.forage.check({name: part.to(self.device) for name, part in of_forage.items()})
-            if metadata["device"] == self.device.type:
+            if saved.device == self.device.type:
                 generator.set_state(tensors["rng"].cpu())
             else:
                 generator.manual_seed(zlib.crc32(tensors["rng"].numpy().tobytes()))
@@ -386,8 +397,7 @@ class Commons:
             raise CheckpointError(f"{source} has no valid state of the commons: {error!r}") from error
         fill(ours, theirs, what=source)
         self._generator = generator
-        self.turn, self._epoch_turn = metadata["turn"], metadata["epoch_turn"]
-        self._num_counted = metadata["num_counted"]
+        self.turn, self._epoch_turn, self._num_counted = saved.turn, saved.epoch_turn, saved.num_counted
         return self.observations()
 
     def _tensors(self) -> dict[str, Tensor]:
