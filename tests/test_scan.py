@@ -161,12 +161,13 @@ def test_a_minGRU_keeps_for_as_many_steps_as_its_bias_says():
     torch.testing.assert_close((-longer).exp() / odds, torch.full((500,), np.exp(1.5), dtype=torch.float32))
 
 
-def test_an_LRU_begins_uniform_on_the_disc():
-    """|λ|² uniform in [0, 0.99²], and γ² = 1 - |λ|²."""
+def test_an_LRU_begins_uniform_on_a_ring():
+    """|λ|² uniform in [0.9², 0.999²], and γ² = 1 - |λ|²."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         block = ScanMemory("lru", 2, hidden_size=2000, num_layers=1).blocks[0]
     squared = (-2 * block.nu_log.exp()).exp().detach()
-    assert 0.95 < squared.max() <= 0.99**2 + 1e-6
-    assert abs(squared.mean() - 0.99**2 / 2) < 0.02
+    assert squared.min() >= 0.9**2 - 1e-6
+    assert squared.max() <= 0.999**2 + 1e-6
+    assert abs(squared.mean() - (0.9**2 + 0.999**2) / 2) < 0.005
     torch.testing.assert_close(block.gamma_log.exp().square(), 1 - squared, rtol=1e-4, atol=1e-5)

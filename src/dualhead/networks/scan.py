@@ -112,18 +112,18 @@ class LRUBlock(nn.Module):
         s_t = λ s_{t-1} + γ (B u_t),  y_t = Re(C s_t) + D u_t,  λ = exp(-exp(ν) + i exp(θ)),  u = LayerNorm(x)
         block(x) = x + GLU(W GELU(y) + b)
 
-    |λ| < 1 whatever ν is; at the start it is uniform on the disc of radius `GREATEST`. The state is kept as two real
-    parts, `re` and `im`. `forget_bias` has no meaning here.
+    |λ| < 1 whatever ν is. λ begins uniform on the ring between the radii `SMALLEST` and `GREATEST`: units keep their
+    content for 10 to 1,000 steps. The state is kept as two real parts, `re` and `im`. `forget_bias` has no meaning here.
 
     Source: Orvieto et al. 2023, arXiv:2303.06349, section 3 and appendix A.
     """
 
     parts = ("re", "im")
-    GREATEST = 0.99
+    SMALLEST, GREATEST = 0.9, 0.999
 
     def __init__(self, size: int, *, forget_bias: float) -> None:
         super().__init__()
-        squared = torch.rand(size) * self.GREATEST**2
+        squared = self.SMALLEST**2 + torch.rand(size) * (self.GREATEST**2 - self.SMALLEST**2)
         self.nu_log = nn.Parameter((-0.5 * squared.log()).log())
         self.theta_log = nn.Parameter((torch.rand(size) * 2 * math.pi).log())
         self.gamma_log = nn.Parameter(0.5 * (1 - squared).log())
