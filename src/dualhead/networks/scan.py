@@ -113,7 +113,7 @@ class LRUBlock(nn.Module):
         block(x) = x + GLU(W GELU(y) + b)
 
     |λ| < 1 whatever ν is. λ begins uniform on the ring between the radii `SMALLEST` and `GREATEST`: units keep their
-    content for 10 to 1,000 steps. The state is kept as two real parts, `re` and `im`. `forget_bias` has no meaning here.
+    content for 10 to 1,000 steps. The state is kept as two real parts, `re` and `im`. `forget_bias` means nothing here.
 
     Source: Orvieto et al. 2023, arXiv:2303.06349, section 3 and appendix A.
     """
