@@ -289,6 +289,10 @@ def test_a_state_is_a_copy_and_must_fit():
         with pytest.raises(CheckpointError, match="another commons"):
             other.restore(tensors, metadata)
         assert_same(other.state()[0], before)
+    truths = {name: value == 1 if value in (0, 1) else value for name, value in metadata["config"].items()}
+    assert truths == metadata["config"]  # to Python, where 1 is True
+    with pytest.raises(CheckpointError, match="another commons"):
+        worlds.restore(tensors, metadata | {"config": truths})
     with pytest.raises(CheckpointError, match="forage/cells"):
         worlds.restore({name: tensor for name, tensor in tensors.items() if name != "forage/cells"}, metadata)
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import json
 import zlib
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -376,7 +377,8 @@ class Commons:
         """
         saved = _State.read(metadata, source=source)
         for name, own in (("config", self.config.model_dump(mode="json")), ("num_worlds", self.num_worlds)):
-            if (given := getattr(saved, name)) != own:
+            given = getattr(saved, name)
+            if json.dumps(given, sort_keys=True) != json.dumps(own, sort_keys=True):  # where 1 is not True
                 raise CheckpointError(f"{source} is of another commons: its {name} is {given}, not {own}")
         if saved.epoch_turn >= self.config.epoch_turns:
             raise CheckpointError(f"{source} has no valid epoch_turn: expected less than {self.config.epoch_turns}")
