@@ -7,8 +7,10 @@ import torch
 # The networks of the tests are small, and two threads that wait for each other on busy cores are slower than one.
 torch.set_num_threads(1)
 
-# A parent that ignores Ctrl-C, such as a shell's background job, would let every process of the tests ignore it too.
+# What a parent ignores, such as nohup or a shell's background job, every process of the tests would ignore too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+for number in (signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])):
+    signal.signal(number, signal.SIG_DFL)
 
 LONGEST_TEST = 3600
 """Seconds, many times what the longest takes: they end what waits in vain."""
