@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dualhead.networks.linear import Linear
 from dualhead.networks.memory import MemoryCell
 from dualhead.types import IntArray, Plan, RecurrentState, on_device
 
@@ -91,7 +92,7 @@ class MinGRUBlock(nn.Module):
     def __init__(self, size: int, *, forget_bias: float) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(size)
-        self.linear = nn.Linear(size, 3 * size)
+        self.linear = Linear(size, 3 * size)
         for matrix in self.linear.weight.split(size):
             nn.init.orthogonal_(matrix)
         nn.init.zeros_(self.linear.bias)
@@ -131,7 +132,7 @@ class LRUBlock(nn.Module):
         self.B = nn.Linear(size, 2 * size, bias=False)
         self.C = nn.Linear(2 * size, size, bias=False)
         self.D = nn.Parameter(torch.randn(size))
-        self.gate = nn.Linear(size, 2 * size)
+        self.gate = Linear(size, 2 * size)
         nn.init.normal_(self.B.weight, std=(2 * size) ** -0.5)
         nn.init.normal_(self.C.weight, std=size**-0.5)
         nn.init.orthogonal_(self.gate.weight)
@@ -171,7 +172,7 @@ class ScanMemory(MemoryCell):
     ) -> None:
         block = BLOCKS[kind]
         super().__init__(hidden_size, state_shapes=dict.fromkeys(block.parts, (num_layers, hidden_size)))
-        self.project = nn.Linear(input_size, hidden_size)
+        self.project = Linear(input_size, hidden_size)
         nn.init.orthogonal_(self.project.weight)
         nn.init.zeros_(self.project.bias)
         self.blocks = nn.ModuleList(block(hidden_size, forget_bias=forget_bias) for _ in range(num_layers))
