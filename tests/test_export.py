@@ -170,10 +170,9 @@ def test_onnx_equals_ours_over_episodes(kind, memory):
     action_space = spaces.Box(-2.0, 2.0, (3,), np.float32) if kind == "box action" else HEADS
     policy, spec, actions = make_policy(OBSERVATIONS.get(kind, BOX), action_space, memory)
     contents, description = exported(policy, spec, actions)
-    tolerance = (
-        5e-5 if memory == "lru" else 1e-5
-    )  # an LRU's state is a sum over up to a hundred steps, others are means
-    for batch, steps in ((1, 50), (32, 50)):
+    # The scan cells' layer norm divides rounding by the features' spread, and an LRU's state is a sum over many steps.
+    tolerance = 5e-5 if memory in ("mingru", "lru") else 1e-5
+    for batch, steps in ((1, 50), (64, 50)):
         assert largest_difference(policy, spec, contents, description, batch=batch, steps=steps) < tolerance
     types, session = {"float32": "float"}, Served(contents, description).session
     for ports, asked in (

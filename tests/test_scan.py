@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.special import erf
 
-from dualhead.networks.scan import CHUNK, Ends, LinearScan, ScanMemory, scan_segments
+from dualhead.networks.scan import CHUNK, Ends, LinearScan, MinGRUScan, ScanMemory, scan_segments
 from dualhead.types import RecurrentState
 
 kinds = pytest.mark.parametrize("kind", ["mingru", "lru"])
@@ -27,15 +27,16 @@ def loop(kind, weights, features, state):
     """
     outputs = []
     for x in features:
-        x = weights["project.weight"] @ x + weights["project.bias"]
         for layer, h in enumerate(state):
             w = {name.removeprefix(f"blocks.{layer}."): value for name, value in weights.items()}
+            if kind == "lru" and layer == 0:
+                x = w["project.weight"] @ x + w["project.bias"]
             u = layer_norm(x, w["norm.weight"], w["norm.bias"])
             if kind == "mingru":
-                gate, candidate, shown = np.split(w["linear.weight"] @ u + w["linear.bias"], 3)
+                gate, candidate, shown, *skipped = np.split(w["linear.weight"] @ u + w["linear.bias"], 3 + (layer == 0))
                 z = sigmoid(gate)
                 state[layer] = (1 - z) * h + z * candidate
-                x = x + state[layer] * shown * sigmoid(shown)
+                x = (x if layer else skipped[0]) + state[layer] * shown * sigmoid(shown)
             else:
                 factor = np.exp(-np.exp(w["nu_log"]) + 1j * np.exp(w["theta_log"]))
                 B = w["B.weight"][:HIDDEN] + 1j * w["B.weight"][HIDDEN:]
@@ -128,6 +129,20 @@ def test_gradients_of_the_scan_equal_differences(num_steps, dtype):
     a = a if dtype.is_complex else a.real.clone()
     b = torch.randn(num_steps, 2, dtype=dtype, generator=generator)
     assert torch.autograd.gradcheck(LinearScan.apply, (a.requires_grad_(), b.requires_grad_()))
+
+
+@pytest.mark.parametrize("lengths", [[1], [3, 1, 1], [CHUNK + 1, CHUNK, 2], [CHUNK**2 + 5, 9]])
+@pytest.mark.parametrize("wide", [3, 4])
+def test_gradients_of_a_minGRU_equal_differences(lengths, wide):
+    generator = torch.Generator().manual_seed(0)
+    projected = torch.randn(sum(lengths), wide * 2, dtype=torch.float64, generator=generator, requires_grad=True)
+    before = torch.randn(len(lengths), 2, dtype=torch.float64, generator=generator, requires_grad=True)
+    after = torch.tensor(lengths).cumsum(0)
+
+    def outputs(projected, before):
+        return MinGRUScan.apply(projected, before, after - torch.tensor(lengths), after - 1)[0]
+
+    assert torch.autograd.gradcheck(outputs, (projected, before))
 
 
 def test_nothing_crosses_a_segment_s_start():

@@ -44,9 +44,12 @@ class _OneDNNLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
         x, weight = ctx.saved_tensors
-        # oneDNN is faster with transposed views than with contiguous copies.
+        # The product copies its first factor where that is a transposed view: let it be the narrower one.
         grad_x = _onednn_product(grad, weight.t(), None) if ctx.needs_input_grad[0] else None
-        grad_weight = _onednn_product(grad.t(), x.t(), None) if ctx.needs_input_grad[1] else None
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            wide = grad.shape[1] > x.shape[1]
+            grad_weight = _onednn_product(x.t(), grad.t(), None).t() if wide else _onednn_product(grad.t(), x.t(), None)
         return grad_x, grad_weight, grad.sum(0)
 
 

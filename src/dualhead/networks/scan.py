@@ -8,6 +8,7 @@ the next; the state that a segment begins from goes into its first b_t.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -48,34 +49,99 @@ class LinearScan(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         a, h = ctx.saved_tensors
-        grad_b = grads[0].flip(0)
-        _scan(a.conj().roll(-1, 0).flip(0).resolve_conj(), grad_b)  # of the first, which wraps around, nothing is read
-        grad_b = grad_b.flip(0)
+        grad_b = grads[0].clone(memory_format=torch.contiguous_format)
+        _scan(
+            a.conj().roll(-1, 0).resolve_conj(), grad_b, back=True
+        )  # of the last, which wraps around, nothing is read
         grad_a = torch.zeros_like(a)
         torch.mul(grad_b[1:], h[:-1].conj(), out=grad_a[1:])
         return grad_a, grad_b
 
 
-def _scan(a: Tensor, h: Tensor) -> None:
-    """h_n += a_n h_{n-1} from the second step on, in place; `a` is overwritten."""
-    num_whole = len(h) // CHUNK * CHUNK if len(h) > CHUNK else 0
-    if num_whole:
-        within, products = h[:num_whole].unflatten(0, (-1, CHUNK)), a[:num_whole].unflatten(0, (-1, CHUNK))
-        for step in range(1, CHUNK):
-            within[:, step].addcmul_(products[:, step], within[:, step - 1])
-            products[:, step].mul_(products[:, step - 1])
-        ends = within[:, -1].clone()
-        _scan(products[:, -1].clone(), ends)
-        within[1:].addcmul_(products[1:], ends[:-1, None])
-    for step in range(max(num_whole, 1), len(h)):
-        h[step].addcmul_(a[step], h[step - 1])
+class MinGRUScan(torch.autograd.Function):
+    """h_n = (1 - z_n) h_{n-1} + z_n c_n with z = sigmoid(gate), then h_n SiLU(o_n), of segments one after another.
+
+    The gradient is written by hand and makes half of the passes over memory that PyTorch makes for the same equations.
+    With g_n the gradient of h_n, from the outputs and from h_{n+1}:
+
+        d gate_n = g_n (c_n - h_{n-1}) z_n (1 - z_n),  d c_n = g_n z_n,  d h_{n-1} = g_n (1 - z_n)
+
+    Takes gates, candidates and o as one [N, 3 H], or with what is added to the outputs [N, 4 H]; the states [S, H]
+    before each segment; and the segments' `Ends`. Returns the outputs and the states h, both [N, H]; only the outputs
+    have a gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, projected: Tensor, before: Tensor, first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+        gate, candidate, shown, *added = projected.split(before.shape[1], dim=1)
+        z = gate.sigmoid()
+        kept = 1 - z
+        h = z * candidate
+        h.index_add_(0, first, kept[first] * before)
+        _scan(kept.index_fill_(0, first, 0), h)
+        ctx.save_for_backward(projected, before, first, last, z, h)
+        ctx.mark_non_differentiable(h)
+        outputs = nn.functional.silu(shown).mul_(h)
+        return outputs.add_(added[0]) if added else outputs, h
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        projected, before, first, last, z, h = ctx.saved_tensors
+        _, candidate, shown, *_ = projected.split(before.shape[1], dim=1)
+        result = torch.empty_like(projected)
+        grad_gate, grad_candidate, grad_shown, *grad_added = result.split(before.shape[1], dim=1)
+        for each in grad_added:
+            each.copy_(grad)
+        torch.ops.aten.silu_backward.grad_input(grad * h, shown, grad_input=grad_shown)
+        g = nn.functional.silu(shown).mul_(grad)
+        kept = torch.ones_like(z)
+        kept[:-1] -= z[1:]
+        _scan(kept.index_fill_(0, last, 0), g, back=True)
+        torch.mul(g, z, out=grad_candidate)
+        torch.sub(candidate[1:], h[:-1], out=grad_gate[1:])
+        grad_gate.index_copy_(0, first, candidate[first] - before)
+        torch.ops.aten.sigmoid_backward.grad_input(g * grad_gate, z, grad_input=grad_gate)
+        return result, (g - grad_candidate)[first], None, None
+
+
+def _scan(a: Tensor, h: Tensor, *, back: bool = False) -> None:
+    """h_n += a_n h_{n-1} from the second step on, in place; `back`: h_n += a_n h_{n+1} from the last but one.
+
+    `a` is overwritten.
+    """
+    rest = len(h) % CHUNK if len(h) > CHUNK else len(h)
+    turn = -1 if back else 1
+    if rest < len(h):
+        whole = slice(rest, None) if back else slice(len(h) - rest)
+        within, products = (steps[whole].unflatten(0, (-1, CHUNK)) for steps in (h, a))
+        _one_by_one(products.unbind(1)[::turn], within.unbind(1)[::turn], and_factors=True)
+        end = 0 if back else -1
+        ends = within[:, end].clone()
+        _scan(products[:, end].clone(), ends, back=back)
+        sources, targets = (slice(1, None), slice(-1)) if back else (slice(-1), slice(1, None))
+        within[targets].addcmul_(products[targets], ends[sources, None])
+        rest += 1
+    if rest > 1:
+        remaining = slice(rest) if back else slice(len(h) - rest, None)
+        _one_by_one(a[remaining].unbind()[::turn], h[remaining].unbind()[::turn])
+
+
+def _one_by_one(a: Sequence[Tensor], h: Sequence[Tensor], and_factors: bool = False) -> None:
+    """h_n += a_n h_{n-1}, and a_n *= a_{n-1} if `and_factors`, from the second on, in place."""
+    for n in range(1, len(h)):
+        h[n].addcmul_(a[n], h[n - 1])
+        if and_factors:
+            a[n].mul_(a[n - 1])
 
 
 class MinGRUBlock(nn.Module):
     """minGRU, a GRU whose gate and candidate do not see the state, with an output gate and a skip connection.
 
         z_t = sigmoid(W_z u_t + b_z),  h_t = (1 - z_t) h_{t-1} + z_t (W_h u_t + b_h),  u = LayerNorm(x)
-        block(x) = x + h * SiLU(W_o u + b_o)
+        block(x) = W_s u + b_s + h * SiLU(W_o u + b_o)
+
+    Where the inputs are as wide as the state, x itself takes the place of W_s u + b_s. One product computes all of it.
 
     Each h_t is a weighted mean of candidates, and the scan multiplies numbers between 0 and 1. That is safe without the
     paper's log space, whose candidates have to be positive.
@@ -89,10 +155,10 @@ class MinGRUBlock(nn.Module):
     parts = ("h",)
     SLOWEST = 64.0
 
-    def __init__(self, size: int, *, forget_bias: float) -> None:
+    def __init__(self, input_size: int, size: int, *, forget_bias: float) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(size)
-        self.linear = Linear(size, 3 * size)
+        self.norm = nn.LayerNorm(input_size)
+        self.linear = Linear(input_size, (3 if input_size == size else 4) * size)
         for matrix in self.linear.weight.split(size):
             nn.init.orthogonal_(matrix)
         nn.init.zeros_(self.linear.bias)
@@ -101,10 +167,14 @@ class MinGRUBlock(nn.Module):
             self.linear.bias[:size] = -steps_kept.log() - forget_bias
 
     def forward(self, x: Tensor, h: Tensor, ends: Ends | None) -> tuple[Tensor, Tensor]:
-        gate, candidate, shown = self.linear(self.norm(x)).to(h.dtype).chunk(3, dim=1)
-        kept, written = (-gate).sigmoid(), gate.sigmoid() * candidate
-        h = kept * h + written if ends is None else scan_segments(kept, written, h, ends)
-        return x + h * nn.functional.silu(shown), h if ends is None else h[ends.last]
+        projected = self.linear(self.norm(x)).to(h.dtype)
+        skips = projected.shape[1] > 3 * h.shape[1]
+        if ends is not None:
+            outputs, states = MinGRUScan.apply(projected, h, *ends)
+            return outputs if skips else x + outputs, states[ends.last]
+        gate, candidate, shown, *skipped = projected.split(h.shape[1], dim=1)
+        h = h.lerp(candidate, gate.sigmoid())
+        return (skipped[0] if skips else x).addcmul(h, nn.functional.silu(shown)), h
 
 
 class LRUBlock(nn.Module):
@@ -122,8 +192,11 @@ class LRUBlock(nn.Module):
     parts = ("re", "im")
     SMALLEST, GREATEST = 0.9, 0.999
 
-    def __init__(self, size: int, *, forget_bias: float) -> None:
+    def __init__(self, input_size: int, size: int, *, forget_bias: float) -> None:
         super().__init__()
+        self.project = Linear(input_size, size) if input_size != size else nn.Identity()
+        for name, parameter in self.project.named_parameters():
+            (nn.init.orthogonal_ if name == "weight" else nn.init.zeros_)(parameter)
         squared = self.SMALLEST**2 + torch.rand(size) * (self.GREATEST**2 - self.SMALLEST**2)
         self.nu_log = nn.Parameter((-0.5 * squared.log()).log())
         self.theta_log = nn.Parameter((torch.rand(size) * 2 * math.pi).log())
@@ -141,6 +214,7 @@ class LRUBlock(nn.Module):
     def forward(self, x: Tensor, re: Tensor, im: Tensor, ends: Ends | None) -> tuple[Tensor, Tensor, Tensor]:
         decay, angle = (-self.nu_log.exp()).exp(), self.theta_log.exp()
         factor_re, factor_im = decay * angle.cos(), decay * angle.sin()
+        x = self.project(x)
         u = self.norm(x)
         written_re, written_im = (self.B(u).to(re.dtype) * self.gamma_log.exp().repeat(2)).chunk(2, dim=1)
         if ends is None:
@@ -172,10 +246,8 @@ class ScanMemory(MemoryCell):
     ) -> None:
         block = BLOCKS[kind]
         super().__init__(hidden_size, state_shapes=dict.fromkeys(block.parts, (num_layers, hidden_size)))
-        self.project = Linear(input_size, hidden_size)
-        nn.init.orthogonal_(self.project.weight)
-        nn.init.zeros_(self.project.bias)
-        self.blocks = nn.ModuleList(block(hidden_size, forget_bias=forget_bias) for _ in range(num_layers))
+        sizes = [input_size] + [hidden_size] * num_layers
+        self.blocks = nn.ModuleList(block(*each, forget_bias=forget_bias) for each in zip(sizes, sizes[1:]))
 
     def plan(self, lengths: IntArray, *, device: torch.device, final_states: bool = False) -> Plan:
         """Segments one after another, without padding."""
@@ -189,7 +261,7 @@ class ScanMemory(MemoryCell):
         return self.unroll(features, state, None)
 
     def unroll(self, features: Tensor, state: RecurrentState, layout: Any) -> tuple[Tensor, RecurrentState]:
-        x, layers = self.project(features), []
+        x, layers = features, []
         for block, *before in zip(self.blocks, *state):
             x, *after = block(x, *before, layout)
             layers.append(after)
