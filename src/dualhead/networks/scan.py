@@ -7,6 +7,7 @@ the next; the state that a segment begins from goes into its first b_t.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -247,7 +248,7 @@ class ScanMemory(MemoryCell):
         block = BLOCKS[kind]
         super().__init__(hidden_size, state_shapes=dict.fromkeys(block.parts, (num_layers, hidden_size)))
         sizes = [input_size] + [hidden_size] * num_layers
-        self.blocks = nn.ModuleList(block(*each, forget_bias=forget_bias) for each in zip(sizes, sizes[1:]))
+        self.blocks = nn.ModuleList(block(*each, forget_bias=forget_bias) for each in itertools.pairwise(sizes))
 
     def plan(self, lengths: IntArray, *, device: torch.device, final_states: bool = False) -> Plan:
         """Segments one after another, without padding."""
