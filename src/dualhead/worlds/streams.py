@@ -40,6 +40,8 @@ class StreamStep(NamedTuple):
         events: what happened as far as norms are concerned, or None from a world that does not say.
         numbers: by name, numbers [B] about the episodes that ended with this step, such as `success`; NaN where an
             episode has none or goes on. None where there are none. The log has their means, as `episode/NAME`.
+        active: [B] bool, who took part in this step, or None: all streams. Rewards of the others are 0, their flags
+            False.
 
     Gymnasium's worlds give NumPy arrays, batched ones tensors on their device.
     """
@@ -51,6 +53,7 @@ class StreamStep(NamedTuple):
     final_observations: Any
     events: NormEvents | None = None
     numbers: Mapping[str, Any] | None = None
+    active: Any = None
 
 
 class Streams(Protocol):
@@ -58,6 +61,11 @@ class Streams(Protocol):
 
     A world of several agents has `num_agents` besides (stream = world · num_agents + agent), and `resources`, the names
     of resource kinds, if its steps have events about them.
+
+    Where agents leave before the others, the streams have `active` as well: [B] bool, who takes part in the next step
+    (right after `reset`, `step` and `restore`), or None: all do. A stream's last step before it sits out is terminated
+    or truncated. While it sits out, its observations are any legal values and its actions are ignored. It begins an
+    episode when it takes part again.
     """
 
     num_streams: int
