@@ -90,13 +90,17 @@ def take_steps(agent, num_steps):
     return experience
 
 
-def train(agent, *, num_steps, before=lambda: None, after=lambda call: None):
-    """Head indices [num_steps, B, K], and the metrics of each update."""
+def train(agent, *, num_steps, before=lambda: None, after=lambda call: None, leave=False):
+    """Head indices [num_steps, B, K], and the metrics of each update.
+
+    With `leave` a stream whose episode has ended sits out the next step.
+    """
     experience = Experience()
     observations, actions, metrics = experience.observations(), [], []
+    active = np.ones(B, dtype=bool)
     for _ in range(num_steps):
         before()
-        agent.act(observations)
+        agent.act(observations, active=active if leave else None)
         after("act")
         actions.append(agent.rollout_memory.actions[agent.rollout_memory.length].cpu().numpy().copy())
         observations = experience.observations()
@@ -104,6 +108,7 @@ def train(agent, *, num_steps, before=lambda: None, after=lambda call: None):
         before()
         agent.record(*answer, **known)
         after("record")
+        active = ~(active & (answer[1] | answer[2]))
         if agent.rollout_is_ready:
             metrics.append(agent.learn(observations))
     return np.stack(actions), metrics
@@ -119,17 +124,22 @@ def assert_same_run(ours, theirs):
 
 
 @pytest.mark.parametrize(
-    ("memory", "settings"),
+    ("memory", "settings", "leave"),
     [
-        ("lstm", {}),
-        ("gru", {"ratio": "joint", "state_refresh": "never", "normalize_advantages": "minibatch", "value_clip": 0.2}),
-        ("none", {"bootstrap_last": False, "burn_in": 0, "normalize_observations": False}),
+        ("lstm", {}, False),
+        (
+            "gru",
+            {"ratio": "joint", "state_refresh": "never", "normalize_advantages": "minibatch", "value_clip": 0.2},
+            False,
+        ),
+        ("none", {"bootstrap_last": False, "burn_in": 0, "normalize_observations": False}, False),
+        ("lstm", {"normalize_advantages": "rollout"}, True),
     ],
 )
-def test_an_agent_trains_on_a_device_as_on_the_cpu(device, memory, settings):
-    expected = train(make_agent("cpu", memory, **settings), num_steps=13)
+def test_an_agent_trains_on_a_device_as_on_the_cpu(device, memory, settings, leave):
+    expected = train(make_agent("cpu", memory, **settings), num_steps=13, leave=leave)
     agent = make_agent(DEVICE, memory, **settings)
-    assert_same_run(train(agent, num_steps=13), expected)
+    assert_same_run(train(agent, num_steps=13, leave=leave), expected)
     for name, tensor in live_tensors(agent).items():
         assert isinstance(tensor, DeviceTensor) != name.startswith("rng/"), name
 

@@ -54,9 +54,12 @@ def test_an_example_with_burn_in_and_tail():
 
 
 @quick
-@given(rollouts(), st.integers(1, 30))
-def test_every_step_is_in_exactly_one_segment_and_none_crosses_an_episode_start(starts, sequence_length):
-    segments = cut(starts, sequence_length)
+@given(rollouts(), st.integers(1, 30), st.sampled_from([0.0, 0.3, 1.0]))
+def test_every_active_step_is_in_exactly_one_segment_and_none_crosses_an_episode_start(starts, sequence_length, rate):
+    active = np.random.default_rng(0).random(starts.shape) >= rate
+    starts = starts | ~active
+    starts[1:] |= ~active[:-1]
+    segments = cut(starts, sequence_length, active=active)
     times_seen = np.zeros(starts.shape, dtype=int)
     for stream, start, length, offset, _ in as_rows(segments):
         assert 1 <= length <= sequence_length
@@ -67,7 +70,7 @@ def test_every_step_is_in_exactly_one_segment_and_none_crosses_an_episode_start(
         begin = start - offset
         assert begin == 0 or starts[begin, stream]
         assert not starts[begin + 1 : start + 1, stream].any()
-    assert (times_seen == 1).all()
+    np.testing.assert_array_equal(times_seen, active)
 
 
 @quick

@@ -66,6 +66,7 @@ class Rollout:
         self.rewards, self.task_rewards, self.guilt, self.final_values = (zeros(*steps) for _ in range(4))
         self.terminated, self.truncated = (zeros(*steps, dtype=torch.bool) for _ in range(2))
         self.active = ~zeros(*steps, dtype=torch.bool)
+        self._somebody_sat_out = False  # known on the host, so that no update waits to hear of it
 
     @property
     def h_states(self) -> Tensor:
@@ -120,12 +121,12 @@ class Rollout:
         self.truncated[t] = truncated
         if active is not None:
             self.active[t] = active
+            self._somebody_sat_out = True
         self.length += 1
 
     def active_steps(self) -> Tensor | None:
         """[T, B] bool, in which of the recorded steps streams took part; None: in all of them."""
-        active = self.active[: self.length]
-        return None if active.all() else active
+        return self.active[: self.length] if self._somebody_sat_out else None
 
     def state_at(self, rows: Tensor) -> RecurrentState:
         """States [L, S, H] before the steps at flat rows [S] (row * B + stream, the tail counted)."""
@@ -166,6 +167,7 @@ class Rollout:
         """Goes on after so many recorded steps, with so many in the tail."""
         self.length, self.tail_length = length, tail_length
         self.active[length:] = True
+        self._somebody_sat_out = length > 0 and not self.active.all()
 
 
 def of_active(values: Tensor, active: Tensor | None) -> Tensor:
