@@ -32,6 +32,7 @@ from dualhead.running.evaluator import Evaluator, open_evaluation
 from dualhead.running.parts import find_part, name_of
 from dualhead.running.results import read_summary
 from dualhead.running.session import Session, make_numbers
+from dualhead.running.trust import trust
 from dualhead.running.writers import Writer, expect_writers, make_writers, require_packages
 
 OnUpdate = Callable[[Session, dict[str, float]], bool | None]
@@ -213,6 +214,7 @@ def _run(config: RunConfig, given: _Given, *, resumed: Path | None = None) -> Tr
                 stack.callback(evaluation_env.close)
         run_dir = resumed or new_run_dir(config)
         if resumed is None:
+            trust(run_dir)  # this process writes it
             stack.enter_context(locked(run_dir))
             if given.show_progress:
                 print(f"writing to {run_dir}", flush=True)
