@@ -244,8 +244,7 @@ def make_streams(
     """
     makers = [functools.partial(make_env, env, env_args)] * num_envs
     if vectorization == "async":
-        makers[0]().close()  # its errors are clearer from this process
-        return GymnasiumStreams(RecordedAsyncVectorEnv(makers))
+        return GymnasiumStreams(RecordedAsyncVectorEnv(makers, num_workers=num_workers))
     return GymnasiumStreams(LeanSyncVectorEnv(makers))
 
 
