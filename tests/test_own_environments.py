@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import os
+import signal
 import sys
 from contextlib import closing
 from pathlib import Path
@@ -16,6 +18,7 @@ from processes import run_process
 import dualhead
 from dualhead import RunConfig, RunError, SettingsError, UnavailableEnvironment
 from dualhead.cli import main
+from dualhead.errors import EnvironmentFailed
 from dualhead.running import parts, trust
 from dualhead.running.checkpoint import read_config, read_newest
 from dualhead.running.environment import maker_of, open_streams
@@ -59,6 +62,8 @@ class Door(gym.Env):
 
     def step(self, action):
         self.at, self.t = max(0, self.at + 2 * int(action) - 1), self.t + 1
+        if self.given[2] == "fails" and action == 1:
+            raise LookupError("no such door")
         is_there = self.at >= self.size
         return self._see(), float(is_there), is_there, self.t == 30, {"place": self.at}
 
@@ -415,6 +420,20 @@ def test_shared_processes_give_and_save_what_this_process_does(folder, num_worke
         metadata["episodes"][3]["fingerprint"] = "0" * 64
         with pytest.raises(CannotReplay, match="environment 3: its last observation"):
             there.restore(tensors, metadata)
+
+
+def test_who_failed_in_a_shared_process_is_said(folder):
+    settings = {"num_envs": 4, "env_args": {"title": "fails"}, "vectorization": "async", "num_workers": 2}
+    with closing(open_streams(config_of(**settings), for_training=True)) as streams:
+        streams.reset(seed=0)
+        with pytest.raises(EnvironmentFailed, match=r"^environment 3 raised LookupError: no such door \(.*my_envs.py"):
+            streams.step(np.array([0, 0, 0, 1]))
+    with closing(open_streams(config_of(**settings), for_training=True)) as streams:
+        streams.reset(seed=0)
+        os.kill(streams.envs.processes[1].pid, signal.SIGKILL)
+        with pytest.raises(EnvironmentFailed, match=r"the process of environments 2 to 3 \(killed by SIGKILL\) ended"):
+            streams.step(np.zeros(4, int))
+    assert not any(process.is_alive() for process in streams.envs.processes)
 
 
 def test_shares_are_equal():
