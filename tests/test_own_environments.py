@@ -129,11 +129,14 @@ def train_tiny(env="my_envs:Door", **changes):
 # A file in the working directory.
 
 
-def run_command(folder, *words):
+def run_command(folder, *words, start="None"):
     """The command as it is installed: unlike `python -m`, Python does not search the working directory for it."""
     script = folder / "bin" / "command.py"
     script.parent.mkdir(exist_ok=True)
-    script.write_text("import sys\nfrom dualhead.cli import main\nif __name__ == '__main__':\n    sys.exit(main())")
+    script.write_text(
+        "import sys\nfrom dualhead.cli import main\nif __name__ == '__main__':\n"
+        f"    __import__('multiprocessing').set_start_method({start})\n    sys.exit(main())"
+    )
     done = run_process([sys.executable, str(script), *words], cwd=folder)
     assert done.returncode == 0, done.stderr
     return done
@@ -152,9 +155,13 @@ def test_a_class_in_a_file_trains_in_other_processes_is_resumed_and_filmed(folde
         assert (folder / "play.gif").exists()
 
 
-@pytest.mark.parametrize("words", [["my_envs:Door-v0"], ["Door-v0", "--import", "my_envs.py"]])
-def test_gymnasiums_ids_of_a_file_train(folder, words):
-    run_command(folder, "train", *words, *OPTIONS)
+def test_an_id_that_a_file_registers_trains(folder):
+    run_command(folder, "train", "my_envs:Door-v0", *OPTIONS)
+
+
+def test_an_id_that_an_imported_file_registers_trains_in_processes_that_are_not_forked(folder):
+    processes = ["--vectorization", "async", "--num-workers", "1"]
+    run_command(folder, "train", "Door-v0", "--import", "my_envs.py", *OPTIONS, *processes, start="'spawn'")
 
 
 def test_a_study_finds_the_file_too(folder):
