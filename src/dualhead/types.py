@@ -15,6 +15,10 @@ Observations = dict[str, Tensor]
 """One tensor per leaf of the observation space, batch axes first; a plain space has the single leaf `observation`."""
 
 
+class ByAgent(tuple[Any, ...]):
+    """One batched tree [W, ...] for each of A agents whose spaces differ, in place of one tree [W · A, ...] for all."""
+
+
 def as_numpy(values: Any) -> NDArray[Any]:
     """An array of what came as an array, or as a tensor on any device."""
     return values.numpy(force=True) if isinstance(values, Tensor) else np.asarray(values)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import Field, SerializeAsAny, ValidationInfo, field_validator, model_validator
@@ -23,7 +23,7 @@ from dualhead.config import (
 )
 from dualhead.errors import SettingsError
 from dualhead.worlds.commons.config import COMMONS
-from dualhead.worlds.registry import WORLDS
+from dualhead.worlds.registry import WORLDS, pettingzoo_module
 
 EVAL_EPISODES = 20
 """Episodes of an evaluation."""
@@ -44,7 +44,12 @@ class RunConfig(Config):
     """A training run: which environment, for how long, where."""
 
     env: str
-    """`commons`, or a Gymnasium id: `dualhead envs` lists them."""
+    """`commons`, a Gymnasium id (`dualhead envs` lists them), or `pettingzoo:MODULE`, such as
+    `pettingzoo:mpe2.simple_spread_v3` or `pettingzoo:butterfly.pistonball_v6`."""
+    env_args: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the environment's constructor."""
+    drop_observations: tuple[str, ...] = ()
+    """Keys that are left out of Dict observations."""
     encoder: str | None = None
     """An encoder of your own, MODULE:NAME; None: the one that `network` describes."""
     memory: str | None = None
@@ -134,7 +139,8 @@ class RunConfig(Config):
                 raise SettingsError([*hint, *error.problems]) from None
         if not isinstance(given, settings):
             raise ValueError(f"expected {settings.__name__}(...) for {env!r}, got {given!r}")
-        if is_id and settings is WorldConfig and given != WorldConfig():
+        names_a_module = ":" in env  # it may be PettingZoo's, whose agents are counted when the run is planned
+        if is_id and not names_a_module and settings is WorldConfig and given != WorldConfig():
             raise ValueError(f"{unregistered}; environments of Gymnasium have no settings, got {given!r}")
         return given
 
@@ -305,8 +311,35 @@ def default_settings(env: str) -> dict[str, Any]:
 def planned(env: str, **settings: Any) -> RunConfig:
     """Settings of a run: where no preset is asked for those that were tuned for this environment, if there are any.
 
+    An environment of PettingZoo is made once, to count its agents.
+
     Raises:
         SettingsError: they are not possible.
+        UnavailableEnvironment: the environment cannot be made.
     """
-    preset = usual_preset(env) if settings.get("env_from", "id") == "id" else "default"
-    return RunConfig(**{"env": env, "preset": preset} | settings)
+    is_id = settings.get("env_from", "id") == "id"
+    if is_id and "world" not in settings and pettingzoo_module(env) is not None:
+        settings["world"] = found_world(
+            env, settings.get("env_args", {}), drop_observations=settings.get("drop_observations", ())
+        )
+    return RunConfig(**{"env": env, "preset": usual_preset(env) if is_id else "default"} | settings)
+
+
+def found_world(env: Any, env_args: Mapping[str, Any], *, drop_observations: Sequence[str] = ()) -> WorldConfig:
+    """What a run must know of the world that an id or a callable makes, found by making one.
+
+    Raises:
+        TypeError, UnavailableEnvironment: as `make_env`.
+        SettingsError: a key of `drop_observations` does not exist.
+    """
+    from dualhead.worlds.streams import JointSpace, make_env  # imports torch, which `--help` does not need
+
+    try:
+        made = make_env(env, drop_observations=drop_observations, **env_args)
+    except ValueError as error:
+        raise SettingsError([("", str(error))]) from error
+    made.close()
+    joint = made.observation_space
+    if not isinstance(joint, JointSpace):
+        return WorldConfig()
+    return WorldConfig(num_agents=len(joint.agent_names), resources=joint.resources)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeGuard
 
 import gymnasium as gym
@@ -15,16 +15,20 @@ from gymnasium.vector import VectorEnv
 from dualhead.config import WorldConfig
 from dualhead.errors import RunError
 from dualhead.running.checkpoint import read_config
-from dualhead.running.config import RunConfig
-from dualhead.worlds.registry import WORLDS
+from dualhead.running.config import RunConfig, found_world
+from dualhead.worlds.pettingzoo import is_multi_agent
+from dualhead.worlds.registry import WORLDS, pettingzoo_module
 from dualhead.worlds.streams import GymnasiumStreams, Streams, make_streams
 
-Environment = Callable[[], gym.Env] | Streams | VectorEnv
-"""What Python may hand over instead of an id: a callable that makes one environment, or streams."""
+Environment = Callable[[], Any] | Streams | VectorEnv
+"""What Python may hand over instead of an id: a callable that makes one Gymnasium environment or ParallelEnv, streams,
+or a ParallelEnv, which is copied for each world."""
 
 
-def settings_of(env: str | Environment) -> dict[str, Any]:
-    """The fields of `RunConfig` that describe an environment.
+def settings_of(
+    env: str | Environment, env_args: Mapping[str, Any] | None = None, *, drop_observations: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The fields of `RunConfig` that describe an environment. What a callable makes is found by calling it.
 
     Raises:
         TypeError: it is none.
@@ -41,16 +45,23 @@ def settings_of(env: str | Environment) -> dict[str, Any]:
             "num_envs": streams.num_streams // num_agents,
             "world": WorldConfig(num_agents=num_agents, resources=tuple(getattr(streams, "resources", ()))),
         }
+    if is_multi_agent(env) or (callable(env) and not (isinstance(env, type) and issubclass(env, gym.Env))):
+        found = found_world(env, env_args or {}, drop_observations=drop_observations)
+        return {"env": _name(env), "env_from": "callable"} | ({} if found == WorldConfig() else {"world": found})
     if callable(env):
         return {"env": _name(env), "env_from": "callable"}
     raise TypeError(
-        f"env: expected an environment id, a callable that makes one environment, a Gymnasium vector environment, or "
-        f"Streams, got {env!r}" + ("; pass lambda: ... that makes it" if isinstance(env, gym.Env) else "")
+        f"env: expected an environment id, a callable that makes one environment, a ParallelEnv, a Gymnasium vector "
+        f"environment, or Streams, got {env!r}"
+        + ("; pass lambda: ... that makes it" if isinstance(env, gym.Env) else "")
     )
 
 
 def module_of(env: str) -> str | None:
-    """The module that Gymnasium imports to make an environment with this id, `MODULE:ID`; None for a plain id."""
+    """The module that is imported to make an environment with this id, `MODULE:ID` or `pettingzoo:MODULE`; None for a
+    plain id."""
+    if (module := pettingzoo_module(env)) is not None:
+        return module
     module, colon, _ = env.partition(":")
     return module if colon else None
 
@@ -131,4 +142,10 @@ def open_streams(
         return as_streams(env)
     if env is None and config.env in WORLDS:
         return WORLDS[config.env].open(config.world, num_worlds=num_envs, device=device)
-    return make_streams(config.env if env is None else env, num_envs, vectorization=vectorization)  # type: ignore[arg-type]
+    return make_streams(
+        config.env if env is None else env,
+        num_envs,
+        vectorization=vectorization,
+        drop_observations=config.drop_observations,
+        **config.env_args,
+    )

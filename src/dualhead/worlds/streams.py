@@ -6,7 +6,7 @@ import copy
 import functools
 import importlib
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple, Protocol
 
@@ -20,6 +20,10 @@ from torch import Tensor
 import dualhead.worlds.tasks  # noqa: F401  (registers dualhead/...)
 from dualhead.errors import DataError, UnavailableEnvironment
 from dualhead.norms import NormEvents
+from dualhead.spaces import ACTION_MASK
+from dualhead.types import ByAgent
+from dualhead.worlds.pettingzoo import JointEnv, JointSpace, copied, is_multi_agent, make_parallel_env
+from dualhead.worlds.registry import PETTINGZOO
 from dualhead.worlds.replay import CannotReplay, as_actions, leaves, pack, unpack
 from dualhead.worlds.replay_trial import why_not_replayed
 from dualhead.worlds.vectors import LeanSyncVectorEnv, RecordedAsyncVectorEnv, episode_numbers, with_final_observations
@@ -38,8 +42,11 @@ class StreamStep(NamedTuple):
         final_observations: [B, ...] what was seen before any reset (right for every stream), or None where no
             episode ended.
         events: what happened as far as norms are concerned, or None from a world that does not say.
-        numbers: by name, numbers [B] about the episodes that ended with this step, such as `success`; NaN where an
-            episode has none or goes on. None where there are none. The log has their means, as `episode/NAME`.
+        numbers: by name, numbers [B] about the episodes that ended with this step (or in a world of several agents
+            before it, where one had left), such as `success`; NaN where an episode has none or goes on. None where
+            there are none. The log has their means, as `episode/NAME`.
+        active: [B] bool, who took part in this step, or None: all did. Whoever did not has left before the others of
+            its world, or has not come yet: observations are filler, rewards 0, flags False.
 
     Gymnasium's worlds give NumPy arrays, batched ones tensors on their device.
     """
@@ -51,13 +58,19 @@ class StreamStep(NamedTuple):
     final_observations: Any
     events: NormEvents | None = None
     numbers: Mapping[str, Any] | None = None
+    active: Any = None
 
 
 class Streams(Protocol):
     """A source of experience.
 
-    A world of several agents has `num_agents` besides (stream = world · num_agents + agent), and `resources`, the names
-    of resource kinds, if its steps have events about them.
+    A world of several agents has `num_agents` besides (stream = world · num_agents + agent), and may have
+
+    resources: names of the resource kinds that the events of its steps are about.
+    agent_names: what the agents are called.
+    active: [B] bool, who takes part in the next step; None: all.
+    spaces_by_agent: observation and action space of each agent, where they differ; None: they do not. The streams'
+        own spaces are those of the first agent then, and observations and actions are `ByAgent`.
     """
 
     num_streams: int
@@ -208,6 +221,124 @@ class GymnasiumStreams:
         self.envs.close()
 
 
+class ParallelStreams:
+    """Worlds of several agents, `JointEnv`s, with a stream for each agent: B = W · A, stream = world · A + agent.
+
+    Args:
+        worlds: W of them.
+    """
+
+    def __init__(self, worlds: GymnasiumStreams) -> None:
+        joint = worlds.observation_space
+        assert isinstance(joint, JointSpace)
+        self._worlds = worlds
+        self.agent_names, self.resources, self.num_agents = joint.agent_names, joint.resources, len(joint.agent_names)
+        self.num_streams = worlds.num_streams * self.num_agents
+        self.observation_space, self.action_space = joint.spaces_by_agent[0]
+        self.spaces_by_agent = None if joint.are_equal else list(joint.spaces_by_agent)
+        self.active: NDArray[np.bool_] | None = None
+
+    @property
+    def resumable(self) -> str | None:
+        return self._worlds.resumable
+
+    def reset(self, *, seed: int | None = None) -> Any:
+        """Begins an episode in every world; see `GymnasiumStreams.reset`."""
+        return self._observed(self._worlds.reset(seed=seed))
+
+    def step(self, actions: Any) -> StreamStep:
+        acted = self.active
+        step = self._worlds.step(self._joint(actions))
+        told = step.observations if step.final_observations is None else step.final_observations
+        terminated, truncated = self._flags(told["terminated"]), self._flags(told["truncated"])
+        events = None
+        if self.resources:
+            events = NormEvents(*(self._flags(told[name]) for name in ("punished", "collected")))
+        return StreamStep(
+            self._observed(step.observations),
+            told["rewards"].reshape(-1),
+            terminated,
+            truncated,
+            self._by_stream(told["observations"]) if truncated.any() or terminated.any() else None,
+            events,
+            self._numbers(step.numbers),
+            acted,
+        )
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return self._worlds.state()
+
+    def restore(self, tensors: dict[str, Tensor], metadata: dict[str, Any], *, source: str = "checkpoint") -> Any:
+        return self._observed(self._worlds.restore(tensors, metadata, source=source))
+
+    def statistics(self) -> dict[str, float]:
+        return self._worlds.statistics()
+
+    def frame(self) -> Any:
+        """A picture of the first world, made with a `render_mode` that gives some."""
+        return self._worlds.envs.call("render")[0]
+
+    def close(self) -> None:
+        self._worlds.close()
+
+    def _observed(self, told: Any) -> Any:
+        """The observations of all streams, with filler that allows every action where an agent has left."""
+        active = self._flags(told["active"])
+        self.active = None if active.all() else active
+        seen = self._by_stream(told["observations"])
+        if self.active is None:
+            return seen
+        if self.spaces_by_agent is None:
+            return _opened(seen, ~active)
+        return ByAgent(_opened(own, ~active[agent :: self.num_agents]) for agent, own in enumerate(seen))
+
+    def _by_stream(self, seen: Any) -> Any:
+        if self.spaces_by_agent is not None:
+            return ByAgent(seen)
+        return _reshaped(seen, lambda shape: (-1, *shape[2:]))
+
+    def _joint(self, actions: Any) -> Any:
+        """Actions as the worlds take them."""
+        if self.spaces_by_agent is not None:
+            return tuple(actions)
+        return _reshaped(actions, lambda shape: (-1, self.num_agents, *shape[1:]))
+
+    def _flags(self, given: NDArray[np.int8]) -> NDArray[np.bool_]:
+        """[W, A, ...] as [B, ...]."""
+        return given.reshape(self.num_streams, *given.shape[2:]).astype(bool)
+
+    def _numbers(self, given: Mapping[str, Any] | None) -> dict[str, NDArray[np.float64]] | None:
+        """[B] by name, of [W] by name and agent."""
+        numbers: dict[str, NDArray[np.float64]] = {}
+        for key, of_worlds in (given or {}).items():
+            name, _, agent = key.rpartition("@")
+            of_streams = numbers.setdefault(name, np.full(self.num_streams, np.nan))
+            of_streams[int(agent) :: self.num_agents] = of_worlds
+        return numbers or None
+
+
+def _reshaped(tree: Any, shape: Callable[[tuple[int, ...]], tuple[int, ...]]) -> Any:
+    if isinstance(tree, dict):
+        return {key: _reshaped(part, shape) for key, part in tree.items()}
+    if isinstance(tree, tuple):
+        return tuple(_reshaped(part, shape) for part in tree)
+    array = np.asarray(tree)
+    return array.reshape(shape(array.shape))
+
+
+def _opened(seen: Any, streams: NDArray[np.bool_]) -> Any:
+    """Observations whose masks allow everything in some streams, [B] bool; masks are copied for it."""
+    if not isinstance(seen, dict):
+        return seen
+    parts = {key: _opened(part, streams) for key, part in seen.items() if key != ACTION_MASK}
+    if ACTION_MASK in seen:
+        mask = copy.deepcopy(seen[ACTION_MASK])
+        for leaf in mask.values() if isinstance(mask, dict) else [mask]:
+            leaf[streams] = 1
+        parts[ACTION_MASK] = mask
+    return parts
+
+
 def _joined(observations: Any, final: NDArray[np.object_]) -> Any:
     """The observations with those of ended streams replaced by their final ones."""
     joined = copy.deepcopy(observations)
@@ -220,14 +351,13 @@ def _joined(observations: Any, final: NDArray[np.object_]) -> Any:
 
 
 def make_streams(
-    env: str | Callable[[], gym.Env], num_envs: int, *, vectorization: str = "sync", **kwargs: Any
-) -> GymnasiumStreams:
-    """Streams of a Gymnasium environment.
+    env: Any, num_envs: int, *, vectorization: str = "sync", **kwargs: Any
+) -> GymnasiumStreams | ParallelStreams:
+    """Streams of a Gymnasium environment, or of all agents of a ParallelEnv.
 
     Args:
-        env: a Gymnasium id (`popgym-...`, `MiniGrid-...` and `BabyAI-...` load their package), or what makes one
-            environment.
-        num_envs: B.
+        env: see `make_env`.
+        num_envs: environments, or worlds of several agents.
         vectorization: `sync` in this process, `async` one process per environment.
         kwargs: for the environment.
 
@@ -237,17 +367,36 @@ def make_streams(
     makers = [functools.partial(make_env, env, **kwargs)] * num_envs
     if vectorization == "async":
         makers[0]().close()  # its errors are clearer from this process
-        return GymnasiumStreams(RecordedAsyncVectorEnv(makers))
-    return GymnasiumStreams(LeanSyncVectorEnv(makers))
+        streams = GymnasiumStreams(RecordedAsyncVectorEnv(makers))
+    else:
+        streams = GymnasiumStreams(LeanSyncVectorEnv(makers))
+    return ParallelStreams(streams) if isinstance(streams.observation_space, JointSpace) else streams
 
 
-def make_env(env: str | Callable[..., gym.Env], **kwargs: Any) -> gym.Env:
-    """One environment, by id with what its package needs around it; see `make_streams`."""
+def make_env(env: Any, *, drop_observations: Collection[str] = (), **kwargs: Any) -> gym.Env:
+    """One environment; a ParallelEnv as a `JointEnv`.
+
+    Args:
+        env: a Gymnasium id (`popgym-...`, `MiniGrid-...` and `BabyAI-...` load their package), `pettingzoo:MODULE`, a
+            callable that makes one environment, or a ParallelEnv, which is copied.
+        drop_observations: keys that are left out of the Dict observations of a ParallelEnv.
+        kwargs: for the environment.
+
+    Raises:
+        TypeError: a callable that makes something else, or a ParallelEnv that cannot be copied.
+        UnavailableEnvironment: unknown id, missing package, or the environment could not be made.
+    """
     if not isinstance(env, str):
-        own = env(**kwargs)
+        own = copied(env) if is_multi_agent(env) else env(**kwargs)
+        if is_multi_agent(own):
+            return JointEnv(own, drop_observations=drop_observations)
         if not isinstance(own, gym.Env):
-            raise TypeError(f"expected a callable that makes one Gymnasium environment, got one that made {own!r}")
+            raise TypeError(
+                f"expected a callable that makes one Gymnasium environment or ParallelEnv, got one that made {own!r}"
+            )
         return own
+    if env.startswith(PETTINGZOO):
+        return JointEnv(make_parallel_env(env, **kwargs), drop_observations=drop_observations)
     for package, prefixes in _EXTRAS.items():
         if env.startswith(prefixes):
             try:

@@ -83,7 +83,7 @@ class LeanSyncVectorEnv(SyncVectorEnv):
                     # reset() may write to the same arrays.
                     is_array = type(observation) is np.ndarray
                     infos["final_obs"][i] = observation.copy() if is_array else copy.deepcopy(observation)
-                    if numbers := _numbers(info):
+                    if numbers := numbers_in(info):
                         infos = self._add_info(infos, {"final_info": numbers}, i)
                     observation, _ = recorder.reset()
                 recorder.observation = observation
@@ -277,7 +277,7 @@ def with_final_observations(envs: VectorEnv) -> VectorEnv:
     return envs
 
 
-def _numbers(info: dict[str, Any]) -> dict[str, float]:
+def numbers_in(info: dict[str, Any]) -> dict[str, float]:
     """The numbers in the `info` of an episode's last step: at its top, and under `episode`."""
     of_episode = info.get("episode")
     inner = {n: v for n, v in of_episode.items() if n not in _OURS} if isinstance(of_episode, dict) else {}
