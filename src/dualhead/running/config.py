@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -23,7 +24,7 @@ from dualhead.config import (
 )
 from dualhead.errors import SettingsError
 from dualhead.worlds.commons.config import COMMONS
-from dualhead.worlds.registry import WORLDS, pettingzoo_module
+from dualhead.worlds.registry import WORLDS
 
 EVAL_EPISODES = 20
 """Episodes of an evaluation."""
@@ -308,6 +309,18 @@ def default_settings(env: str) -> dict[str, Any]:
     return RunConfig.model_construct(env=env, world=world.model_construct()).model_dump()
 
 
+_FAMILIES = ("atari", "butterfly", "classic", "sisl")
+"""Packages inside `pettingzoo`."""
+
+
+def pettingzoo_module(env: str) -> str | None:
+    """The module that the id `pettingzoo:MODULE` names, which may leave out `pettingzoo.`; None for any other id."""
+    kind, _, module = env.partition(":")
+    if kind != "pettingzoo":
+        return None
+    return f"pettingzoo.{module}" if module.partition(".")[0] in _FAMILIES else module
+
+
 def planned(env: str, **settings: Any) -> RunConfig:
     """Settings of a run: where no preset is asked for those that were tuned for this environment, if there are any.
 
@@ -318,24 +331,27 @@ def planned(env: str, **settings: Any) -> RunConfig:
         UnavailableEnvironment: the environment cannot be made.
     """
     is_id = settings.get("env_from", "id") == "id"
-    if is_id and "world" not in settings and pettingzoo_module(env) is not None:
-        settings["world"] = found_world(
-            env, settings.get("env_args", {}), drop_observations=settings.get("drop_observations", ())
-        )
+    if is_id and "world" not in settings and (module := pettingzoo_module(env)) is not None:
+        from dualhead.worlds.pettingzoo import make_parallel_env  # imports torch, which `--help` does not need
+
+        about_env = {name: settings[name] for name in ("env_args", "drop_observations") if name in settings}
+        settings["world"] = found_world(functools.partial(make_parallel_env, module), **about_env)
     return RunConfig(**{"env": env, "preset": usual_preset(env) if is_id else "default"} | settings)
 
 
-def found_world(env: Any, env_args: Mapping[str, Any], *, drop_observations: Sequence[str] = ()) -> WorldConfig:
-    """What a run must know of the world that an id or a callable makes, found by making one.
+def found_world(
+    env: Any, env_args: Mapping[str, Any] | None = None, *, drop_observations: Sequence[str] = ()
+) -> WorldConfig:
+    """What a run must know of the world that a callable makes, or a ParallelEnv is; found by making one.
 
     Raises:
         TypeError, UnavailableEnvironment: as `make_env`.
         SettingsError: a key of `drop_observations` does not exist.
     """
-    from dualhead.worlds.streams import JointSpace, make_env  # imports torch, which `--help` does not need
+    from dualhead.worlds.streams import JointSpace, make_env
 
     try:
-        made = make_env(env, drop_observations=drop_observations, **env_args)
+        made = make_env(env, drop_observations=drop_observations, **env_args or {})
     except ValueError as error:
         raise SettingsError([("", str(error))]) from error
     made.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import sys
@@ -15,9 +16,9 @@ from gymnasium.vector import VectorEnv
 from dualhead.config import WorldConfig
 from dualhead.errors import RunError
 from dualhead.running.checkpoint import read_config
-from dualhead.running.config import RunConfig, found_world
-from dualhead.worlds.pettingzoo import is_multi_agent
-from dualhead.worlds.registry import WORLDS, pettingzoo_module
+from dualhead.running.config import RunConfig, found_world, pettingzoo_module
+from dualhead.worlds.pettingzoo import is_multi_agent, make_parallel_env
+from dualhead.worlds.registry import WORLDS
 from dualhead.worlds.streams import GymnasiumStreams, Streams, make_streams
 
 Environment = Callable[[], Any] | Streams | VectorEnv
@@ -84,6 +85,12 @@ def config_to_play(run: str | os.PathLike[str]) -> RunConfig:
     return config
 
 
+def found_env(env: str) -> Any:
+    """A Gymnasium id, or what makes the environment of PettingZoo that an id names."""
+    module = pettingzoo_module(env)
+    return env if module is None else functools.partial(make_parallel_env, module)
+
+
 def is_streams(env: Any) -> TypeGuard[Streams | VectorEnv]:
     """Whether these are streams, or a vector environment, rather than what makes an environment."""
     is_like_streams = not isinstance(env, type) and all(hasattr(env, name) for name in ("num_streams", "reset", "step"))
@@ -143,7 +150,7 @@ def open_streams(
     if env is None and config.env in WORLDS:
         return WORLDS[config.env].open(config.world, num_worlds=num_envs, device=device)
     return make_streams(
-        config.env if env is None else env,
+        found_env(config.env) if env is None else env,
         num_envs,
         vectorization=vectorization,
         drop_observations=config.drop_observations,

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 
 from dualhead.errors import UnavailableEnvironment
 from dualhead.spaces import ACTION_MASK, WHOLE, ActionSpec
-from dualhead.worlds.registry import pettingzoo_module
 from dualhead.worlds.replay_trial import legal_action
 from dualhead.worlds.vectors import numbers_in
 
@@ -66,14 +65,14 @@ class JointEnv(gym.Env):
     """A ParallelEnv as a Gymnasium environment of all its agents; observations as `JointSpace` says, rewards 0.
 
     The episode ends when no agent is left. An agent leaves when it is terminated or truncated, or when it disappears
-    from `agents`, which counts as terminated. It may come later than others, and come back. Each reset has a seed, drawn
-    from `np_random`, so that an episode can be played again whatever generator the environment has.
+    from `agents`, which counts as terminated. It may come later than others, and come back. Each reset has a seed,
+    drawn from `np_random`, so that an episode can be played again whatever generator the environment has.
 
     Infos may hold, for each agent,
 
     action_mask: of an agent whose observation has none; found in a reset here. The observation space becomes a Dict.
     punished, collected: see `docs/multiagent.md`.
-    numbers: of an agent's last step; they are in the info of the episode's end, as `NAME@AGENT` with the agent's number.
+    numbers: of an agent's last step; the info of the episode's end has them as `NAME@AGENT`, by the agent's number.
 
     Args:
         env: the ParallelEnv; it belongs to the JointEnv from now on.
@@ -196,7 +195,7 @@ class JointEnv(gym.Env):
             seen = self._without_dropped(seen)
         filler = self._filler[number]
         if self._masks_in_infos and isinstance(filler, dict) and ACTION_MASK in filler:
-            mask = (infos.get(agent) or {}).get(ACTION_MASK, filler[ACTION_MASK])
+            mask: Any = (infos.get(agent) or {}).get(ACTION_MASK, filler[ACTION_MASK])
             seen = {**(seen if isinstance(seen, Mapping) else {WHOLE: seen}), ACTION_MASK: np.ravel(mask)}
         return seen
 
@@ -250,34 +249,31 @@ def as_parallel(env: Any) -> Any:
         ) from error
 
 
-def make_parallel_env(env: str, **kwargs: Any) -> Any:
-    """What the id `pettingzoo:MODULE` names: the module's `parallel_env(**kwargs)`, or else its `env(**kwargs)`.
+def make_parallel_env(name: str, **kwargs: Any) -> Any:
+    """What a module of PettingZoo's kind makes: its `parallel_env(**kwargs)`, or else its `env(**kwargs)`.
 
     Raises:
         UnavailableEnvironment: a package is missing, the module has neither, or it refuses these arguments.
     """
-    name = pettingzoo_module(env)
-    assert name is not None
+    what = f"cannot make the environment of {name}"
     try:
         module = importlib.import_module(name)
-    except (ImportError, ValueError) as error:
-        missing = (getattr(error, "name", None) or "").partition(".")[0]
-        of_family = name.split(".")[1:2] if name.startswith("pettingzoo.") else []
-        extra = {"pettingzoo": "-e '.[pettingzoo]' in the checkout", "mpe2": "-e '.[mpe2]' in the checkout"}.get(
-            missing
-        )
-        how = extra or (f"'pettingzoo[{of_family[0]}]'" if of_family else missing)
-        hint = f": pip install {how}" if how and missing != name else ""
-        raise UnavailableEnvironment(f"cannot make environment {env!r}: {error}{hint}") from error
+    except ImportError as error:
+        missing = (error.name or "").partition(".")[0]
+        root, _, rest = name.partition(".")
+        how = f"-e '.[{missing}]' in the checkout" if missing in ("pettingzoo", "mpe2") else missing
+        if root == "pettingzoo" and missing != root:
+            how = f"'pettingzoo[{rest.partition('.')[0]}]'"
+        raise UnavailableEnvironment(f"{what}: {error}; try pip install {how}") from error
     make = getattr(module, "parallel_env", None) or getattr(module, "env", None)
     if not callable(make):
-        raise UnavailableEnvironment(f"cannot make environment {env!r}: {name} has neither parallel_env nor env")
+        raise UnavailableEnvironment(f"{what}: it has neither parallel_env nor env")
     try:
         made = make(**kwargs)
     except (TypeError, ImportError) as error:
-        raise UnavailableEnvironment(f"cannot make environment {env!r}: {error}") from error
+        raise UnavailableEnvironment(f"{what}: {error}") from error
     if not is_multi_agent(made):
-        raise UnavailableEnvironment(f"cannot make environment {env!r}: expected a ParallelEnv, {name} made {made!r}")
+        raise UnavailableEnvironment(f"{what}: expected a ParallelEnv, it made {made!r}")
     return made
 
 

@@ -1,4 +1,4 @@
-"""Worlds that bring settings of their own, by name; other environment ids are PettingZoo's or Gymnasium's."""
+"""Worlds that bring settings of their own, by name; every other environment id is Gymnasium's."""
 
 from __future__ import annotations
 
@@ -31,19 +31,6 @@ def _open_commons(settings: CommonsConfig, *, num_worlds: int, device: torch.dev
 
 
 WORLDS: dict[str, World] = {COMMONS: World(CommonsConfig, _open_commons)}
-
-
-PETTINGZOO = "pettingzoo:"
-_FAMILIES = ("atari", "butterfly", "classic", "sisl")
-"""Packages inside `pettingzoo`."""
-
-
-def pettingzoo_module(env: str) -> str | None:
-    """The module that the id `pettingzoo:MODULE` names, which may leave out `pettingzoo.`; None for any other id."""
-    if not env.startswith(PETTINGZOO):
-        return None
-    module = env.removeprefix(PETTINGZOO)
-    return f"pettingzoo.{module}" if module.partition(".")[0] in _FAMILIES else module
 
 
 def register_world(name: str, settings: type[WorldConfig], open: Callable[..., Streams]) -> None:

@@ -22,8 +22,7 @@ from dualhead.errors import DataError, UnavailableEnvironment
 from dualhead.norms import NormEvents
 from dualhead.spaces import ACTION_MASK
 from dualhead.types import ByAgent
-from dualhead.worlds.pettingzoo import JointEnv, JointSpace, copied, is_multi_agent, make_parallel_env
-from dualhead.worlds.registry import PETTINGZOO
+from dualhead.worlds.pettingzoo import JointEnv, JointSpace, copied, is_multi_agent
 from dualhead.worlds.replay import CannotReplay, as_actions, leaves, pack, unpack
 from dualhead.worlds.replay_trial import why_not_replayed
 from dualhead.worlds.vectors import LeanSyncVectorEnv, RecordedAsyncVectorEnv, episode_numbers, with_final_observations
@@ -253,7 +252,8 @@ class ParallelStreams:
         terminated, truncated = self._flags(told["terminated"]), self._flags(told["truncated"])
         events = None
         if self.resources:
-            events = NormEvents(*(self._flags(told[name]) for name in ("punished", "collected")))
+            punished: Any = self._flags(told["punished"])
+            events = NormEvents(punished, self._flags(told["collected"]))  # type: ignore[arg-type]
         return StreamStep(
             self._observed(step.observations),
             told["rewards"].reshape(-1),
@@ -276,7 +276,8 @@ class ParallelStreams:
 
     def frame(self) -> Any:
         """A picture of the first world, made with a `render_mode` that gives some."""
-        return self._worlds.envs.call("render")[0]
+        worlds: Any = self._worlds.envs
+        return worlds.call("render")[0]
 
     def close(self) -> None:
         self._worlds.close()
@@ -377,8 +378,8 @@ def make_env(env: Any, *, drop_observations: Collection[str] = (), **kwargs: Any
     """One environment; a ParallelEnv as a `JointEnv`.
 
     Args:
-        env: a Gymnasium id (`popgym-...`, `MiniGrid-...` and `BabyAI-...` load their package), `pettingzoo:MODULE`, a
-            callable that makes one environment, or a ParallelEnv, which is copied.
+        env: a Gymnasium id (`popgym-...`, `MiniGrid-...` and `BabyAI-...` load their package), a callable that makes
+            one environment, or a ParallelEnv, which is copied.
         drop_observations: keys that are left out of the Dict observations of a ParallelEnv.
         kwargs: for the environment.
 
@@ -395,8 +396,6 @@ def make_env(env: Any, *, drop_observations: Collection[str] = (), **kwargs: Any
                 f"expected a callable that makes one Gymnasium environment or ParallelEnv, got one that made {own!r}"
             )
         return own
-    if env.startswith(PETTINGZOO):
-        return JointEnv(make_parallel_env(env, **kwargs), drop_observations=drop_observations)
     for package, prefixes in _EXTRAS.items():
         if env.startswith(prefixes):
             try:
