@@ -350,10 +350,7 @@ def found_world(
     """
     from dualhead.worlds.streams import JointSpace, make_env
 
-    try:
-        made = make_env(env, drop_observations=drop_observations, **env_args or {})
-    except ValueError as error:
-        raise SettingsError([("", str(error))]) from error
+    made = make_env(env, drop_observations=drop_observations, **env_args or {})
     made.close()
     joint = made.observation_space
     if not isinstance(joint, JointSpace):

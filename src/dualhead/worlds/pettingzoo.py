@@ -16,7 +16,7 @@ from gymnasium import spaces
 from gymnasium.vector.utils import batch_space, concatenate, create_empty_array, iterate
 from numpy.typing import NDArray
 
-from dualhead.errors import UnavailableEnvironment
+from dualhead.errors import SettingsError, UnavailableEnvironment
 from dualhead.spaces import ACTION_MASK, WHOLE, ActionSpec
 from dualhead.worlds.replay_trial import legal_action
 from dualhead.worlds.vectors import numbers_in
@@ -79,7 +79,7 @@ class JointEnv(gym.Env):
         drop_observations: keys that are left out of Dict observations.
 
     Raises:
-        ValueError: a key to drop is in no agent's observation.
+        SettingsError: a key to drop is in no agent's observation.
         UnavailableEnvironment: agents take turns, or are not known beforehand.
     """
 
@@ -98,7 +98,8 @@ class JointEnv(gym.Env):
         self._dropped = frozenset(drop_observations)
         keys = {key for space in seen if isinstance(space, spaces.Dict) for key in space}
         if unknown := self._dropped - keys:
-            raise ValueError(f"drop_observations: no agent has {sorted(unknown)}, expected some of {sorted(keys)}")
+            message = f"no agent observes {', '.join(sorted(unknown))}; expected keys of {sorted(keys)}"
+            raise SettingsError([("drop_observations", message)])
         seen = list(map(self._without_dropped, seen))
         _, infos = env.reset(seed=0)
         self._masks_in_infos = any(ACTION_MASK in infos.get(agent, ()) for agent in self._agents)
