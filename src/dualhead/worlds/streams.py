@@ -57,7 +57,11 @@ class Streams(Protocol):
     """A source of experience.
 
     A world of several agents has `num_agents` besides (stream = world · num_agents + agent), and `resources`, the names
-    of resource kinds, if its steps have events about them.
+    of resource kinds, if its steps have events about them. It may have `agent_names`, one for each agent.
+
+    Where its agents have different spaces, it has `spaces_by_agent`, a list of each agent's (observation_space,
+    action_space), and `observation_space` and `action_space` are those of the first agent. Observations (the final ones
+    too) and actions are `ByAgent` then: [W, ...] of each agent.
     """
 
     num_streams: int
@@ -100,6 +104,19 @@ class Streams(Protocol):
 
     def close(self) -> None:
         """Frees what the environments hold."""
+
+
+def spaces_of_agents(world: Any) -> list[tuple[gym.Space, gym.Space]]:
+    """Observation and action space of each agent of a world; of one, where it does not say that it has several."""
+    own = getattr(world, "spaces_by_agent", None)
+    return own or [(world.observation_space, world.action_space)] * getattr(world, "num_agents", 1)
+
+
+def names_of_agents(world: Any) -> tuple[str, ...]:
+    """What the agents of a world are called."""
+    return tuple(getattr(world, "agent_names", ())) or tuple(
+        f"agent_{number}" for number in range(getattr(world, "num_agents", 1))
+    )
 
 
 class GymnasiumStreams:
