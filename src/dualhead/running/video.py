@@ -19,7 +19,7 @@ from dualhead.errors import DataError
 from dualhead.running.checkpoint import RunError
 from dualhead.running.config import EVALUATION_SEED
 from dualhead.running.environment import config_to_play
-from dualhead.running.playing import Player, expect_spaces, load_player, run_directory
+from dualhead.running.playing import Player, Players, expect_spaces, load_player, run_directory
 from dualhead.worlds.commons.config import CommonsConfig
 from dualhead.worlds.commons.world import Commons
 from dualhead.worlds.streams import make_env
@@ -109,7 +109,7 @@ def _renderable(name: str) -> gym.Env:
 
 
 def _frames(
-    env: gym.Env | Commons, player: Player, max_steps: int, *, seed: int, deterministic: bool
+    env: gym.Env | Commons, player: Player | Players, max_steps: int, *, seed: int, deterministic: bool
 ) -> Iterator[NDArray[np.uint8]]:
     """Pictures [height, width, 3] of the reset and of every step, to the end of the episode or epoch."""
     observation: Any = env.reset(seed=seed)

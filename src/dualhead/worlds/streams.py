@@ -114,6 +114,19 @@ class Streams(Protocol):
         """Frees what the environments hold."""
 
 
+def spaces_of_agents(world: Any) -> list[tuple[gym.Space, gym.Space]]:
+    """Observation and action space of each agent of a world; of one, where it does not say that it has several."""
+    own = getattr(world, "spaces_by_agent", None)
+    return own or [(world.observation_space, world.action_space)] * getattr(world, "num_agents", 1)
+
+
+def names_of_agents(world: Any) -> tuple[str, ...]:
+    """What the agents of a world are called."""
+    return tuple(getattr(world, "agent_names", ())) or tuple(
+        f"agent_{number}" for number in range(getattr(world, "num_agents", 1))
+    )
+
+
 class GymnasiumStreams:
     """A Gymnasium vector environment in SAME_STEP mode, one stream per sub-environment.
 
