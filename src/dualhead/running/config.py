@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
-import functools
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import Field, SerializeAsAny, ValidationInfo, field_validator, model_validator
@@ -23,6 +23,7 @@ from dualhead.config import (
     merged,
 )
 from dualhead.errors import SettingsError
+from dualhead.running.parts import Call
 from dualhead.worlds.commons.config import COMMONS
 from dualhead.worlds.registry import WORLDS
 
@@ -35,7 +36,16 @@ EVALUATION_SEED = 10_000
 
 
 MAY_CHANGE = {
-    *("total_steps", "vectorization", "run_dir", "device", "num_threads", "checkpoint_every", "keep_checkpoints"),
+    *(
+        "total_steps",
+        "vectorization",
+        "num_workers",
+        "run_dir",
+        "device",
+        "num_threads",
+        "checkpoint_every",
+        "keep_checkpoints",
+    ),
     *("log_to", "eval_episodes", "eval_every", "eval_max_steps", "save_on"),
 }
 """Settings that may be edited before a run is resumed. Checkpoints hold the others, which say what run it is."""
@@ -45,12 +55,16 @@ class RunConfig(Config):
     """A training run: which environment, for how long, where."""
 
     env: str
-    """`commons`, a Gymnasium id (`dualhead envs` lists them), or `pettingzoo:MODULE`, such as
-    `pettingzoo:mpe2.simple_spread_v3` or `pettingzoo:butterfly.pistonball_v6`."""
+    """`commons`, or a Gymnasium id: `dualhead envs` lists them. Or `pettingzoo:MODULE`, such as
+    `pettingzoo:mpe2.simple_spread_v3`. Or MODULE:NAME of your own: a class, or a function that makes one
+    environment."""
     env_args: dict[str, Any] = Field(default_factory=dict)
-    """Arguments of the environment's constructor."""
+    """Arguments of the environment's constructor: numbers, true or false, text, lists."""
+    wrappers: tuple[str, ...] = ()
+    """Wrappers around each environment, the innermost first: MODULE:NAME, or with arguments
+    `gymnasium.wrappers:FrameStackObservation(stack_size=4)`."""
     drop_observations: tuple[str, ...] = ()
-    """Keys that are left out of Dict observations."""
+    """Keys of a Dict observation that agents do not see. They are dropped before wrappers are applied."""
     encoder: str | None = None
     """An encoder of your own, MODULE:NAME; None: the one that `network` describes."""
     memory: str | None = None
@@ -68,7 +82,9 @@ class RunConfig(Config):
     num_envs: PositiveInt = 16
     """Environments, or worlds of several agents, stepped side by side."""
     vectorization: Literal["sync", "async"] = "sync"
-    """Environments in this process, or one process each (slow environments)."""
+    """Environments in this process, or in others (slow environments)."""
+    num_workers: PositiveInt | None = None
+    """Processes of `async`, which share the environments; None: one for each environment."""
     seed: Seed = 0
     """Seed of everything random; same seed, same run on CPU."""
     run_dir: str | None = None
@@ -140,9 +156,27 @@ class RunConfig(Config):
                 raise SettingsError([*hint, *error.problems]) from None
         if not isinstance(given, settings):
             raise ValueError(f"expected {settings.__name__}(...) for {env!r}, got {given!r}")
-        names_a_module = ":" in env  # it may be PettingZoo's, whose agents are counted when the run is planned
+        names_a_module = ":" in env  # its agents were counted when the run was planned
         if is_id and not names_a_module and settings is WorldConfig and given != WorldConfig():
             raise ValueError(f"{unregistered}; environments of Gymnasium have no settings, got {given!r}")
+        return given
+
+    @field_validator("env_args")
+    @classmethod
+    def _are_what_json_can_hold(cls, given: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return json.loads(json.dumps(given, allow_nan=False))  # tuples become lists at once, not on resume
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"expected finite numbers, True, False, None, text, and lists and dictionaries of these ({error}); "
+                f"give others in Python, by a function that makes the environment"
+            ) from None
+
+    @field_validator("wrappers")
+    @classmethod
+    def _can_be_read(cls, given: tuple[str, ...]) -> tuple[str, ...]:
+        for text in given:
+            Call.read(text)
         return given
 
     @field_validator("run_dir")
@@ -167,6 +201,22 @@ class RunConfig(Config):
     def num_streams(self) -> int:
         """Streams of experience, over all learners."""
         return self.num_envs * self.world.num_agents
+
+    @model_validator(mode="after")
+    def _environments_are_made(self) -> RunConfig:
+        given = [name for name in ("env_args", "wrappers", "drop_observations") if getattr(self, name)]
+        if given and self.env_from == "streams":
+            raise ValueError(
+                f"{', '.join(given)}: expected none, because streams that Python hands over are made already"
+            )
+        if given and self.env_from == "id" and self.env in WORLDS:
+            raise ValueError(f"{', '.join(given)}: expected none, the settings of {self.env!r} are in `world`")
+        if self.num_workers is not None and (self.vectorization != "async" or self.num_workers > self.num_envs):
+            raise ValueError(
+                f"num_workers: expected vectorization='async' and at most num_envs={self.num_envs}, got "
+                f"vectorization={self.vectorization!r}, num_workers={self.num_workers}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _rollouts_fit(self) -> RunConfig:
@@ -324,35 +374,8 @@ def pettingzoo_module(env: str) -> str | None:
 def planned(env: str, **settings: Any) -> RunConfig:
     """Settings of a run: where no preset is asked for those that were tuned for this environment, if there are any.
 
-    An environment of PettingZoo is made once, to count its agents.
-
     Raises:
         SettingsError: they are not possible.
-        UnavailableEnvironment: the environment cannot be made.
     """
-    is_id = settings.get("env_from", "id") == "id"
-    if is_id and "world" not in settings and (module := pettingzoo_module(env)) is not None:
-        from dualhead.worlds.pettingzoo import make_parallel_env  # imports torch, which `--help` does not need
-
-        about_env = {name: settings[name] for name in ("env_args", "drop_observations") if name in settings}
-        settings["world"] = found_world(functools.partial(make_parallel_env, module), **about_env)
-    return RunConfig(**{"env": env, "preset": usual_preset(env) if is_id else "default"} | settings)
-
-
-def found_world(
-    env: Any, env_args: Mapping[str, Any] | None = None, *, drop_observations: Sequence[str] = ()
-) -> WorldConfig:
-    """What a run must know of the world that a callable makes, or a ParallelEnv is; found by making one.
-
-    Raises:
-        TypeError, UnavailableEnvironment: as `make_env`.
-        SettingsError: a key of `drop_observations` does not exist.
-    """
-    from dualhead.worlds.streams import JointSpace, make_env
-
-    made = make_env(env, drop_observations=drop_observations, **env_args or {})
-    made.close()
-    joint = made.observation_space
-    if not isinstance(joint, JointSpace):
-        return WorldConfig()
-    return WorldConfig(num_agents=len(joint.agent_names), resources=joint.resources)
+    preset = usual_preset(env) if settings.get("env_from", "id") == "id" else "default"
+    return RunConfig(**{"env": env, "preset": preset} | settings)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-import re
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, TypeGuard
 
 import gymnasium as gym
@@ -14,22 +12,22 @@ import torch
 from gymnasium.vector import VectorEnv
 
 from dualhead.config import WorldConfig
-from dualhead.errors import RunError
-from dualhead.running.checkpoint import read_config
-from dualhead.running.config import RunConfig, found_world, pettingzoo_module
-from dualhead.worlds.pettingzoo import is_multi_agent, make_parallel_env
+from dualhead.errors import RunError, UnavailableEnvironment
+from dualhead.running.checkpoint import read_config, safe_name
+from dualhead.running.config import RunConfig, pettingzoo_module
+from dualhead.running.parts import Call, find_part, import_module
+from dualhead.running.trust import expect_trusted
+from dualhead.worlds.pettingzoo import JointSpace, is_multi_agent
 from dualhead.worlds.registry import WORLDS
-from dualhead.worlds.streams import GymnasiumStreams, Streams, make_streams
+from dualhead.worlds.streams import GymnasiumStreams, Streams, make_env, make_streams
 
 Environment = Callable[[], Any] | Streams | VectorEnv
 """What Python may hand over instead of an id: a callable that makes one Gymnasium environment or ParallelEnv, streams,
 or a ParallelEnv, which is copied for each world."""
 
 
-def settings_of(
-    env: str | Environment, env_args: Mapping[str, Any] | None = None, *, drop_observations: Sequence[str] = ()
-) -> dict[str, Any]:
-    """The fields of `RunConfig` that describe an environment. What a callable makes is found by calling it.
+def settings_of(env: str | Environment) -> dict[str, Any]:
+    """The fields of `RunConfig` that describe an environment.
 
     Raises:
         TypeError: it is none.
@@ -46,10 +44,7 @@ def settings_of(
             "num_envs": streams.num_streams // num_agents,
             "world": WorldConfig(num_agents=num_agents, resources=tuple(getattr(streams, "resources", ()))),
         }
-    if is_multi_agent(env) or (callable(env) and not (isinstance(env, type) and issubclass(env, gym.Env))):
-        found = found_world(env, env_args or {}, drop_observations=drop_observations)
-        return {"env": _name(env), "env_from": "callable"} | ({} if found == WorldConfig() else {"world": found})
-    if callable(env):
+    if callable(env) or is_multi_agent(env):
         return {"env": _name(env), "env_from": "callable"}
     raise TypeError(
         f"env: expected an environment id, a callable that makes one environment, a ParallelEnv, a Gymnasium vector "
@@ -58,37 +53,33 @@ def settings_of(
     )
 
 
-def module_of(env: str) -> str | None:
-    """The module that is imported to make an environment with this id, `MODULE:ID` or `pettingzoo:MODULE`; None for a
-    plain id."""
-    if (module := pettingzoo_module(env)) is not None:
-        return module
-    module, colon, _ = env.partition(":")
-    return module if colon else None
+def world_of(env: str | Environment, settings: Mapping[str, Any]) -> dict[str, WorldConfig]:
+    """The setting `world` where an environment is a world of several agents that says how many only when it is made.
+
+    One is made for that, as the settings say: only a user who begins a run may ask for it. Nothing for other
+    environments, or where `world` is given.
+
+    Raises:
+        RunError, TypeError, UnavailableEnvironment: it cannot be made.
+    """
+    known = is_streams(env) or (isinstance(env, type) and issubclass(env, gym.Env))
+    if known or settings.get("world") or (isinstance(env, str) and ":" not in env):
+        return {}
+    given = {name: settings[name] for name in ("env_args", "wrappers", "drop_observations") if name in settings}
+    config = RunConfig.model_construct(**settings_of(env), **given)
+    made = maker_of(config, None if isinstance(env, str) else env)()  # type: ignore[arg-type]
+    made.close()
+    joint = made.observation_space
+    if not isinstance(joint, JointSpace):
+        return {}
+    return {"world": WorldConfig(num_agents=len(joint.agent_names), resources=joint.resources)}
 
 
 def config_to_play(run: str | os.PathLike[str]) -> RunConfig:
-    """The configuration of a run whose environment is to be made. A run may come from a stranger, so its files import
-    nothing: a module that the environment's id names must be imported already.
-
-    Raises:
-        RunError: it is not, or no run is there.
-    """
+    """The configuration of a run whose environment is to be made; RunError if that needs trust, or no run is there."""
     config = read_config(run)
-    module = module_of(config.env)
-    if config.env_from == "id" and module is not None and module not in sys.modules:
-        raise RunError(
-            f"the environment {config.env!r} of {run} needs the module {module!r}, which the run's files name and "
-            f"which is not imported by itself. If you trust it: --import {module}, or --trust; in Python, import it "
-            f"first"
-        )
+    expect_trusted(config, run)
     return config
-
-
-def found_env(env: str) -> Any:
-    """A Gymnasium id, or what makes the environment of PettingZoo that an id names."""
-    module = pettingzoo_module(env)
-    return env if module is None else functools.partial(make_parallel_env, module)
 
 
 def is_streams(env: Any) -> TypeGuard[Streams | VectorEnv]:
@@ -115,7 +106,81 @@ def as_streams(env: Streams | VectorEnv) -> Streams:
 def _name(of: Any) -> str:
     """What an environment is called in messages and in the name of its run's directory."""
     given = getattr(of, "id", None) or getattr(of, "__name__", None) or type(of).__name__
-    return re.sub(r"[^\w.-]+", "-", given).strip("-.") or "environment"
+    return safe_name(given).strip("-") or "environment"
+
+
+def maker_of(config: RunConfig, env: str | Callable[..., gym.Env] | None = None) -> Callable[[], gym.Env]:
+    """What makes one environment of a run with its wrappers, in this process or another.
+
+    Args:
+        config: of the run.
+        env: in place of the environment that the settings name.
+
+    Raises:
+        RunError, UnavailableEnvironment: a module or a name is not there.
+    """
+    # Arguments belong to the environment that the settings are about, and not to another that evaluations play in.
+    is_meant = env is None or (config.env_from == "callable" and not isinstance(env, str))
+    found = _found(config.env if env is None else env) if env is None or isinstance(env, str) else env
+    wrappers = [(text, _wrapper(text)) for text in config.wrappers]
+    return functools.partial(
+        make_env,
+        found,
+        config.env_args if is_meant else {},
+        wrappers=wrappers,
+        drop_observations=config.drop_observations,
+    )
+
+
+def _found(env: str) -> str | Callable[..., gym.Env]:
+    """What an id means: `MODULE:NAME` is a class or function, unless Gymnasium has registered NAME; a Gymnasium id."""
+    given, colon, name = env.partition(":")
+    if not colon:
+        return env
+    if (module_name := pettingzoo_module(env)) is not None:
+        return _of_pettingzoo(module_name)
+    module = import_module(given, what="env")
+    if name in gym.registry or not name.isidentifier():
+        return f"{module.__name__}:{name}"
+    found = getattr(module, name, None)
+    if callable(found):
+        return found
+    if any(known.startswith(f"{name}-v") for known in gym.registry):
+        return f"{module.__name__}:{name}"
+    classes = [name for name, kind in vars(module).items() if isinstance(kind, type) and issubclass(kind, gym.Env)]
+    raise UnavailableEnvironment(
+        f"environment {env!r}: expected the name of a class or function in {module.__file__} that makes one "
+        f"gymnasium.Env, got {'none such' if found is None else repr(found)}; its classes of environments: "
+        f"{', '.join(classes) or 'none'}"
+    )
+
+
+def _of_pettingzoo(name: str) -> Callable[..., Any]:
+    """What makes the environment of a module of PettingZoo's kind."""
+    try:
+        module = import_module(name, what="env")
+    except RunError as error:
+        package, _, rest = name.partition(".")
+        missing = {"pettingzoo": f"pip install 'pettingzoo[{rest.partition('.')[0]}]'", "mpe2": "pip install mpe2"}
+        if package not in missing:
+            raise
+        raise UnavailableEnvironment(f"{error}. What may be missing: {missing[package]}") from error
+    make = getattr(module, "parallel_env", None) or getattr(module, "env", None)
+    if not callable(make):
+        raise UnavailableEnvironment(f"environment 'pettingzoo:{name}': the module has neither parallel_env nor env")
+    return make
+
+
+def _wrapper(text: str) -> Callable[[gym.Env], gym.Env]:
+    name, args, kwargs = Call.read(text)
+    wrap = find_part(name, what="wrappers")
+    if not callable(wrap):
+        raise UnavailableEnvironment(f"wrappers: expected a class or function {name}, got {wrap!r}")
+    return functools.partial(_wrapped, wrap, args, kwargs)
+
+
+def _wrapped(wrap: Callable[..., gym.Env], args: tuple[Any, ...], kwargs: dict[str, Any], env: gym.Env) -> gym.Env:
+    return wrap(env, *args, **kwargs)
 
 
 def open_streams(
@@ -123,7 +188,7 @@ def open_streams(
     env: Environment | None = None,
     *,
     num_envs: int | None = None,
-    vectorization: str = "sync",
+    for_training: bool = False,
     device: torch.device | str = "cpu",
 ) -> Streams:
     """The streams of a run's environment. Streams that were handed over are used as they are; their owner closes them.
@@ -132,7 +197,7 @@ def open_streams(
         config: of the run.
         env: in place of the environment that the settings name.
         num_envs: environments (or worlds); None: as configured.
-        vectorization: of Gymnasium environments, see `make_streams`.
+        for_training: Gymnasium environments may run in other processes, as configured.
         device: of a world that is registered by name.
 
     Raises:
@@ -149,10 +214,11 @@ def open_streams(
         return as_streams(env)
     if env is None and config.env in WORLDS:
         return WORLDS[config.env].open(config.world, num_worlds=num_envs, device=device)
-    return make_streams(
-        found_env(config.env) if env is None else env,
-        num_envs,
-        vectorization=vectorization,
-        drop_observations=config.drop_observations,
-        **config.env_args,
-    )
+    vectorization = config.vectorization if for_training else "sync"
+    try:
+        make = maker_of(config, env)  # type: ignore[arg-type]
+        return make_streams(make, num_envs, vectorization=vectorization, num_workers=config.num_workers)
+    except TypeError as error:
+        if config.env_from != "id":
+            raise
+        raise UnavailableEnvironment(f"environment {config.env!r}: {error}") from error

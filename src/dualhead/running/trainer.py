@@ -27,11 +27,12 @@ from dualhead.running.checkpoint import (
     write_json,
 )
 from dualhead.running.config import RunConfig, planned
-from dualhead.running.environment import Environment, config_to_play, is_streams, settings_of
+from dualhead.running.environment import Environment, config_to_play, is_streams, settings_of, world_of
 from dualhead.running.evaluator import Evaluator, open_evaluation
 from dualhead.running.parts import find_part, name_of
 from dualhead.running.results import read_summary
 from dualhead.running.session import Session, make_numbers
+from dualhead.running.trust import trust
 from dualhead.running.writers import Writer, expect_writers, make_writers, require_packages
 
 OnUpdate = Callable[[Session, dict[str, float]], bool | None]
@@ -111,10 +112,10 @@ def train(
             raise TypeError(f"train(RunConfig(...)) takes no further settings, got {sorted(settings)}")
         config = env
     else:
-        about_env = {name: settings[name] for name in ("env_args", "drop_observations") if name in settings}
-        of_env = settings_of(env, **about_env)
+        of_env = settings_of(env)
         if twice := sorted(settings.keys() & of_env.keys()):
             raise TypeError(f"{', '.join(twice)}: the environment that was given decides, expected no such setting")
+        of_env |= world_of(env, settings)
         # Streams that were passed are in use by training: no evaluation unless it is asked for.
         in_use = of_env.get("env_from") == "streams" and eval_env is None
         config = planned(**({"eval_episodes": 0} if in_use else {}) | of_env | settings)
@@ -216,6 +217,7 @@ def _run(config: RunConfig, given: _Given, *, resumed: Path | None = None) -> Tr
                 stack.callback(evaluation_env.close)
         run_dir = resumed or new_run_dir(config)
         if resumed is None:
+            trust(run_dir)  # this process writes it
             stack.enter_context(locked(run_dir))
             if given.show_progress:
                 print(f"writing to {run_dir}", flush=True)

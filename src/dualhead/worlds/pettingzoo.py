@@ -6,7 +6,6 @@ Letters: A agents of a world, `possible_agents` in their order; R kinds of resou
 from __future__ import annotations
 
 import copy
-import importlib
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ from gymnasium import spaces
 from gymnasium.vector.utils import batch_space, concatenate, create_empty_array, iterate
 from numpy.typing import NDArray
 
-from dualhead.errors import SettingsError, UnavailableEnvironment
+from dualhead.errors import UnavailableEnvironment
 from dualhead.spaces import ACTION_MASK, WHOLE, ActionSpec
 from dualhead.worlds.replay_trial import legal_action
 from dualhead.worlds.vectors import numbers_in
@@ -79,14 +78,13 @@ class JointEnv(gym.Env):
         drop_observations: keys that are left out of Dict observations.
 
     Raises:
-        SettingsError: a key to drop is in no agent's observation.
-        UnavailableEnvironment: agents take turns, or are not known beforehand.
+        UnavailableEnvironment: the agents are not known beforehand, or a key to drop is in no agent's observation.
     """
 
     observation_space: JointSpace
 
     def __init__(self, env: Any, *, drop_observations: Collection[str] = ()) -> None:
-        self.env = env = as_parallel(env)
+        self.env = env
         self.metadata, self.render_mode = dict(env.metadata), getattr(env, "render_mode", None)
         self._agents = list(getattr(env, "possible_agents", ()))
         if not self._agents:
@@ -98,8 +96,10 @@ class JointEnv(gym.Env):
         self._dropped = frozenset(drop_observations)
         keys = {key for space in seen if isinstance(space, spaces.Dict) for key in space}
         if unknown := self._dropped - keys:
-            message = f"no agent observes {', '.join(sorted(unknown))}; expected keys of {sorted(keys)}"
-            raise SettingsError([("drop_observations", message)])
+            raise UnavailableEnvironment(
+                f"drop_observations: expected keys of the agents' Dict observations, "
+                f"{', '.join(sorted(keys)) or 'which have none'}, got {', '.join(sorted(unknown))}"
+            )
         seen = list(map(self._without_dropped, seen))
         _, infos = env.reset(seed=0)
         self._masks_in_infos = any(ACTION_MASK in infos.get(agent, ()) for agent in self._agents)
@@ -248,34 +248,6 @@ def as_parallel(env: Any) -> Any:
         raise UnavailableEnvironment(
             f"{env}: expected an environment whose agents act at the same time; here they take turns: {error}"
         ) from error
-
-
-def make_parallel_env(name: str, **kwargs: Any) -> Any:
-    """What a module of PettingZoo's kind makes: its `parallel_env(**kwargs)`, or else its `env(**kwargs)`.
-
-    Raises:
-        UnavailableEnvironment: a package is missing, the module has neither, or it refuses these arguments.
-    """
-    what = f"cannot make the environment of {name}"
-    try:
-        module = importlib.import_module(name)
-    except ImportError as error:
-        missing = (error.name or "").partition(".")[0]
-        root, _, rest = name.partition(".")
-        how = f"-e '.[{missing}]' in the checkout" if missing in ("pettingzoo", "mpe2") else missing
-        if root == "pettingzoo" and missing != root:
-            how = f"'pettingzoo[{rest.partition('.')[0]}]'"
-        raise UnavailableEnvironment(f"{what}: {error}; try pip install {how}") from error
-    make = getattr(module, "parallel_env", None) or getattr(module, "env", None)
-    if not callable(make):
-        raise UnavailableEnvironment(f"{what}: it has neither parallel_env nor env")
-    try:
-        made = make(**kwargs)
-    except (TypeError, ImportError) as error:
-        raise UnavailableEnvironment(f"{what}: {error}") from error
-    if not is_multi_agent(made):
-        raise UnavailableEnvironment(f"{what}: expected a ParallelEnv, it made {made!r}")
-    return made
 
 
 def copied(env: Any) -> Any:

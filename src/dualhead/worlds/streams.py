@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
+import inspect
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import gymnasium as gym
@@ -22,7 +24,7 @@ from dualhead.errors import DataError, UnavailableEnvironment
 from dualhead.norms import NormEvents
 from dualhead.spaces import ACTION_MASK
 from dualhead.types import ByAgent
-from dualhead.worlds.pettingzoo import JointEnv, JointSpace, copied, is_multi_agent
+from dualhead.worlds.pettingzoo import JointEnv, JointSpace, as_parallel, copied, is_multi_agent
 from dualhead.worlds.replay import CannotReplay, as_actions, leaves, pack, unpack
 from dualhead.worlds.replay_trial import why_not_replayed
 from dualhead.worlds.vectors import LeanSyncVectorEnv, RecordedAsyncVectorEnv, episode_numbers, with_final_observations
@@ -238,6 +240,9 @@ class ParallelStreams:
 
     Args:
         worlds: W of them.
+
+    Attributes:
+        have_reset: [W] bool, which worlds began a new episode in the last step.
     """
 
     def __init__(self, worlds: GymnasiumStreams) -> None:
@@ -249,6 +254,7 @@ class ParallelStreams:
         self.observation_space, self.action_space = joint.spaces_by_agent[0]
         self.spaces_by_agent = None if joint.are_equal else list(joint.spaces_by_agent)
         self.active: NDArray[np.bool_] | None = None
+        self.have_reset = np.zeros(worlds.num_streams, dtype=bool)
 
     @property
     def resumable(self) -> str | None:
@@ -261,6 +267,7 @@ class ParallelStreams:
     def step(self, actions: Any) -> StreamStep:
         acted = self.active
         step = self._worlds.step(self._joint(actions))
+        self.have_reset = step.terminated
         told = step.observations if step.final_observations is None else step.final_observations
         terminated, truncated = self._flags(told["terminated"]), self._flags(told["truncated"])
         events = None
@@ -365,20 +372,26 @@ def _joined(observations: Any, final: NDArray[np.object_]) -> Any:
 
 
 def make_streams(
-    env: Any, num_envs: int, *, vectorization: str = "sync", **kwargs: Any
+    env: Any,
+    num_envs: int,
+    *,
+    vectorization: str = "sync",
+    num_workers: int | None = None,
+    **env_args: Any,
 ) -> GymnasiumStreams | ParallelStreams:
     """Streams of a Gymnasium environment, or of all agents of a ParallelEnv.
 
     Args:
         env: see `make_env`.
         num_envs: environments, or worlds of several agents.
-        vectorization: `sync` in this process, `async` one process per environment.
-        kwargs: for the environment.
+        vectorization: `sync` in this process, `async` in others.
+        num_workers: processes of `async`; None: one for each environment.
+        env_args: for the environment.
 
     Raises:
         UnavailableEnvironment: unknown id, missing package, or the environment could not be made.
     """
-    makers = [functools.partial(make_env, env, **kwargs)] * num_envs
+    makers = [functools.partial(make_env, env, env_args)] * num_envs
     if vectorization == "async":
         makers[0]().close()  # its errors are clearer from this process
         streams = GymnasiumStreams(RecordedAsyncVectorEnv(makers))
@@ -387,28 +400,75 @@ def make_streams(
     return ParallelStreams(streams) if isinstance(streams.observation_space, JointSpace) else streams
 
 
-def make_env(env: Any, *, drop_observations: Collection[str] = (), **kwargs: Any) -> gym.Env:
-    """One environment; a ParallelEnv as a `JointEnv`.
+def make_env(
+    env: Any,
+    env_args: Mapping[str, Any] = MappingProxyType({}),
+    *,
+    wrappers: Sequence[tuple[str, Callable[[Any], Any]]] = (),
+    drop_observations: Sequence[str] = (),
+) -> gym.Env:
+    """One environment, by id with what its package needs around it; a ParallelEnv as a `JointEnv`.
 
     Args:
-        env: a Gymnasium id (`popgym-...`, `MiniGrid-...` and `BabyAI-...` load their package), a callable that makes
-            one environment, or a ParallelEnv, which is copied.
-        drop_observations: keys that are left out of the Dict observations of a ParallelEnv.
-        kwargs: for the environment.
+        env: a Gymnasium id (`popgym-...`, `MiniGrid-...` and `BabyAI-...` load their package); what makes one
+            environment, of Gymnasium or a ParallelEnv; or a ParallelEnv, which is copied.
+        env_args: of its constructor, or for `gymnasium.make`.
+        wrappers: names for messages, and what is called with the environment; the innermost first.
+        drop_observations: keys of its Dict observation that are left out, before wrappers are applied. Those of a
+            ParallelEnv are left out after its wrappers, of the agents that have them.
 
     Raises:
-        TypeError: a callable that makes something else, or a ParallelEnv that cannot be copied.
-        UnavailableEnvironment: unknown id, missing package, or the environment could not be made.
+        UnavailableEnvironment: as `make_streams`, or a wrapper or a key does not fit.
     """
-    if not isinstance(env, str):
-        own = copied(env) if is_multi_agent(env) else env(**kwargs)
-        if is_multi_agent(own):
-            return JointEnv(own, drop_observations=drop_observations)
-        if not isinstance(own, gym.Env):
-            raise TypeError(
-                f"expected a callable that makes one Gymnasium environment or ParallelEnv, got one that made {own!r}"
-            )
-        return own
+    made = _made(env, env_args)
+    is_world = is_multi_agent(made)
+    if drop_observations and not is_world:
+        made = _without_keys(made, drop_observations)
+    for name, wrap in wrappers:
+        inside = made
+        try:
+            made = wrap(inside)
+        except Exception as error:
+            raise UnavailableEnvironment(
+                f"wrapper {name!r} around {inside}: {type(error).__name__}: {error}"
+            ) from error
+        if not (is_multi_agent(made) if is_world else isinstance(made, gym.Env)):
+            expected = "ParallelEnv" if is_world else "gymnasium.Env"
+            raise UnavailableEnvironment(f"wrapper {name!r}: expected a {expected} from it, got {made!r}")
+    return JointEnv(made, drop_observations=drop_observations) if is_world else made
+
+
+def _made(env: Any, env_args: Mapping[str, Any]) -> Any:
+    """An environment of Gymnasium, or a ParallelEnv, without the user's wrappers."""
+    if is_multi_agent(env):
+        if env_args:
+            raise TypeError(f"env_args: expected none, because {type(env).__name__} is made already, got {env_args}")
+        return as_parallel(copied(env))
+    try:
+        if isinstance(env, str):
+            return _made_by_id(env, env_args)
+        own = env(**env_args)
+    except UnavailableEnvironment:
+        raise
+    except Exception as error:
+        if not env_args:
+            raise
+        called = env if isinstance(env, str) else f"{env.__module__}:{getattr(env, '__qualname__', env)}"
+        given = ", ".join(f"{name}={value!r}" for name, value in env_args.items())
+        raise UnavailableEnvironment(
+            f"cannot make environment {called!r} with {given}: "
+            f"{type(error).__name__}: {error}" + _its_arguments(env, env_args)
+        ) from error
+    if is_multi_agent(own):
+        return as_parallel(own)
+    if not isinstance(own, gym.Env):
+        raise TypeError(
+            f"expected a callable that makes one Gymnasium environment or ParallelEnv, got one that made {own!r}"
+        )
+    return own
+
+
+def _made_by_id(env: str, env_args: Mapping[str, Any]) -> gym.Env:
     for package, prefixes in _EXTRAS.items():
         if env.startswith(prefixes):
             try:
@@ -419,15 +479,44 @@ def make_env(env: Any, *, drop_observations: Collection[str] = (), **kwargs: Any
                 ) from error
     try:
         # The agent checks every observation and reward itself; Gymnasium's passive checker would slow each step.
-        made = gym.make(env, disable_env_checker=True, **kwargs)
+        made = gym.make(env, disable_env_checker=True, **env_args)
     except (gym.error.NameNotFound, gym.error.NamespaceNotFound) as error:
         raise UnavailableEnvironment(
             f"unknown environment {env!r}: {error} `dualhead envs` lists all; --import MODULE imports one of your own "
             f"that registers more"
         ) from error
     except (gym.error.Error, ImportError, TypeError) as error:
-        raise UnavailableEnvironment(f"cannot make environment {env!r}: {error}") from error
+        raise UnavailableEnvironment(
+            f"cannot make environment {env!r}: {error}{_its_arguments(env, env_args)}"
+        ) from error
     return _without_mission(made, env) if env.startswith(_EXTRAS["minigrid"]) else made
+
+
+def _its_arguments(env: str | Callable[..., gym.Env], given: Mapping[str, Any]) -> str:
+    """The arguments that an environment has, for a message, where it lacks one of those given."""
+    with suppress(Exception):  # an id that is not registered, a constructor in C
+        make: Any = gym.spec(env).entry_point if isinstance(env, str) else env
+        make = gym.envs.registration.load_env_creator(make) if isinstance(make, str) else make
+        known = inspect.signature(make).parameters.values()
+        names = [part.name for part in known if part.kind not in (part.VAR_KEYWORD, part.VAR_POSITIONAL)]
+        if not given.keys() <= set(names):
+            return f"; its arguments are: {', '.join(names) or 'none'}"
+    return ""
+
+
+def _without_keys(env: gym.Env, names: Sequence[str]) -> gym.Env:
+    """An environment without some keys of its Dict observation."""
+    from gymnasium.wrappers import FilterObservation
+
+    space = env.observation_space
+    if not isinstance(space, gym.spaces.Dict):
+        raise UnavailableEnvironment(f"drop_observations: expected an environment with Dict observations, got {space}")
+    kept = [name for name in space if name not in names]
+    if not set(names) <= set(space) or not kept:
+        raise UnavailableEnvironment(
+            f"drop_observations: expected some of the keys {', '.join(space)}, not all, got {', '.join(names)}"
+        )
+    return FilterObservation(env, kept)
 
 
 def restart(streams: Streams, *, seed: int, num_steps: int) -> Any:
