@@ -141,10 +141,10 @@ class JointEnv(gym.Env):
         of_all = joint["observations"]
         own = iterate(of_all, observation["observations"]) if joint.are_equal else observation["observations"]
         chosen = []
-        for (_, action_space), seen in zip(joint.spaces_by_agent, own):
+        for (_, action_space), seen, is_active in zip(joint.spaces_by_agent, own, observation["active"]):
             action_space = copy.deepcopy(action_space)
             action_space.seed(int(space.np_random.integers(2**31)))
-            chosen.append(legal_action(action_space, seen))
+            chosen.append(legal_action(action_space, seen) if is_active else action_space.sample())
         return self._together(1, chosen)
 
     def _joint(
@@ -304,15 +304,17 @@ def _events(info: Mapping[str, Any], resources: Sequence[str]) -> NDArray[np.int
 
 
 def _marks(given: Any, resources: Sequence[str], what: str) -> NDArray[np.int8]:
-    """[R] of names of resources, of an array [R] of bools, or of None."""
-    if given is None:
-        return np.zeros(len(resources), np.int8)
-    named = {given} if isinstance(given, str) else set(given) if isinstance(given, tuple | list | set) else set()
-    if named and all(isinstance(name, str) for name in named):
+    """[R] of the name of a resource, of several, of an array [R] of bools, or of None."""
+    if not (given is None or np.iterable(given)):
+        raise ValueError(f"{what}: expected the name of a resource of {resources}, or None, got {given!r}")
+    if isinstance(given, str):
+        given = [given]
+    if given is None or all(isinstance(name, str) for name in given):
+        named = set(given or ())
         if unknown := named - set(resources):
             raise ValueError(f"{what}: expected resources of {resources}, got {sorted(unknown)}")
         return np.array([name in named for name in resources], np.int8)
     marks = np.asarray(given)
     if marks.shape != (len(resources),) or not ((marks == 0) | (marks == 1)).all():
-        raise ValueError(f"{what}: expected a name, None, or {len(resources)} bools for {resources}, got {given!r}")
+        raise ValueError(f"{what}: expected names, or {len(resources)} bools for {resources}, got {given!r}")
     return marks.astype(np.int8)
