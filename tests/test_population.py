@@ -221,6 +221,13 @@ def test_every_agent_counts_the_same_in_an_evaluation(monkeypatch, num_agents, a
     evaluation = play_episodes(player_of(make_learner(config, worlds)), worlds, episodes=episodes)
     returns = np.array(evaluation.returns)
     assert np.bincount((returns / rules.epoch_turns).astype(int)).tolist() == played
+    if num_agents == 1:
+        assert (dict(evaluation.agents), evaluation.team) == ({}, [])
+        return
+    for number, (name, own) in enumerate(evaluation.agents.items()):
+        assert name == f"agent_{number}"
+        assert own == [number * rules.epoch_turns] * played[number]
+    assert evaluation.team == [sum(range(num_agents)) * rules.epoch_turns] * played[0]
 
 
 @pytest.mark.parametrize(

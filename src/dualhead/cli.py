@@ -377,12 +377,13 @@ def evaluate(
         episodes: How many to play.
         seed: Of the environments and of sampled actions.
         sample: Sample actions instead of taking the likeliest.
-        json_: Print mean, 95% interval, deviation, mean length, and every return and length as JSON.
+        json_: Print mean, 95% interval, deviation, mean length, and every return and length as JSON; also by agent and
+            for the team.
         video: Also film one episode into this file, .mp4 or .gif.
     """
     if not 0 <= seed < SEED_LIMIT:
         raise RunError(f"seed: expected at least 0 and less than 2**64, got {seed}")
-    from dualhead.running.evaluation import evaluate
+    from dualhead.running.evaluation import evaluate, scores
     from dualhead.running.video import record_video
 
     how = {"seed": seed, "deterministic": not sample, **own.found(run)}
@@ -390,19 +391,40 @@ def evaluate(
     filmed = video and str(record_video(run, video, **how))
     played = evaluate(run, episodes=episodes, **how)
     result = played.summary()
+    by_agent = {name: scores(returns) | {"returns": returns} for name, returns in played.agents.items()}
+    team = scores(played.team) | {"returns": played.team}
     if json_:
-        numbers = {name: value if math.isfinite(value) else None for name, value in result.items()}
-        print(
-            json.dumps(
-                numbers | {"returns": played.returns, "lengths": played.lengths} | ({"video": filmed} if filmed else {})
-            )
-        )
+        numbers = result | {"returns": played.returns, "lengths": played.lengths}
+        numbers |= {"agents": by_agent, "team": team} if by_agent else {}
+        print(json.dumps(_without_nan(numbers | ({"video": filmed} if filmed else {}))))
         return 0
     print("returns " + " ".join(f"{value:.6g}" for value in played.returns))
     print(_describe_returns(result))
+    if by_agent:
+        print(_table_of_agents([*by_agent.items(), ("team", team)]))
     if filmed:
         print(f"video: {filmed}")
     return 0
+
+
+def _without_nan(value: Any) -> Any:
+    """For JSON, which has no NaN: None in its place."""
+    if isinstance(value, dict):
+        return {name: _without_nan(part) for name, part in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _table_of_agents(rows: Sequence[tuple[str, dict[str, Any]]]) -> str:
+    """A line for each agent, and for the team."""
+    cells = [("agent", "return", "95% interval", "deviation", "episodes")]
+    for name, of in rows:
+        ends = f"{of['ci95_low']:.2f} to {of['ci95_high']:.2f}" if len(of["returns"]) > 1 else "-"
+        cells.append((name, f"{of['mean_return']:.2f}", ends, f"{of['std_return']:.2f}", str(len(of["returns"]))))
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    return "\n".join(
+        f"{name:<{widths[0]}}" + "".join(f"  {cell:>{width}}" for cell, width in zip(numbers, widths[1:]))
+        for name, *numbers in cells
+    )
 
 
 def _describe_returns(result: dict[str, float]) -> str:
