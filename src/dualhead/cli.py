@@ -294,9 +294,7 @@ def _reader(
         env: Positional[Annotated[str, arg(metavar="ENV", help=about_env)]],
         settings: Annotated[settings_of_a_run, arg(name="")] = shown,  # type: ignore[valid-type]
         modules: Modules = (),
-        wrappers: Annotated[
-            tuple[str, ...], arg(metavar="MODULE:NAME", help=f"{about_wrappers} Repeatable."), UseAppendAction
-        ] = (),
+        wrappers: Annotated[tuple[str, ...], arg(metavar="MODULE:NAME", help=about_wrappers), UseAppendAction] = (),
     ) -> tuple[str, dict[str, Any]]:
         """Train an agent. `dualhead train ENV --help` shows the settings of an environment."""
         return env, settings | ({"wrappers": wrappers} if wrappers else {})

@@ -393,8 +393,7 @@ def make_streams(
     """
     makers = [functools.partial(make_env, env, env_args)] * num_envs
     if vectorization == "async":
-        makers[0]().close()  # its errors are clearer from this process
-        streams = GymnasiumStreams(RecordedAsyncVectorEnv(makers))
+        streams = GymnasiumStreams(RecordedAsyncVectorEnv(makers, num_workers=num_workers))
     else:
         streams = GymnasiumStreams(LeanSyncVectorEnv(makers))
     return ParallelStreams(streams) if isinstance(streams.observation_space, JointSpace) else streams
