@@ -15,7 +15,7 @@ from dualhead import snapshot
 from dualhead.config import NetworkConfig, NormConfig, PPOConfig
 from dualhead.errors import CheckpointError, DataError
 from dualhead.learning.advantages import RewardScale, generalized_advantages
-from dualhead.learning.rollout import Rollout
+from dualhead.learning.rollout import Rollout, of_active
 from dualhead.learning.update import ppo_update
 from dualhead.networks.encoders import EncoderFactory
 from dualhead.networks.memory import MemoryFactory
@@ -114,6 +114,7 @@ class DualHeadRecurrentPPO:
         self._num_skipped = 0  # optimiser steps in a row, up to now
         self._current_hidden: RecurrentState | None = None
         self._step_is_pending = False
+        self._inactive: Tensor | None = None  # [B] who sits out the pending step; None: nobody
         self._episode_starts = torch.ones(num_streams, dtype=torch.bool, device=self.device)
         # What the policy is shown of the step before; blanked where an episode starts, when it is shown.
         self._previous = self.policy.previous.nothing(num_streams, device=self.device, dtype=dtype)
@@ -191,15 +192,18 @@ class DualHeadRecurrentPPO:
         self._expect_no_pending("abandon_rollout()")
         dropped = self.rollout_memory.length * self.num_streams
         self.num_steps -= dropped
-        self.rollout_memory.length = self.rollout_memory.tail_length = 0
+        self.rollout_memory.rewind(0, 0)
         self.reset_state()
         return dropped
 
-    def act(self, observations: Any) -> Any:
+    def act(self, observations: Any, active: Any = None) -> Any:
         """Samples actions for all streams and advances the recurrent state. To play without learning: `Player`.
 
         Args:
             observations: [B, ...] arrays or tensors, nested as the observation space is.
+            active: [B] bool, who takes part in this step; None: all streams. A stream that sits out is shown any legal
+                observation, its action means nothing, and neither does what `record` gets for it: nothing learns from
+                the step. It must have ended its episode before, and begins another when it takes part again.
 
         Returns:
             Actions [B, ...] in the form of the batched action space, Boxes clipped and scaled: NumPy arrays, or tensors
@@ -207,28 +211,44 @@ class DualHeadRecurrentPPO:
 
         Raises:
             RuntimeError: the step before is not recorded, or the rollout is full.
-            ValueError: wrong shapes, missing parts, non-finite numbers, a mask without a legal choice.
+            ValueError: wrong shapes, missing parts, non-finite numbers, a mask without a legal choice, or a stream that
+                sits out in the middle of an episode.
         """
-        return self._act(self._prepare_act(observations), numpy=not holds_tensors(observations))
+        return self._act(*self._prepare_act(observations, active), numpy=not holds_tensors(observations))
 
-    def _prepare_act(self, observations: Any) -> Observations:
-        """Everything that `act` may refuse, and the checked observations; nothing has changed yet."""
+    def _prepare_act(self, observations: Any, active: Any = None) -> tuple[Observations, Tensor | None]:
+        """Everything that `act` may refuse; the checked observations and who sits out. Nothing has changed yet."""
         self._expect_no_pending("act()")
         if self.rollout_is_ready:
             raise RuntimeError(
                 f"act() on a full rollout of {self.config.rollout_length} steps: call learn(next_observations) first"
             )
-        return self._tensors(observations)
+        return self._tensors(observations), None if active is None else self._who_sits_out(active)
+
+    def _who_sits_out(self, active: Any) -> Tensor | None:
+        """[B] bool on the device that `active` came from; None: nobody."""
+        inactive = ~self._stream_tensor(active, "active", torch.bool)
+        if not inactive.any():
+            return None
+        running = on_device(inactive, self.device) & ~self._episode_starts
+        if self._current_hidden is not None and running.any():
+            raise DataError(
+                f"active: streams {running.nonzero()[:8, 0].tolist()} sit out in the middle of an episode: expected "
+                f"terminated or truncated in the last step that they took part in"
+            )
+        return inactive
 
     @torch.no_grad()
-    def _act(self, tensors: Observations, *, numpy: bool) -> Any:
+    def _act(self, tensors: Observations, inactive: Tensor | None, *, numpy: bool) -> Any:
         state = self._get_hidden_state()
         tensors = tensors | self._previous_inputs()
         output, next_state = self.policy.step(tensors, state)
         actions = output.distribution.sample(self._sampling)
         sample = ActionSample(actions, output.distribution.log_probs(actions), output.values)
         self.rollout_memory.put_step(tensors, state, sample, self._episode_starts)
-        self._step_is_pending = True
+        self._step_is_pending, self._inactive = True, inactive
+        if inactive is not None:
+            next_state = next_state.reset_where(on_device(inactive, self.device))
         self._update_hidden_state(next_state)
         return self.action_spec.to_env(actions, numpy=numpy)
 
@@ -267,6 +287,12 @@ class DualHeadRecurrentPPO:
         task_rewards = self._stream_tensor(rewards, "rewards", self.policy.dtype)
         terminated = self._stream_tensor(terminated, "terminated", torch.bool)
         truncated = self._stream_tensor(truncated, "truncated", torch.bool)
+        inactive = self._inactive
+        if inactive is not None:
+            task_rewards, terminated, truncated = (
+                told.masked_fill(on_device(inactive, told.device), 0) for told in (task_rewards, terminated, truncated)
+            )
+            inactive = on_device(inactive, self.device)
         # Evaluated on the device that the data came from: data from the host causes no host-device sync.
         some_ended = bool((terminated | truncated).any())
         cut_off = (truncated & ~terminated).nonzero()[:, 0] if some_ended else None
@@ -290,15 +316,18 @@ class DualHeadRecurrentPPO:
         @torch.no_grad()
         def complete() -> None:
             guilt = torch.zeros_like(task_rewards)
+            active = None if inactive is None else ~inactive
             if self.norms is not None and events is not None:
-                guilt = self.norms.advance(events).total.to(task_rewards.dtype)
+                guilt = self.norms.advance(events, active).total.to(task_rewards.dtype)
             if final_values is not None:
                 memory.final_values[memory.length, cut_off] = final_values
-            memory.complete_step(task_rewards, guilt, terminated, truncated)
+            memory.complete_step(task_rewards, guilt, terminated, truncated, active)
             self._previous = previous
             self._step_is_pending = False
             self.num_steps += self.num_streams
             self._episode_starts = terminated | truncated
+            if inactive is not None:
+                self._episode_starts |= inactive
             if self._current_hidden is not None and some_ended:
                 self._update_hidden_state(self._current_hidden.reset_where(self._episode_starts))
 
@@ -316,12 +345,13 @@ class DualHeadRecurrentPPO:
 
         Args:
             next_observations: [B, ...] what the next `act` will see, to bootstrap from; not needed where
-                `bootstrap_last` is off or every stream's episode has just ended.
+                `bootstrap_last` is off or no stream's episode goes on.
             partial: allow an update before `rollout_length` steps are there.
             learning_rate: step size of this update; None: what the settings say.
 
         Returns:
-            Metrics by name.
+            Metrics by name, over the steps in which streams took part. `rollout/active` is the share of those, where
+            somebody sat out. Where everybody did, nothing is learned.
 
         Raises:
             RuntimeError: the last step is not recorded, nothing is, or too little is.
@@ -341,9 +371,10 @@ class DualHeadRecurrentPPO:
         if self.device.type != "cpu":
             self._check_finite()
         rewards, terminated, truncated = memory.rewards[:T], memory.terminated[:T], memory.truncated[:T]
+        active = memory.active_steps()
         next_values = self._next_values(next_observations)
         if self.reward_scale is not None:
-            rewards = self.reward_scale(rewards, terminated | truncated)
+            rewards = self.reward_scale(rewards, terminated | truncated, active)
         advantages = generalized_advantages(
             rewards,
             memory.values[:T],
@@ -357,28 +388,34 @@ class DualHeadRecurrentPPO:
         rate = self._learning_rate() if learning_rate is None else learning_rate
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        metrics = ppo_update(
-            self.policy,
-            memory,
-            advantages=advantages,
-            optimizer=self.optimizer,
-            config=self.config,
-            entropy_coefs=coefs,
-            head_names=self.action_spec.names,
-            generator=self._shuffling,
-            num_skipped=self._num_skipped,
-        )
-        self._num_skipped = int(metrics.pop("skipped_in_a_row"))
-        metrics["rollout/task_reward"] = memory.task_rewards[:T].mean().item()
-        metrics["rollout/value"] = memory.values[:T].mean().item()
+        metrics: dict[str, float] = {}
+        share = 1.0 if active is None else active.to(torch.float64).mean().item()
+        if share > 0.0:
+            metrics = ppo_update(
+                self.policy,
+                memory,
+                advantages=advantages,
+                optimizer=self.optimizer,
+                config=self.config,
+                entropy_coefs=coefs,
+                head_names=self.action_spec.names,
+                generator=self._shuffling,
+                num_skipped=self._num_skipped,
+            )
+            self._num_skipped = int(metrics.pop("skipped_in_a_row"))
+            metrics["rollout/task_reward"] = of_active(memory.task_rewards[:T], active).mean().item()
+            metrics["rollout/value"] = of_active(memory.values[:T], active).mean().item()
+            if self.norms is not None:
+                metrics["rollout/guilt"] = of_active(memory.guilt[:T], active).mean().item()
+        if active is not None:
+            metrics["rollout/active"] = share
         metrics["update/learning_rate"] = rate
         metrics |= {f"update/entropy_coef/{name}": coef for name, coef in zip(self.action_spec.names, coefs)}
         if self.norms is not None:
-            metrics["rollout/guilt"] = memory.guilt[:T].mean().item()
             metrics |= self.norms.metrics()
         if self.config.normalize_observations:
             seen = {name: memory.observations[name][memory.max_tail :][:T] for name in self.policy.normalizer.names}
-            self.policy.normalizer.update({name: leaf.flatten(0, 1) for name, leaf in seen.items()})
+            self.policy.normalizer.update({name: of_active(leaf, active) for name, leaf in seen.items()})
         memory.clear()
         self.num_updates += 1
         return metrics
@@ -391,7 +428,7 @@ class DualHeadRecurrentPPO:
         terminated, truncated = memory.terminated[:T], memory.truncated[:T]
         next_values = torch.zeros_like(memory.values[:T])
         next_values[:-1] = memory.values[1:T]
-        if self.config.bootstrap_last and not (terminated[-1] | truncated[-1]).all():
+        if self.config.bootstrap_last and (memory.active[T - 1] & ~(terminated[-1] | truncated[-1])).any():
             if next_observations is None:
                 raise ValueError(
                     "learn() needs next_observations: the last step ended no episode, and its value is bootstrapped "

@@ -111,18 +111,24 @@ class NormEnforcer(torch.nn.Module):
         assert self.config.harmful_action is not None
         return NormEvents(punished, (chosen[:, head, None] == self.config.harmful_action).to(self.strengths.device))
 
-    def advance(self, checked: NormEvents) -> Guilt:
-        """`update` with what `check` gave."""
+    def advance(self, checked: NormEvents, active: Tensor | None = None) -> Guilt:
+        """`update` with what `check` gave. Where `active` [B] bool is false the stream sat the step out: its strengths
+        stay as they are, and it feels no guilt."""
         punished, transgressed = checked
         assert transgressed is not None
         decayed = self.strengths * self.config.decay_rate
         if self.mode == "action":
             decayed = torch.where(punished, self.strengths, decayed)
-        self.strengths.copy_((decayed + punished).clamp_(max=self.config.max_norm_strength))
+        strengths = (decayed + punished).clamp_(max=self.config.max_norm_strength)
+        num_active: Tensor | int = len(strengths)
+        if active is not None:
+            strengths = torch.where(active[:, None], strengths, self.strengths)
+            transgressed, num_active = transgressed & active[:, None], active.sum()
+        self.strengths.copy_(strengths)
         excess = self.strengths - self.config.internalization_threshold
         per_resource = torch.where(transgressed & (excess > 0.0), self.config.intrinsic_scale * excess, 0.0)
         self._guilt_sums += per_resource.sum(dim=0)
-        self._num_steps += 1
+        self._num_steps += num_active  # of all streams
         return Guilt(total=per_resource.sum(dim=1), per_resource=per_resource)
 
     def reset(self, streams: Sequence[int] | Tensor | np.ndarray | None = None) -> None:
@@ -151,10 +157,9 @@ class NormEnforcer(torch.nn.Module):
 
         Returns:
             `norms/strength/<resource>`: mean over streams, now.
-            `norms/guilt/<resource>`: mean per stream and step since the last call; 0 if there was no step.
+            `norms/guilt/<resource>`: mean over the steps of all streams since the last call; 0 if there was no step.
         """
-        num_terms = max(int(self._num_steps), 1) * len(self.strengths)
-        means = torch.stack([self.strengths.mean(dim=0), self._guilt_sums / num_terms]).tolist()
+        means = torch.stack([self.strengths.mean(dim=0), self._guilt_sums / self._num_steps.clamp(min=1)]).tolist()
         self._guilt_sums.zero_()
         self._num_steps.zero_()
         return {

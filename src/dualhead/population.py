@@ -50,11 +50,11 @@ class IndependentLearners:
     def rollout_is_ready(self) -> bool:
         return self.learners[0].rollout_is_ready
 
-    def act(self, observations: Any) -> Any:
+    def act(self, observations: Any, active: Any = None) -> Any:
         """Actions of all agents; see `DualHeadRecurrentPPO.act`."""
-        own = [learner._prepare_act(seen) for learner, seen in self._each(observations)]
+        own = [learner._prepare_act(*parts) for learner, parts in self._each((observations, active))]
         numpy = not holds_tensors(observations)
-        actions = [learner._act(tensors, numpy=numpy) for learner, tensors in zip(self.learners, own)]
+        actions = [learner._act(*parts, numpy=numpy) for learner, parts in zip(self.learners, own)]
         return joined_rows(actions, like=observations)
 
     def record(
@@ -82,6 +82,9 @@ class IndependentLearners:
             for learner, seen in own:
                 learner._next_values(seen)  # raises what `learn` would raise for these observations
         gathered = [learner.learn(seen, partial=partial, learning_rate=learning_rate) for learner, seen in own]
+        if any("rollout/active" in metrics for metrics in gathered):
+            for metrics in gathered:
+                metrics.setdefault("rollout/active", 1.0)
         # An update may lack a metric (no drift where no segment begins inside a run).
         names = dict.fromkeys(name for metrics in gathered for name in metrics)
         return {name: float(np.mean([metrics[name] for metrics in gathered if name in metrics])) for name in names}

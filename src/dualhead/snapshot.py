@@ -310,6 +310,9 @@ def _check_values(agent: DualHeadRecurrentPPO, tensors: dict[str, Tensor]) -> No
         seen = tensors[f"rollout/observations/{leaf.name}"]
         if seen.numel():
             check_leaf(leaf, seen.flatten(0, 1))
+    active, starts = tensors["rollout/active"], tensors["rollout/episode_starts"]
+    if not (active | starts[len(starts) - len(active) :]).all():
+        raise ValueError("active: expected an episode start at every step that a stream sat out")
     if not agent.action_spec.is_continuous:
         chosen = tensors["rollout/actions"]
         if ((chosen < 0) | (chosen >= torch.tensor(agent.action_spec.nvec))).any():
@@ -354,7 +357,7 @@ def restore(agent: DualHeadRecurrentPPO, tensors: dict[str, Tensor], metadata: d
     agent._sampling.set_state(tensors["rng/sampling"])
     agent._shuffling.set_state(tensors["rng/shuffling"])
     agent.num_steps, agent.num_updates, agent._num_skipped = saved.num_steps, saved.num_updates, saved.num_skipped
-    agent.rollout_memory.length, agent.rollout_memory.tail_length = saved.rollout
+    agent.rollout_memory.rewind(*saved.rollout)
 
 
 def warm_start(

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 FORMAT = "dualhead"
-VERSION = 4
+VERSION = 5
 TEMPORARY = ".tmp"
 """How the names of unfinished files end; those of a process that was killed stay behind."""
 RUN_PREFIX = "run"

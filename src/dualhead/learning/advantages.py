@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from dualhead.learning.rollout import of_active
 from dualhead.networks.encoders import RunningNormalizer
 
 
@@ -69,13 +70,16 @@ class RewardScale(nn.Module):
         self.statistics = RunningNormalizer(())
         self.register_buffer("returns", torch.zeros(num_streams, dtype=torch.float64))
 
-    def forward(self, rewards: Tensor, ended: Tensor) -> Tensor:
-        """Takes in rewards [T, B] with `ended` [T, B] bool, and gives them scaled and clipped."""
+    def forward(self, rewards: Tensor, ended: Tensor, active: Tensor | None = None) -> Tensor:
+        """Takes in rewards [T, B] with `ended` [T, B] bool, and gives them scaled and clipped.
+
+        Statistics are over the steps in which streams took part, `active` [T, B]; the other rewards are zero.
+        """
         discounted = torch.empty(rewards.shape, dtype=torch.float64, device=rewards.device)
         for t in range(rewards.shape[0]):
             self.returns.mul_(self.gamma).add_(rewards[t])
             discounted[t] = self.returns
             self.returns.masked_fill_(ended[t], 0.0)
-        self.statistics.update(discounted.flatten())
+        self.statistics.update(of_active(discounted, active))
         deviation = (self.statistics.variance + 1e-8).sqrt().to(rewards.dtype)
         return (rewards / deviation).clamp(-self.clip, self.clip)

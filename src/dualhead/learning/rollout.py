@@ -22,6 +22,8 @@ class Rollout:
         states: by part of the recurrent state [L, P + T, B, ...], the state *before* each step. `h_states` and
             `c_states` (None for a GRU) are the specification's names for the parts `h` and `c`.
         episode_starts: [P + T, B] bool; terminated, truncated: [T, B] bool.
+        active: [T, B] bool, the stream took part in the step; True from row `length` on. Every step that a stream sat
+            out is an episode start, and its other entries mean nothing.
         actions [T, B, K or D], log_probs [T, B, K], values, rewards, task_rewards, guilt, final_values [T, B]:
             rewards are task reward plus guilt; final_values hold V(final observation) at truncations.
         length, max_tail, tail_length: steps recorded so far, P, and how many of the tail's rows hold steps.
@@ -63,6 +65,7 @@ class Rollout:
         self.values = zeros(*steps)
         self.rewards, self.task_rewards, self.guilt, self.final_values = (zeros(*steps) for _ in range(4))
         self.terminated, self.truncated = (zeros(*steps, dtype=torch.bool) for _ in range(2))
+        self.active = ~zeros(*steps, dtype=torch.bool)
 
     @property
     def h_states(self) -> Tensor:
@@ -100,15 +103,29 @@ class Rollout:
         self.values[t] = sample.values
         self.final_values[t] = 0.0  # written only where an episode is truncated
 
-    def complete_step(self, task_rewards: Tensor, guilt: Tensor, terminated: Tensor, truncated: Tensor) -> None:
-        """Writes the environment's answer, [B] each, and counts the step."""
+    def complete_step(
+        self,
+        task_rewards: Tensor,
+        guilt: Tensor,
+        terminated: Tensor,
+        truncated: Tensor,
+        active: Tensor | None = None,
+    ) -> None:
+        """Writes the environment's answer, [B] each, and counts the step; `active` None: all streams took part."""
         t = self.length
         self.task_rewards[t] = task_rewards
         self.guilt[t] = guilt
         self.rewards[t] = task_rewards + guilt
         self.terminated[t] = terminated
         self.truncated[t] = truncated
+        if active is not None:
+            self.active[t] = active
         self.length += 1
+
+    def active_steps(self) -> Tensor | None:
+        """[T, B] bool, in which of the recorded steps streams took part; None: in all of them."""
+        active = self.active[: self.length]
+        return None if active.all() else active
 
     def state_at(self, rows: Tensor) -> RecurrentState:
         """States [L, S, H] before the steps at flat rows [S] (row * B + stream, the tail counted)."""
@@ -143,5 +160,14 @@ class Rollout:
         time_major = (states.transpose(0, 1) for states in self.states.values())
         for buffer in (*self.observations.values(), self.episode_starts, *time_major):
             buffer[self.max_tail - kept : self.max_tail] = buffer[end - kept : end].clone()
-        self.tail_length = kept
-        self.length = 0
+        self.rewind(0, kept)
+
+    def rewind(self, length: int, tail_length: int) -> None:
+        """Goes on after so many recorded steps, with so many in the tail."""
+        self.length, self.tail_length = length, tail_length
+        self.active[length:] = True
+
+
+def of_active(values: Tensor, active: Tensor | None) -> Tensor:
+    """`values` [T, B, ...] of the steps in which streams took part [T, B], all of them where None: [N, ...]."""
+    return values.flatten(0, 1) if active is None else values[active]

@@ -6,7 +6,8 @@ Worked example, sequence_length 3, one stream of 8 steps whose third episode ste
     segments        [0  1  2][3  4][5  6  7]       every step in exactly one
     begins from     stored   stored zeros          stored = the state recorded before that step
 
-Segments never cross an episode start, so a recurrent call over them needs no reset and the loss needs no mask.
+Segments never cross an episode start, so a recurrent call over them needs no reset and the loss needs no mask. A step
+that a stream sat out is in no segment.
 """
 
 from __future__ import annotations
@@ -37,7 +38,12 @@ class Segments(NamedTuple):
 
 
 def cut(
-    episode_starts: NDArray[np.bool_], sequence_length: int, *, burn_in: int = 0, tail_lengths: IntArray | None = None
+    episode_starts: NDArray[np.bool_],
+    sequence_length: int,
+    *,
+    burn_in: int = 0,
+    tail_lengths: IntArray | None = None,
+    active: NDArray[np.bool_] | None = None,
 ) -> Segments:
     """All segments of a rollout, stream by stream in order of time.
 
@@ -45,6 +51,7 @@ def cut(
         episode_starts: [T, B], the step is the first of its episode.
         sequence_length, burn_in: the longest segment, and the longest warm-up before one.
         tail_lengths: [B] steps of the running episode that are kept from before the rollout; None: none are.
+        active: [T, B], the stream took part in the step (the others are episode starts); None: in all of them.
     """
     num_steps = episode_starts.shape[0]
     steps = np.arange(num_steps)[:, None]
@@ -58,7 +65,9 @@ def cut(
     if tail_lengths is not None:
         continues = (began[start, stream] == 0) & ~episode_starts[0, stream]
         available += np.where(continues, tail_lengths[stream], 0)
-    return Segments(stream, start, end - start, offset, np.minimum(available, burn_in))
+    segments = Segments(stream, start, end - start, offset, np.minimum(available, burn_in))
+    # A step that a stream sat out is an episode start and so is the step after it: a segment of its own.
+    return segments if active is None else segments.take(np.flatnonzero(active[start, stream]))
 
 
 def minibatches(lengths: IntArray, batch_size: int, *, generator: torch.Generator | None = None) -> list[IntArray]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dualhead.config import PPOConfig
-from dualhead.learning.rollout import Rollout
+from dualhead.learning.rollout import Rollout, of_active
 from dualhead.learning.segments import Segments, pack
 from dualhead.networks.policy import RecurrentPolicy
 from dualhead.types import IntArray, RecurrentState, on_device
@@ -53,7 +53,7 @@ def refresh(
     if not write:
         rollout.write_states(rows, stored)
 
-    spread = rollout.values[: rollout.length].std(unbiased=False) + 1e-8
+    spread = of_active(rollout.values[: rollout.length], rollout.active_steps()).std(unbiased=False) + 1e-8
     squares, kl = (new.values - old.values).square(), new.distribution.kl_from(old.distribution)
     metrics = {}
     for place, where in (("first", begins), ("last", ends)):

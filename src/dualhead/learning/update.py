@@ -13,7 +13,7 @@ from torch import Tensor
 from dualhead.config import PPOConfig
 from dualhead.errors import DivergedError
 from dualhead.learning.losses import clipped_surrogate, explained_variance, normalize, value_loss
-from dualhead.learning.rollout import Rollout
+from dualhead.learning.rollout import Rollout, of_active
 from dualhead.learning.segments import cut, gather, minibatches
 from dualhead.learning.staleness import refresh
 from dualhead.networks.policy import RecurrentPolicy
@@ -33,7 +33,7 @@ def ppo_update(
     generator: torch.Generator,
     num_skipped: int = 0,
 ) -> dict[str, float]:
-    """Improves the policy by one rollout.
+    """Improves the policy by one rollout, from the steps in which streams took part; there must be some.
 
     A minibatch whose loss or gradient is not finite is skipped: weights and optimiser stay as they are. The check runs
     on the device. The host reads the results once, after the last minibatch, so no minibatch forces a host-device sync.
@@ -51,14 +51,26 @@ def ppo_update(
     Raises:
         DivergedError: too many steps in a row were skipped.
     """
+    active = rollout.active_steps()
     old_values = rollout.values[: rollout.length]
     returns = advantages + old_values
-    once = {"policy/explained_variance": explained_variance(old_values, returns)}
+    explained = explained_variance(of_active(old_values, active), of_active(returns, active))
+    once = {"policy/explained_variance": explained}
     if config.normalize_advantages == "rollout":
-        advantages = normalize(advantages)
+        normalized = normalize(of_active(advantages, active))
+        if active is None:
+            advantages = normalized.view_as(advantages)
+        else:
+            advantages = advantages.masked_scatter(active, normalized)
     episode_starts = rollout.episode_starts[rollout.max_tail :][: rollout.length].cpu().numpy()
     tail_lengths = rollout.tail_lengths() if config.burn_in else None
-    segments = cut(episode_starts, config.max_segment, burn_in=config.burn_in, tail_lengths=tail_lengths)
+    segments = cut(
+        episode_starts,
+        config.max_segment,
+        burn_in=config.burn_in,
+        tail_lengths=tail_lengths,
+        active=None if active is None else active.cpu().numpy(),
+    )
     weights = torch.tensor(entropy_coefs, dtype=policy.dtype, device=policy.device)
     parameters = list(policy.trainable().values())
     finite_steps = FiniteSteps(optimizer, num_skipped=num_skipped, limit=config.max_skipped_steps, device=policy.device)

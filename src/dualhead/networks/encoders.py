@@ -208,6 +208,8 @@ class RunningNormalizer(nn.Module):
         """Takes in a batch [N, *shape]."""
         batch = batch.to(torch.float64)
         count = batch.shape[0]
+        if count == 0:
+            return
         total = self.count + count
         delta = batch.mean(0) - self.mean
         spread = self.variance * self.count + batch.var(0, unbiased=False) * count

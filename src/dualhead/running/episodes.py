@@ -47,32 +47,38 @@ class EpisodeTracker:
         self.num_episodes = 0
         self._returns, self._lengths = _window(), _window()
         self._numbers: dict[str, deque[float]] = {}
-        self._waiting: list[tuple[Any, NDArray[np.bool_]]] = []
+        self._waiting: list[tuple[Any, NDArray[np.bool_], NDArray[np.bool_] | None]] = []
 
     def step(self, step: StreamStep) -> None:
         """Adds the rewards of a step, and the numbers of the episodes that ended; DataError if they are not [B].
 
+        Nothing is counted of streams that sat the step out.
+
         Rewards on an accelerator are fetched later, many steps at once, so no step forces a host-device sync.
         """
         ended = as_numpy(step.terminated) | as_numpy(step.truncated)
+        active = None if step.active is None else as_numpy(step.active)
+        if active is not None:
+            ended = ended & active
         if step.numbers and ended.any():
+            over = ended if active is None else ended | ~active  # some are told of when their world's episode ends
             for name, given in step.numbers.items():
                 values = np.asarray(as_numpy(given), dtype=np.float64)
                 if values.shape != ended.shape:
                     raise DataError(f"{name!r} of episodes: expected shape {ended.shape}, got {values.shape}")
-                if len(values := values[ended & ~np.isnan(values)]):
+                if len(values := values[over & ~np.isnan(values)]):
                     self._numbers.setdefault(name, _window()).extend(values.tolist())
-        self._waiting.append((step.rewards, ended))
+        self._waiting.append((step.rewards, ended, active))
         if not (isinstance(step.rewards, Tensor) and step.rewards.device.type != "cpu"):
             self._fetch()
 
     def _fetch(self) -> None:
-        rewards = [reward for reward, _ in self._waiting]
+        rewards = [reward for reward, _, _ in self._waiting]
         if rewards and isinstance(rewards[0], Tensor):
             rewards = list(as_numpy(torch.stack(rewards)))
-        for reward, (_, ended) in zip(rewards, self._waiting):
-            self.running_returns += reward
-            self.running_lengths += 1
+        for reward, (_, ended, active) in zip(rewards, self._waiting):
+            self.running_returns += reward if active is None else np.where(active, reward, 0.0)
+            self.running_lengths += 1 if active is None else active
             self._returns.extend(self.running_returns[ended].tolist())
             self._lengths.extend(self.running_lengths[ended].tolist())
             self.num_episodes += int(ended.sum())

@@ -335,7 +335,7 @@ def run_loop(
     learner, streams = session.learner, session.streams
     clock, cores, is_enough = machine.Stopwatch(session.seconds, learner.num_steps), machine.CoreUse(), False
     while learner.num_steps < session.config.total_steps and not requests.stop and not is_enough:
-        actions = learner.act(session.observations)
+        actions = learner.act(session.observations, active=getattr(streams, "active", None))
         step = streams.step(actions)
         session.record(step)
         if learner.rollout_is_ready:

@@ -27,7 +27,13 @@ from dualhead.types import ByAgent
 from dualhead.worlds.pettingzoo import JointEnv, JointSpace, as_parallel, copied, is_multi_agent
 from dualhead.worlds.replay import CannotReplay, as_actions, leaves, pack, unpack
 from dualhead.worlds.replay_trial import why_not_replayed
-from dualhead.worlds.vectors import LeanSyncVectorEnv, RecordedAsyncVectorEnv, episode_numbers, with_final_observations
+from dualhead.worlds.vectors import (
+    LeanSyncVectorEnv,
+    RecordedAsyncVectorEnv,
+    episode_numbers,
+    mapped,
+    with_final_observations,
+)
 
 _EXTRAS = {"popgym": ("popgym-",), "minigrid": ("MiniGrid-", "BabyAI-")}
 """Package and extra of the same name -> prefixes of its environment ids."""
@@ -46,8 +52,8 @@ class StreamStep(NamedTuple):
         numbers: by name, numbers [B] about the episodes that ended with this step (or in a world of several agents
             before it, where one had left), such as `success`; NaN where an episode has none or goes on. None where
             there are none. The log has their means, as `episode/NAME`.
-        active: [B] bool, who took part in this step, or None: all did. Whoever did not has left before the others of
-            its world, or has not come yet: observations are filler, rewards 0, flags False.
+        active: [B] bool, who took part in this step, or None: all streams. Rewards of the others are 0, their flags
+            False.
 
     Gymnasium's worlds give NumPy arrays, batched ones tensors on their device.
     """
@@ -69,9 +75,12 @@ class Streams(Protocol):
 
     resources: names of the resource kinds that the events of its steps are about.
     agent_names: what the agents are called.
-    active: [B] bool, who takes part in the next step; None: all.
+    active: where agents leave before the others: [B] bool, who takes part in the next step (right after `reset`, `step`
+        and `restore`), or None: all do. A stream's last step before it sits out is terminated or truncated. While it
+        sits out, its observations are any legal values and its actions are ignored. It begins an episode when it takes
+        part again.
     spaces_by_agent: observation and action space of each agent, where they differ; None: they do not. The streams'
-        own spaces are those of the first agent then, and observations and actions are `ByAgent`.
+        own spaces are those of the first agent then, and observations (the final ones too) and actions are `ByAgent`.
     """
 
     num_streams: int
@@ -316,13 +325,13 @@ class ParallelStreams:
     def _by_stream(self, seen: Any) -> Any:
         if self.spaces_by_agent is not None:
             return ByAgent(seen)
-        return _reshaped(seen, lambda shape: (-1, *shape[2:]))
+        return mapped(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), seen)
 
     def _joint(self, actions: Any) -> Any:
         """Actions as the worlds take them."""
         if self.spaces_by_agent is not None:
             return tuple(actions)
-        return _reshaped(actions, lambda shape: (-1, self.num_agents, *shape[1:]))
+        return mapped(lambda leaf: leaf.reshape(-1, self.num_agents, *leaf.shape[1:]), actions)
 
     def _flags(self, given: NDArray[np.int8]) -> NDArray[np.bool_]:
         """[W, A, ...] as [B, ...]."""
@@ -336,15 +345,6 @@ class ParallelStreams:
             of_streams = numbers.setdefault(name, np.full(self.num_streams, np.nan))
             of_streams[int(agent) :: self.num_agents] = of_worlds
         return numbers or None
-
-
-def _reshaped(tree: Any, shape: Callable[[tuple[int, ...]], tuple[int, ...]]) -> Any:
-    if isinstance(tree, dict):
-        return {key: _reshaped(part, shape) for key, part in tree.items()}
-    if isinstance(tree, tuple):
-        return tuple(_reshaped(part, shape) for part in tree)
-    array = np.asarray(tree)
-    return array.reshape(shape(array.shape))
 
 
 def _opened(seen: Any, streams: NDArray[np.bool_]) -> Any:

@@ -156,7 +156,7 @@ class RecordedAsyncVectorEnv(VectorEnv):
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         num_shares, size = self._shares.num_envs, self._size
-        of_shares = _mapped(lambda leaf: leaf.reshape(num_shares, size, *leaf.shape[1:]), actions)
+        of_shares = mapped(lambda leaf: leaf.reshape(num_shares, size, *leaf.shape[1:]), actions)
         observations, *outcome, of_ended = self._shares.step(of_shares)
         infos: dict[str, Any] = {}
         for number, ended in enumerate(of_ended.get("ended", ())):
@@ -183,7 +183,7 @@ class RecordedAsyncVectorEnv(VectorEnv):
         return [values[i : i + self._size] for i in range(0, self.num_envs, self._size)]
 
     def _joined(self, observations: Any) -> Any:
-        return _mapped(lambda leaf: leaf.reshape(self.num_envs, *leaf.shape[2:]), observations)
+        return mapped(lambda leaf: leaf.reshape(self.num_envs, *leaf.shape[2:]), observations)
 
 
 class _Processes(AsyncVectorEnv):
@@ -327,11 +327,11 @@ class _Share(gym.Env):
         self._envs.close()
 
 
-def _mapped(change: Callable[[NDArray[Any]], Any], value: Any) -> Any:
+def mapped(change: Callable[[NDArray[Any]], Any], value: Any) -> Any:
     """Batched observations or actions with every array changed."""
     if isinstance(value, dict):
-        return {key: _mapped(change, part) for key, part in value.items()}
-    return tuple(_mapped(change, part) for part in value) if isinstance(value, tuple) else change(np.asarray(value))
+        return {key: mapped(change, part) for key, part in value.items()}
+    return tuple(mapped(change, part) for part in value) if isinstance(value, tuple) else change(np.asarray(value))
 
 
 def _recorded(env_fn: Callable[[], gym.Env]) -> Recorder:
