@@ -2,9 +2,12 @@
 
 import copy
 import functools
+import sys
 from contextlib import closing
+from pathlib import Path
 
 import gymnasium as gym
+import imageio.v3 as imageio
 import numpy as np
 import pytest
 from gymnasium import spaces
@@ -12,7 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pettingzoo import ParallelEnv
 
-from dualhead.errors import EnvironmentFailed, UnavailableEnvironment
+import dualhead
+from dualhead import NetworkConfig, PPOConfig, TurnoverConfig, WorldConfig
+from dualhead.cli import main
+from dualhead.errors import EnvironmentFailed, RunError, UnavailableEnvironment
+from dualhead.running.checkpoint import checkpoints, read_config
+from dualhead.running.video import record_video
+from dualhead.storage import read_tensors
 from dualhead.types import ByAgent
 from dualhead.worlds.commons.config import CommonsConfig
 from dualhead.worlds.commons.parallel import parallel_env
@@ -591,3 +600,131 @@ def test_agents_that_act_at_the_same_time_may_be_written_as_turns():
     assert streams.step(np.array([0, 1, 2, 2])).truncated.all()
     with pytest.raises(UnavailableEnvironment, match="turns"):
         make_streams(tictactoe_v3.env, 1)
+
+
+# Runs.
+
+MODULE = """
+from pathlib import Path
+
+import numpy as np
+from test_pettingzoo_worlds import Random
+
+Path("it-ran").touch()
+
+
+class Walkers(Random):
+    metadata = {"render_modes": ["rgb_array"]}
+
+    def __init__(self, render_mode=None, **kwargs):
+        super().__init__(**kwargs)
+        self.render_mode = render_mode
+
+    def render(self):
+        return np.full((8, 8, 3), self.t, np.uint8)
+
+
+def parallel_env(**kwargs):
+    return Walkers(**kwargs)
+"""
+QUICK = {
+    "num_envs": 4,
+    "ppo": PPOConfig(rollout_length=10, batch_size=20, num_epochs=1),
+    "network": NetworkConfig(hidden_size=8, encoder_sizes=(8,)),
+    "checkpoint_every": 200,
+    "eval_episodes": 6,
+    "show_progress": False,
+}
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """The name of a module in the working directory that makes worlds of three agents."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "own_walkers.py").write_text(MODULE)
+    yield "own_walkers"
+    sys.modules.pop("own_walkers", None)
+
+
+def weights(run):
+    return read_tensors(checkpoints(run)[0])[0]
+
+
+@pytest.mark.parametrize("policies", ["shared", "independent"])
+def test_a_run_by_id_trains_evaluates_and_resumes_to_the_bit(policies, module, tmp_path):
+    how = QUICK | {"env": f"pettingzoo:{module}", "policies": policies, "env_args": {"agents": ["ann", "bob", "cat"]}}
+    whole = dualhead.train(**how, total_steps=960, run_dir="whole").summary
+    config = read_config(tmp_path / "whole")
+    assert config.world == WorldConfig(num_agents=3)
+    assert whole["metrics"]["rollout/active"] < 1
+    dualhead.train(**how, total_steps=480, run_dir="parts")
+    resumed = dualhead.resume("parts", total_steps=960, show_progress=False).summary
+    assert resumed["metrics"]["episode/mean_return"] == whole["metrics"]["episode/mean_return"]
+    for name, tensor in weights("whole").items():
+        np.testing.assert_array_equal(tensor, weights("parts")[name], err_msg=name)
+    played = dualhead.evaluate("whole", episodes=6)
+    assert list(played.agents) == ["ann", "bob", "cat"]
+    film = record_video("whole", "film.gif")
+    assert len(list(imageio.imiter(film))) > 1
+
+
+def test_different_agents_need_independent_policies(module):
+    how = QUICK | {"env": f"pettingzoo:{module}", "env_args": {"num_actions": 2}, "total_steps": 240}
+    with pytest.raises(RunError, match="--policies independent"):
+        dualhead.train(**how)
+    assert dualhead.train(**how, policies="independent").summary["steps"] == 240
+
+
+def test_a_callable_or_an_object_is_trained(tmp_path):
+    for number, env in enumerate([Random, functools.partial(Random, agents="ab"), Random(agents="ab")]):
+        run_dir = str(tmp_path / str(number))
+        num_agents = 3 if env is Random else 2
+        result = dualhead.train(env, **QUICK, total_steps=80 * num_agents, run_dir=run_dir)
+        assert read_config(run_dir).world.num_agents == num_agents
+        assert list(dualhead.evaluate(run_dir, env=env).agents) == ["a", "b", "c"][:num_agents]
+        assert result.agent.num_steps == 80 * num_agents
+        with pytest.raises(RunError, match="handed over in Python"):
+            dualhead.evaluate(run_dir)
+        dualhead.resume(run_dir, env=env, total_steps=160 * num_agents, show_progress=False)
+
+
+def test_a_run_of_a_stranger_imports_no_world(module, tmp_path, capsys):
+    dualhead.train(f"pettingzoo:{module}", **QUICK, total_steps=120, run_dir="run")
+    (tmp_path / "run").rename("strange")
+    del sys.modules[module]
+    (tmp_path / "it-ran").unlink()
+    for command in (["eval", "strange"], ["resume", "strange", "--total-steps", "1000"]):
+        assert main(command) == 1
+        assert f"--import {module}, or --trust" in capsys.readouterr().err
+    assert not Path("it-ran").exists()
+    assert module not in sys.modules
+    assert main(["eval", "strange", "--episodes", "3", "--import", module]) == 0
+    assert main(["eval", "strange", "--episodes", "3", "--trust"]) == 0
+    assert "team" in capsys.readouterr().out
+
+
+def test_norms_and_turnover_need_only_the_infos(tmp_path):
+    env, rules = "pettingzoo:dualhead.worlds.commons.parallel", {"num_agents": 3, "epoch_turns": 10}
+    turnover = TurnoverConfig(first_turn=10, num_agents=1)
+    how = QUICK | {"env_args": rules, "enforce_norms": True, "turnover": turnover, "run_dir": str(tmp_path / "run")}
+    result = dualhead.train(env, **how, total_steps=360)
+    assert read_config(tmp_path / "run").world.resources == ("A", "B", "C", "D", "E")
+    metrics = result.summary["metrics"]
+    assert metrics["norms/strength/A"] > 0
+    assert max(metrics[f"lineage/agent_{number}"] for number in range(3)) == 3  # a newcomer, after founders 0 to 2
+    assert metrics["newcomers/taken/A"] + metrics["incumbents/taken/A"] > 0
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        ("pettingzoo:no_such_zoo", "no_such_zoo"),
+        ("pettingzoo:mpe2.no_such_world_v0", "mpe2"),
+        ("pettingzoo:butterfly.no_such_world_v0", r"pettingzoo\[butterfly\]"),
+        ("pettingzoo:json", "neither parallel_env nor env"),
+    ],
+)
+def test_unknown_worlds(env, message):
+    with pytest.raises((UnavailableEnvironment, RunError), match=message):
+        dualhead.train(env, **QUICK)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, TypeGuard
 
@@ -158,7 +159,9 @@ def _found(env: str) -> str | Callable[..., gym.Env]:
 def _of_pettingzoo(name: str) -> Callable[..., Any]:
     """What makes the environment of a module of PettingZoo's kind."""
     try:
-        module = import_module(name, what="env")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The old environment creation API")  # by each module of PettingZoo
+            module = import_module(name, what="env")
     except RunError as error:
         package, _, rest = name.partition(".")
         missing = {"pettingzoo": f"pip install 'pettingzoo[{rest.partition('.')[0]}]'", "mpe2": "pip install mpe2"}
