@@ -608,6 +608,7 @@ MODULE = """
 from pathlib import Path
 
 import numpy as np
+from pettingzoo.utils import BaseParallelWrapper
 from test_pettingzoo_worlds import Random
 
 Path("it-ran").touch()
@@ -622,6 +623,12 @@ class Walkers(Random):
 
     def render(self):
         return np.full((8, 8, 3), self.t, np.uint8)
+
+
+class Loud(BaseParallelWrapper):
+    def step(self, actions):
+        observations, rewards, *rest = self.env.step(actions)
+        return observations, {agent: 1000.0 for agent in rewards}, *rest
 
 
 def parallel_env(**kwargs):
@@ -654,19 +661,25 @@ def weights(run):
 @pytest.mark.parametrize("policies", ["shared", "independent"])
 def test_a_run_by_id_trains_evaluates_and_resumes_to_the_bit(policies, module, tmp_path):
     how = QUICK | {"env": f"pettingzoo:{module}", "policies": policies, "env_args": {"agents": ["ann", "bob", "cat"]}}
-    whole = dualhead.train(**how, total_steps=960, run_dir="whole").summary
+    whole = dualhead.train(**how, total_steps=480, run_dir="whole").summary
     config = read_config(tmp_path / "whole")
     assert config.world == WorldConfig(num_agents=3)
     assert whole["metrics"]["rollout/active"] < 1
-    dualhead.train(**how, total_steps=480, run_dir="parts")
-    resumed = dualhead.resume("parts", total_steps=960, show_progress=False).summary
+    dualhead.train(**how, total_steps=240, run_dir="parts")
+    resumed = dualhead.resume("parts", total_steps=480, show_progress=False).summary
     assert resumed["metrics"]["episode/mean_return"] == whole["metrics"]["episode/mean_return"]
     for name, tensor in weights("whole").items():
         np.testing.assert_array_equal(tensor, weights("parts")[name], err_msg=name)
     played = dualhead.evaluate("whole", episodes=6)
     assert list(played.agents) == ["ann", "bob", "cat"]
-    film = record_video("whole", "film.gif")
-    assert len(list(imageio.imiter(film))) > 1
+
+
+def test_a_world_is_filmed_to_its_end(module):
+    """The picture is the number of the step: that of the next episode is 0 again."""
+    dualhead.train(f"pettingzoo:{module}", **QUICK | {"eval_episodes": 0}, total_steps=120, run_dir="run")
+    levels = [int(frame.mean().round()) for frame in imageio.imiter(record_video("run", "film.gif"))]
+    assert levels == list(range(len(levels)))
+    assert len(levels) > 1
 
 
 def test_different_agents_need_independent_policies(module):
@@ -674,6 +687,15 @@ def test_different_agents_need_independent_policies(module):
     with pytest.raises(RunError, match="--policies independent"):
         dualhead.train(**how)
     assert dualhead.train(**how, policies="independent").summary["steps"] == 240
+
+
+def test_a_class_by_name_and_a_wrapper_of_pettingzoo(module):
+    how = QUICK | {"env_args": {"agents": ["a", "b"]}, "wrappers": (f"{module}:Loud",), "eval_episodes": 0}
+    summary = dualhead.train(f"{module}:Walkers", **how, total_steps=160, run_dir="run").summary
+    assert read_config("run").world.num_agents == 2
+    assert summary["metrics"]["episode/mean_return"] > 1000 * (summary["metrics"]["episode/mean_length"] - 1)
+    with pytest.raises(UnavailableEnvironment, match="ParallelEnv"):
+        dualhead.train(f"{module}:Walkers", **how | {"wrappers": ("pathlib:Path.cwd",)})
 
 
 def test_a_callable_or_an_object_is_trained(tmp_path):
