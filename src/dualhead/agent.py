@@ -407,15 +407,16 @@ class DualHeadRecurrentPPO:
             metrics["rollout/value"] = of_active(memory.values[:T], active).mean().item()
             if self.norms is not None:
                 metrics["rollout/guilt"] = of_active(memory.guilt[:T], active).mean().item()
+            if self.config.normalize_observations:
+                normalizer = self.policy.normalizer
+                seen = {name: memory.observations[name][memory.max_tail :][:T] for name in normalizer.names}
+                normalizer.update({name: of_active(leaf, active) for name, leaf in seen.items()})
         if active is not None:
             metrics["rollout/active"] = share
         metrics["update/learning_rate"] = rate
         metrics |= {f"update/entropy_coef/{name}": coef for name, coef in zip(self.action_spec.names, coefs)}
         if self.norms is not None:
             metrics |= self.norms.metrics()
-        if self.config.normalize_observations:
-            seen = {name: memory.observations[name][memory.max_tail :][:T] for name in self.policy.normalizer.names}
-            self.policy.normalizer.update({name: of_active(leaf, active) for name, leaf in seen.items()})
         memory.clear()
         self.num_updates += 1
         return metrics
