@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import os
+import signal
 import sys
 from contextlib import closing
 from pathlib import Path
@@ -16,6 +18,7 @@ from processes import run_process
 import dualhead
 from dualhead import RunConfig, RunError, SettingsError, UnavailableEnvironment
 from dualhead.cli import main
+from dualhead.errors import EnvironmentFailed
 from dualhead.running import parts, trust
 from dualhead.running.checkpoint import read_config, read_newest
 from dualhead.running.environment import maker_of, open_streams
@@ -59,6 +62,8 @@ class Door(gym.Env):
 
     def step(self, action):
         self.at, self.t = max(0, self.at + 2 * int(action) - 1), self.t + 1
+        if self.given[2] == "fails" and action == 1:
+            raise LookupError("no such door")
         is_there = self.at >= self.size
         return self._see(), float(is_there), is_there, self.t == 30, {"place": self.at}
 
@@ -124,11 +129,14 @@ def train_tiny(env="my_envs:Door", **changes):
 # A file in the working directory.
 
 
-def run_command(folder, *words):
+def run_command(folder, *words, start="None"):
     """The command as it is installed: unlike `python -m`, Python does not search the working directory for it."""
     script = folder / "bin" / "command.py"
     script.parent.mkdir(exist_ok=True)
-    script.write_text("import sys\nfrom dualhead.cli import main\nif __name__ == '__main__':\n    sys.exit(main())")
+    script.write_text(
+        "import sys\nfrom dualhead.cli import main\nif __name__ == '__main__':\n"
+        f"    __import__('multiprocessing').set_start_method({start})\n    sys.exit(main())"
+    )
     done = run_process([sys.executable, str(script), *words], cwd=folder)
     assert done.returncode == 0, done.stderr
     return done
@@ -147,9 +155,13 @@ def test_a_class_in_a_file_trains_in_other_processes_is_resumed_and_filmed(folde
         assert (folder / "play.gif").exists()
 
 
-@pytest.mark.parametrize("words", [["my_envs:Door-v0"], ["Door-v0", "--import", "my_envs.py"]])
-def test_gymnasiums_ids_of_a_file_train(folder, words):
-    run_command(folder, "train", *words, *OPTIONS)
+def test_an_id_that_a_file_registers_trains(folder):
+    run_command(folder, "train", "my_envs:Door-v0", *OPTIONS)
+
+
+def test_an_id_that_an_imported_file_registers_trains_in_processes_that_are_not_forked(folder):
+    processes = ["--vectorization", "async", "--num-workers", "1"]
+    run_command(folder, "train", "Door-v0", "--import", "my_envs.py", *OPTIONS, *processes, start="'spawn'")
 
 
 def test_a_study_finds_the_file_too(folder):
@@ -415,6 +427,20 @@ def test_shared_processes_give_and_save_what_this_process_does(folder, num_worke
         metadata["episodes"][3]["fingerprint"] = "0" * 64
         with pytest.raises(CannotReplay, match="environment 3: its last observation"):
             there.restore(tensors, metadata)
+
+
+def test_who_failed_in_a_shared_process_is_said(folder):
+    settings = {"num_envs": 4, "env_args": {"title": "fails"}, "vectorization": "async", "num_workers": 2}
+    with closing(open_streams(config_of(**settings), for_training=True)) as streams:
+        streams.reset(seed=0)
+        with pytest.raises(EnvironmentFailed, match=r"^environment 3 raised LookupError: no such door \(.*my_envs.py"):
+            streams.step(np.array([0, 0, 0, 1]))
+    with closing(open_streams(config_of(**settings), for_training=True)) as streams:
+        streams.reset(seed=0)
+        os.kill(streams.envs.processes[1].pid, signal.SIGKILL)
+        with pytest.raises(EnvironmentFailed, match=r"the process of environments 2 to 3 \(killed by SIGKILL\) ended"):
+            streams.step(np.zeros(4, int))
+    assert not any(process.is_alive() for process in streams.envs.processes)
 
 
 def test_shares_are_equal():

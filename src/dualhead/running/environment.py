@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeGuard
 
 import gymnasium as gym
@@ -16,7 +17,7 @@ from dualhead.config import WorldConfig
 from dualhead.errors import RunError, UnavailableEnvironment
 from dualhead.running.checkpoint import read_config, safe_name
 from dualhead.running.config import RunConfig, pettingzoo_module
-from dualhead.running.parts import Call, find_part, import_module
+from dualhead.running.parts import Call, find_part, import_module, named_modules
 from dualhead.running.trust import expect_trusted
 from dualhead.worlds.pettingzoo import JointSpace, is_multi_agent
 from dualhead.worlds.registry import WORLDS
@@ -124,13 +125,21 @@ def maker_of(config: RunConfig, env: str | Callable[..., gym.Env] | None = None)
     is_meant = env is None or config.env_from == "callable"
     found = _found(config.env if env is None else env) if env is None or isinstance(env, str) else env
     wrappers = [(text, _wrapper(text)) for text in config.wrappers]
-    return functools.partial(
+    make = functools.partial(
         make_env,
         found,
         config.env_args if is_meant else {},
         wrappers=wrappers,
         drop_observations=config.drop_observations,
     )
+    return functools.partial(_after_importing, sorted(named_modules), make)
+
+
+def _after_importing(modules: Sequence[str], make: Callable[[], gym.Env]) -> gym.Env:
+    """Makes an environment that these modules may register: a process that is not forked has not imported them yet."""
+    for module in modules:
+        importlib.import_module(module)
+    return make()
 
 
 def _found(env: str) -> str | Callable[..., gym.Env]:
