@@ -205,9 +205,9 @@ def test_parts_are_those_that_the_file_names(tmp_path):
 
 
 def test_independent_policies_need_a_memory_each(tmp_path):
-    agents = IndependentLearners(lambda seed: make_agent(Elman, num_streams=1, seed=seed), num_agents=2, seed=0)
+    agents = IndependentLearners(lambda agent, seed: make_agent(Elman, num_streams=1, seed=seed), num_agents=2, seed=0)
     write_tensors(tmp_path / "agents", *agents.state())
-    one, other = load_policy(tmp_path / "agents", memory=Elman).policy.policies
+    one, other = (player.policy for player in load_policy(tmp_path / "agents", memory=Elman).players)
     assert not torch.equal(one.memory.cell.weight_hh, other.memory.cell.weight_hh)
     with pytest.raises(CheckpointError, match=r"memory: .*expected a class or factory"):
         load_policy(tmp_path / "agents", memory=one.memory)
@@ -228,10 +228,10 @@ def test_evaluation_repeats_on_the_same_streams():
     player = make_player(streams.action_space, observation_space=streams.observation_space)
     before = {name: tensor.clone() for name, tensor in player.policy.state_dict().items()}
     other = make_player(streams.action_space, observation_space=streams.observation_space, memory="gru")
-    first = play_episodes(player.policy, streams, episodes=6, deterministic=False)
-    play_episodes(other.policy, streams, episodes=9, seed=3)
-    assert play_episodes(player.policy, streams, episodes=6, deterministic=False) == first
-    assert play_episodes(player.policy, streams, episodes=6, deterministic=True) != first
+    first = play_episodes(player, streams, episodes=6, deterministic=False)
+    play_episodes(other, streams, episodes=9, seed=3)
+    assert play_episodes(player, streams, episodes=6, deterministic=False) == first
+    assert play_episodes(player, streams, episodes=6, deterministic=True) != first
     # Six episodes in four streams: two play a second one, which is a step longer here.
     assert first.lengths == [3, 4, 3, 4, 3, 3]
     assert all(4 * n <= score <= 6 * n for score, n in zip(first.returns, first.lengths))
@@ -264,7 +264,7 @@ def test_who_evaluates_or_films_shows_the_policy_what_was_paid(monkeypatch):
         if isinstance(env, Ticking | Commons):
             list(_frames(env, player, 20, seed=0, deterministic=False))
         else:
-            play_episodes(player.policy, env, episodes=6, deterministic=False)
+            play_episodes(player, env, episodes=6, deterministic=False)
         assert len(paid) > 2
         assert np.any(paid)
         assert shown[1:] == paid[:-1]

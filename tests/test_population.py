@@ -4,7 +4,6 @@ import csv
 import json
 import math
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -17,13 +16,13 @@ from dualhead import (
     NetworkConfig,
     NormConfig,
     NormEvents,
-    Player,
 )
 from dualhead.config import TurnoverConfig
 from dualhead.networks.heads import FactoredCategorical
-from dualhead.population import IndependentLearners, IndependentPolicies, Turnover, TurnoverState, strengths_by_agent
+from dualhead.population import IndependentLearners, Turnover, TurnoverState, individual_seed, strengths_by_agent
 from dualhead.running.config import RunConfig
 from dualhead.running.evaluation import evaluation_size, play_episodes
+from dualhead.running.playing import player_of
 from dualhead.running.session import Session, make_learner
 from dualhead.running.trainer import train
 from dualhead.worlds.commons.world import Commons
@@ -36,7 +35,7 @@ NORMS = NormConfig(resources=("A", "B"))
 NUM_WORLDS = 4
 
 
-def make(seed, num_streams=NUM_WORLDS):
+def make(agent, seed, num_streams=NUM_WORLDS):
     spaces = Commons(RULES).observation_space, Commons(RULES).action_space
     settings = {"config": PPO, "network": NETWORK, "norms": NORMS}
     return DualHeadRecurrentPPO(*spaces, num_streams=num_streams, seed=seed, **settings)
@@ -85,7 +84,7 @@ def assert_same_state(one, other):
 def test_independent_learners_are_single_agents_on_their_own_streams():
     """The reference: three agents driven by hand, each with the rows of its own number."""
     learners, (worlds, observations) = make_learners(), make_worlds()
-    singles = [make(learners._seed_of(number)) for number in range(3)]
+    singles = [make(number, individual_seed(5, number)) for number in range(3)]
     for _ in range(20):
         actions = learners.act(observations)
         for number, single in enumerate(singles):
@@ -147,57 +146,17 @@ def test_what_the_last_agent_refuses_leaves_all_agents_as_they_were():
     assert learners.learn(observations) == twin.learn(observations)
 
 
-@pytest.mark.parametrize("memory", ["lstm", "gru", "none"])
-@pytest.mark.parametrize("critic_memory", ["shared", "lstm", "gru", "none"])
-def test_policies_played_together_are_the_policies_alone(memory, critic_memory):
-    world = Commons(RULES, num_worlds=2)
-    network = NETWORK.model_copy(update={"memory": memory, "critic_memory": critic_memory})
-    policies = [
-        DualHeadRecurrentPPO(world.observation_space, world.action_space, config=PPO, network=network, seed=seed).policy
-        for seed in range(3)
-    ]
-    together = IndependentPolicies(policies)
-    states, observations = [policy.initial_state(2) for policy in policies], world.reset(seed=3)
-    state = together.initial_state(6)
-    with torch.no_grad():
-        for _ in range(4):
-            output, state = together.step(observations, state)
-            for number, policy in enumerate(policies):
-                alone, states[number] = policy.step(rows(observations, number), states[number])
-                for ours, theirs in zip(output.distribution.logits, alone.distribution.logits):
-                    torch.testing.assert_close(ours[number::3], theirs)
-                assert torch.equal(output.values[number::3], alone.values)
-                for name, part in state.parts.items():
-                    assert torch.equal(part[:, number::3], states[number].parts[name])
-            observations = world.step(output.distribution.mode()).observations
-
-
-def test_continuous_policies_played_together_are_the_policies_alone():
-    spaces = gym.spaces.Box(-1, 1, (2,)), gym.spaces.Box(-2, 2, (3,))
-    policies = [DualHeadRecurrentPPO(*spaces, network=NETWORK, seed=seed).policy for seed in range(3)]
-    seen = {"observation": torch.randn(6, 2, generator=torch.Generator().manual_seed(0))}
-    together = IndependentPolicies(policies)
-    with torch.no_grad():
-        for number, policy in enumerate(policies):
-            policy.heads.log_std.fill_(-number)
-        distribution = together.step(seen, together.initial_state(6))[0].distribution
-        actions = distribution.sample()
-        for number, policy in enumerate(policies):
-            alone = policy.step(rows(seen, number), policy.initial_state(2))[0].distribution
-            assert torch.equal(distribution.mode()[number::3], alone.mode())
-            mine = alone.log_probs(actions[number::3])
-            torch.testing.assert_close(distribution.log_probs(actions)[number::3], mine)
-
-
 def test_a_player_of_many_policies_shows_each_its_own_step_before(monkeypatch):
     """Against the learners that they are of, over ends of episodes."""
     network = NETWORK.model_copy(update={"previous_action": True, "previous_reward": True, "critic_memory": "gru"})
     spaces = Commons(RULES).observation_space, Commons(RULES).action_space
     learners = IndependentLearners(
-        lambda seed: DualHeadRecurrentPPO(*spaces, num_streams=2, network=network, seed=seed), num_agents=3, seed=0
+        lambda agent, seed: DualHeadRecurrentPPO(*spaces, num_streams=2, network=network, seed=seed),
+        num_agents=3,
+        seed=0,
     )
     worlds = Commons(RULES, num_worlds=2)
-    player = Player(learners.policy, worlds.observation_space, worlds.action_space)
+    player = player_of(learners)
     monkeypatch.setattr(FactoredCategorical, "sample", lambda self, generator: self.mode())
     rng = np.random.default_rng(0)
     observations, rewards, starts = worlds.reset(seed=1), None, np.ones(6, bool)
@@ -223,7 +182,7 @@ def test_a_newcomer_is_new_and_the_others_stay():
     assert not torch.equal(learners.learners[1].policy.critic.weight, before[1])
     assert strengths_by_agent(learners, 3)[1].tolist() == [0.0, 0.0]
     assert torch.equal(strengths_by_agent(learners, 3)[[0, 2]], strengths[[0, 2]])
-    same = make(learners._seed_of(7))
+    same = make(1, individual_seed(5, 7))
     assert torch.equal(learners.learners[1].policy.critic.weight, same.policy.critic.weight)
     founders = make_learners().learners
     assert all(not torch.equal(same.policy.critic.weight, one.policy.critic.weight) for one in founders)
@@ -259,9 +218,16 @@ def test_every_agent_counts_the_same_in_an_evaluation(monkeypatch, num_agents, a
         return step(self, actions)._replace(rewards=torch.arange(num_agents).repeat(num_worlds))
 
     monkeypatch.setattr(Commons, "step", number_as_reward)
-    policy = make_learner(config, worlds).policy
-    returns = np.array(play_episodes(policy, worlds, episodes=episodes).returns)
+    evaluation = play_episodes(player_of(make_learner(config, worlds)), worlds, episodes=episodes)
+    returns = np.array(evaluation.returns)
     assert np.bincount((returns / rules.epoch_turns).astype(int)).tolist() == played
+    if num_agents == 1:
+        assert (dict(evaluation.agents), evaluation.team) == ({}, [])
+        return
+    for number, (name, own) in enumerate(evaluation.agents.items()):
+        assert name == f"agent_{number}"
+        assert own == [number * rules.epoch_turns] * played[number]
+    assert evaluation.team == [sum(range(num_agents)) * rules.epoch_turns] * played[0]
 
 
 @pytest.mark.parametrize(
@@ -360,7 +326,7 @@ def test_turnover_goes_on_where_it_was_saved():
 
 def test_with_a_shared_policy_a_newcomer_has_no_memory_and_no_norms():
     """And nobody's steps may be half another's: places change hands between rollouts."""
-    agent, (worlds, observations) = make(0, num_streams=12), make_worlds()
+    agent, (worlds, observations) = make(0, seed=0, num_streams=12), make_worlds()
     observations, _ = play(agent, worlds, observations, 10)
     before = agent._get_hidden_state()
     weights = agent.policy.critic.weight.clone()

@@ -72,8 +72,8 @@ def test_a_plan_has_every_environment_condition_and_seed():
     for label, config in planned.items():
         assert label == f"{config.env} {config.network.memory} seed {config.seed}"
         assert (config.num_threads, config.eval_episodes) == (1, RunConfig(env="X").eval_episodes)
-    with pytest.raises(RunError, match="environments: two of a/b, a:b would have the same folder"):
-        plan(poles(environments=("a/b", "a:b")), Path("out"))
+    with pytest.raises(RunError, match="environments: two of a/b, a-b would have the same folder"):
+        plan(poles(environments=("a/b", "a-b")), Path("out"))
 
 
 def test_a_plan_of_the_commons_has_no_folder_for_its_environment():

@@ -83,7 +83,8 @@ def make_cue():
 
 
 def weights(result):
-    return torch.nn.utils.parameters_to_vector(result.agent.policy.parameters()).detach()
+    agents = getattr(result.agent, "learners", [result.agent])
+    return torch.cat([torch.nn.utils.parameters_to_vector(one.policy.parameters()) for one in agents]).detach()
 
 
 def test_an_id_gives_the_run_of_the_command_line(tmp_path):
@@ -390,7 +391,7 @@ def test_an_impossible_learning_rate_is_refused(tmp_path, rate):
         (SyncVectorEnv([make_cue] * 2), ".*SAME_STEP"),
         (lambda: 3, "expected a callable that makes one Gymnasium environment"),
         ("Nothing-v0", "unknown environment 'Nothing-v0'"),
-        ("CartPole-v1", "expected the observation_space"),
+        ("CartPole-v1", "the training has the spaces"),
     ],
 )
 def test_a_wrong_evaluation_environment_is_refused_at_the_start(tmp_path, eval_env, message):

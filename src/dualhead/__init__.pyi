@@ -23,11 +23,11 @@ from .norms import NormEnforcer as NormEnforcer, NormEvents as NormEvents
 from .running.config import RunConfig as RunConfig
 from .running.evaluation import evaluate as evaluate
 from .running.export import export as export
-from .running.playing import Player as Player, load_policy as load_policy
+from .running.playing import Player as Player, Players as Players, load_policy as load_policy
 from .running.trainer import TrainingResult as TrainingResult, resume as resume, train as train
 from .running.trust import trust as trust
 from .running.writers import Writer as Writer
-from .types import RecurrentState as RecurrentState
+from .types import ByAgent as ByAgent, RecurrentState as RecurrentState
 from .worlds.commons.config import CommonsConfig as CommonsConfig, Phase as Phase
 from .worlds.commons.world import Commons as Commons
 from .worlds.registry import register_world as register_world

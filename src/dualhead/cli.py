@@ -274,7 +274,7 @@ def _read_train(words: Sequence[str], named: Sequence[type[Config]]) -> tuple[st
 def _show_help_of_train(found: tuple[str, dict[str, Any]] | None, named: Sequence[type[Config]]) -> None:
     """Shows the settings of the environment that was found, if one was; and exits."""
     env, given = found or ("", {})
-    hidden = [] if env in WORLDS else _OF_AGENTS if env else ["world"]
+    hidden = [] if env in WORLDS else _OF_AGENTS if env and ":" not in env else ["world"]
     preset, independent = given.get("preset", usual_preset(env)), given.get("policies") == "independent"
     defaults = merged(default_settings(env), preset_settings(preset, env, independent=independent))
     shown = _reader(named, hidden=hidden, defaults=defaults | {"preset": preset})
@@ -306,9 +306,11 @@ def _train(env: str, settings: dict[str, Any]) -> int:
     # One option for both: a core of ours by its name, or one of the user's own as MODULE:NAME.
     if ":" in settings["network"].get("memory", ""):
         settings["memory"] = settings["network"].pop("memory")
-    config = planned(env, **settings)
-    print(_describe_settings(config))
+    from dualhead.running.environment import world_of
     from dualhead.running.trainer import train
+
+    config = planned(env, **settings | world_of(env, settings))
+    print(_describe_settings(config))
 
     return _describe_run(train(config).summary)
 
@@ -373,12 +375,13 @@ def evaluate(
         episodes: How many to play.
         seed: Of the environments and of sampled actions.
         sample: Sample actions instead of taking the likeliest.
-        json_: Print mean, 95% interval, deviation, mean length, and every return and length as JSON.
+        json_: Print mean, 95% interval, deviation, mean length, and every return and length as JSON; also by agent and
+            for the team.
         video: Also film one episode into this file, .mp4 or .gif.
     """
     if not 0 <= seed < SEED_LIMIT:
         raise RunError(f"seed: expected at least 0 and less than 2**64, got {seed}")
-    from dualhead.running.evaluation import evaluate
+    from dualhead.running.evaluation import evaluate, scores
     from dualhead.running.video import record_video
 
     how = {"seed": seed, "deterministic": not sample, **own.found(run)}
@@ -386,19 +389,40 @@ def evaluate(
     filmed = video and str(record_video(run, video, **how))
     played = evaluate(run, episodes=episodes, **how)
     result = played.summary()
+    by_agent = {name: scores(returns) | {"returns": returns} for name, returns in played.agents.items()}
+    team = scores(played.team) | {"returns": played.team}
     if json_:
-        numbers = {name: value if math.isfinite(value) else None for name, value in result.items()}
-        print(
-            json.dumps(
-                numbers | {"returns": played.returns, "lengths": played.lengths} | ({"video": filmed} if filmed else {})
-            )
-        )
+        numbers = result | {"returns": played.returns, "lengths": played.lengths}
+        numbers |= {"agents": by_agent, "team": team} if by_agent else {}
+        print(json.dumps(_without_nan(numbers | ({"video": filmed} if filmed else {}))))
         return 0
     print("returns " + " ".join(f"{value:.6g}" for value in played.returns))
     print(_describe_returns(result))
+    if by_agent:
+        print(_table_of_agents([*by_agent.items(), ("team", team)]))
     if filmed:
         print(f"video: {filmed}")
     return 0
+
+
+def _without_nan(value: Any) -> Any:
+    """For JSON, which has no NaN: None in its place."""
+    if isinstance(value, dict):
+        return {name: _without_nan(part) for name, part in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _table_of_agents(rows: Sequence[tuple[str, dict[str, Any]]]) -> str:
+    """A line for each agent, and for the team."""
+    cells = [("agent", "return", "95% interval", "deviation", "episodes")]
+    for name, of in rows:
+        ends = f"{of['ci95_low']:.2f} to {of['ci95_high']:.2f}" if len(of["returns"]) > 1 else "-"
+        cells.append((name, f"{of['mean_return']:.2f}", ends, f"{of['std_return']:.2f}", str(len(of["returns"]))))
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    return "\n".join(
+        f"{name:<{widths[0]}}" + "".join(f"  {cell:>{width}}" for cell, width in zip(numbers, widths[1:]))
+        for name, *numbers in cells
+    )
 
 
 def _describe_returns(result: dict[str, float]) -> str:

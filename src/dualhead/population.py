@@ -15,14 +15,16 @@ from torch import Tensor
 
 from dualhead.agent import DualHeadRecurrentPPO
 from dualhead.config import NonNegativeFloat, NonNegativeInt, TurnoverConfig
-from dualhead.networks.encoders import PreviousStep
-from dualhead.networks.heads import DiagonalGaussian, Distribution, FactoredCategorical, Heads
-from dualhead.networks.policy import PolicyOutput, RecurrentPolicy
 from dualhead.norms import NormEvents
 from dualhead.spaces import as_tensor, holds_tensors
 from dualhead.storage import CheckpointError, Saved, with_prefix, without_prefix
-from dualhead.types import Observations, RecurrentState, on_device
+from dualhead.types import joined_rows, on_device, own_rows
 from dualhead.worlds.replay import GeneratorState
+
+
+def individual_seed(seed: int, individual: int) -> int:
+    """The seed of one of many individuals."""
+    return int(np.random.SeedSequence([seed, individual]).generate_state(1)[0])
 
 
 class IndependentLearners:
@@ -31,24 +33,18 @@ class IndependentLearners:
     Learner a has the W streams of agent a in all worlds. All together are used like one agent of B streams, with the
     methods of `DualHeadRecurrentPPO`. A call that one of them refuses changes none of them.
 
+    Agents may have different spaces: observations come as `ByAgent` then, and actions are returned as `ByAgent`.
+
     Args:
-        make: gives a fresh learner of W streams for a seed.
+        make: `make(agent, seed)` gives a fresh learner of the W streams of an agent.
         num_agents: A.
-        seed: individuals are seeded by it and by their number.
+        seed: individuals are seeded by it and by their number; see `individual_seed`.
     """
 
-    def __init__(self, make: Callable[[int], DualHeadRecurrentPPO], *, num_agents: int, seed: int) -> None:
+    def __init__(self, make: Callable[[int, int], DualHeadRecurrentPPO], *, num_agents: int, seed: int) -> None:
         self._make, self._seed = make, seed
-        self.learners = [make(self._seed_of(individual)) for individual in range(num_agents)]
+        self.learners = [make(agent, individual_seed(seed, agent)) for agent in range(num_agents)]
         self.num_steps = 0
-
-    def _seed_of(self, individual: int) -> int:
-        return int(np.random.SeedSequence([self._seed, individual]).generate_state(1)[0])
-
-    @property
-    def policy(self) -> IndependentPolicies:
-        """The learners' own policies, not copies, to be played."""
-        return IndependentPolicies([learner.policy for learner in self.learners])
 
     @property
     def rollout_is_ready(self) -> bool:
@@ -58,7 +54,8 @@ class IndependentLearners:
         """Actions of all agents; see `DualHeadRecurrentPPO.act`."""
         own = [learner._prepare_act(*parts) for learner, parts in self._each((observations, active))]
         numpy = not holds_tensors(observations)
-        return _interleaved([learner._act(*parts, numpy=numpy) for learner, parts in zip(self.learners, own)])
+        actions = [learner._act(*parts, numpy=numpy) for learner, parts in zip(self.learners, own)]
+        return joined_rows(actions, like=observations)
 
     def record(
         self,
@@ -107,7 +104,7 @@ class IndependentLearners:
         length = self.learners[agent].rollout_memory.length
         if length:
             raise RuntimeError(f"replace() with {length} steps recorded: call learn(...) before it")
-        self.learners[agent] = self._make(self._seed_of(individual))
+        self.learners[agent] = self._make(agent, individual_seed(self._seed, individual))
 
     def forget_actions(self) -> bool:
         """Takes back an `act` that was not recorded; see `DualHeadRecurrentPPO.forget_actions`."""
@@ -142,82 +139,12 @@ class IndependentLearners:
 
     def _each(self, tree: Any) -> list[tuple[DualHeadRecurrentPPO, Any]]:
         """Every learner with its own rows of batched arrays, nested as they come."""
-
-        def rows(tree: Any, agent: int) -> Any:
-            if isinstance(tree, dict):
-                return {name: rows(part, agent) for name, part in tree.items()}
-            if isinstance(tree, tuple):
-                parts = [rows(part, agent) for part in tree]
-                return NormEvents(*parts) if isinstance(tree, NormEvents) else tuple(parts)
-            return None if tree is None else tree[agent :: len(self.learners)]
-
-        return [(learner, rows(tree, agent)) for agent, learner in enumerate(self.learners)]
+        num_agents = len(self.learners)
+        return [(learner, own_rows(tree, agent, num_agents)) for agent, learner in enumerate(self.learners)]
 
 
 Learner = DualHeadRecurrentPPO | IndependentLearners
 """What the training loop trains."""
-
-
-def _interleaved(parts: list[Any], axis: int = 0) -> Any:
-    """The streams [W] of A agents as W · A streams of all; dicts as dicts, arrays as arrays."""
-    if isinstance(parts[0], dict):
-        return {name: _interleaved([part[name] for part in parts], axis) for name in parts[0]}
-    if isinstance(parts[0], Tensor):
-        return torch.stack(parts, axis + 1).flatten(axis, axis + 1)
-    return np.stack(parts, 1).reshape(-1, *parts[0].shape[1:])
-
-
-class IndependentPolicies(torch.nn.Module):
-    """The policies of A agents as one policy of B streams, to be played: stream b is played by policy b mod A.
-
-    Args:
-        policies: of one architecture.
-    """
-
-    def __init__(self, policies: Sequence[RecurrentPolicy]) -> None:
-        super().__init__()
-        self.policies: Any = torch.nn.ModuleList(policies)
-
-    @property
-    def heads(self) -> Heads:
-        return self.policies[0].heads
-
-    @property
-    def previous(self) -> PreviousStep:
-        return self.policies[0].previous
-
-    @property
-    def device(self) -> torch.device:
-        return self.policies[0].device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.policies[0].dtype
-
-    def initial_state(self, batch: int) -> RecurrentState:
-        """Zero state [L, batch, H]."""
-        return self.policies[0].initial_state(batch)
-
-    def step(self, observations: Observations, state: RecurrentState) -> tuple[PolicyOutput, RecurrentState]:
-        """One time step; see `RecurrentPolicy.step`."""
-        distributions, values, states = [], [], []
-        for agent, policy in enumerate(self.policies):
-            own = slice(agent, None, len(self.policies))
-            seen = {name: leaf[own] for name, leaf in observations.items()}
-            output, next_state = policy.step(seen, state.select(own))
-            distributions.append(output.distribution)
-            values.append(output.values)
-            states.append(next_state.parts)
-        return PolicyOutput(_joined(distributions), _interleaved(values)), RecurrentState(**_interleaved(states, 1))
-
-
-def _joined(distributions: list[Any]) -> Distribution:
-    """The distributions of A agents over their own streams as one over all streams."""
-    if isinstance(distributions[0], DiagonalGaussian):
-        log_stds = [own.log_std.expand_as(own.mean) for own in distributions]
-        return DiagonalGaussian(_interleaved([own.mean for own in distributions]), _interleaved(log_stds))
-    nvec = tuple(head.shape[-1] for head in distributions[0].logits)
-    return FactoredCategorical(_interleaved([torch.cat(own.logits, dim=-1) for own in distributions]), nvec)
 
 
 class TurnoverState(Saved):

@@ -10,6 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dualhead.errors import DataError
+
 IntArray = NDArray[np.int64]
 Observations = dict[str, Tensor]
 """One tensor per leaf of the observation space, batch axes first; a plain space has the single leaf `observation`."""
@@ -28,6 +30,44 @@ def on_device(tensor: Tensor, device: torch.device) -> Tensor:
     """
     to_accelerator = tensor.device.type == "cpu" and device.type != "cpu"
     return tensor.to(device, non_blocking=to_accelerator and not tensor.is_pinned())
+
+
+class ByAgent(tuple[Any, ...]):
+    """One batched tree [W, ...] for each agent of W worlds whose agents have different spaces.
+
+    Agents with the same spaces share one batched tree [B, ...] instead: stream = world · num_agents + agent.
+    """
+
+
+def own_rows(tree: Any, agent: int, num_agents: int) -> Any:
+    """The rows [W, ...] of one agent in batched arrays [B, ...] of all agents, nested as they come.
+
+    Raises:
+        DataError: a `ByAgent` of another number of agents.
+    """
+    if isinstance(tree, ByAgent):
+        if len(tree) != num_agents:
+            raise DataError(f"expected one part for each of {num_agents} agents, got ByAgent of {len(tree)} parts")
+        return tree[agent]
+    if isinstance(tree, dict):
+        return {name: own_rows(part, agent, num_agents) for name, part in tree.items()}
+    if isinstance(tree, tuple):
+        parts = [own_rows(part, agent, num_agents) for part in tree]
+        return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
+    return None if tree is None else tree[agent::num_agents]
+
+
+def joined_rows(parts: Sequence[Any], *, like: Any) -> Any:
+    """The inverse of `own_rows`: `ByAgent` where `like` is one, else batched arrays [B, ...] of all agents."""
+    if isinstance(like, ByAgent):
+        return ByAgent(parts)
+    if isinstance(parts[0], dict):
+        return {name: joined_rows([part[name] for part in parts], like=None) for name in parts[0]}
+    if isinstance(parts[0], tuple):
+        return tuple(joined_rows(column, like=None) for column in zip(*parts))
+    if isinstance(parts[0], Tensor):
+        return torch.stack(list(parts), 1).flatten(0, 1)
+    return np.stack(parts, 1).reshape(-1, *parts[0].shape[1:])
 
 
 class RecurrentState:

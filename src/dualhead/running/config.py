@@ -55,8 +55,9 @@ class RunConfig(Config):
     """A training run: which environment, for how long, where."""
 
     env: str
-    """`commons`, or a Gymnasium id: `dualhead envs` lists them. Or MODULE:NAME of your own: a class, or a function that
-    makes one environment."""
+    """`commons`, or a Gymnasium id: `dualhead envs` lists them. Or `pettingzoo:MODULE`, such as
+    `pettingzoo:mpe2.simple_spread_v3`. Or MODULE:NAME of your own: a class, or a function that makes one
+    environment."""
     env_args: dict[str, Any] = Field(default_factory=dict)
     """Arguments of the environment's constructor: numbers, true or false, text, lists."""
     wrappers: tuple[str, ...] = ()
@@ -155,7 +156,8 @@ class RunConfig(Config):
                 raise SettingsError([*hint, *error.problems]) from None
         if not isinstance(given, settings):
             raise ValueError(f"expected {settings.__name__}(...) for {env!r}, got {given!r}")
-        if is_id and settings is WorldConfig and given != WorldConfig():
+        names_a_module = ":" in env  # its agents were counted when the run was planned
+        if is_id and not names_a_module and settings is WorldConfig and given != WorldConfig():
             raise ValueError(f"{unregistered}; environments of Gymnasium have no settings, got {given!r}")
         return given
 
@@ -355,6 +357,18 @@ def default_settings(env: str) -> dict[str, Any]:
     """Every default of a run, nested as RunConfig is, unchecked: together they may be impossible for this world."""
     world = WORLDS[env].settings if env in WORLDS else WorldConfig
     return RunConfig.model_construct(env=env, world=world.model_construct()).model_dump()
+
+
+_FAMILIES = ("atari", "butterfly", "classic", "sisl")
+"""Packages inside `pettingzoo`."""
+
+
+def pettingzoo_module(env: str) -> str | None:
+    """The module that the id `pettingzoo:MODULE` names, which may leave out `pettingzoo.`; None for any other id."""
+    kind, _, module = env.partition(":")
+    if kind != "pettingzoo":
+        return None
+    return f"pettingzoo.{module}" if module.partition(".")[0] in _FAMILIES else module
 
 
 def planned(env: str, **settings: Any) -> RunConfig:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeGuard
 
 import gymnasium as gym
@@ -15,14 +16,16 @@ from gymnasium.vector import VectorEnv
 from dualhead.config import WorldConfig
 from dualhead.errors import RunError, UnavailableEnvironment
 from dualhead.running.checkpoint import read_config, safe_name
-from dualhead.running.config import RunConfig
+from dualhead.running.config import RunConfig, pettingzoo_module
 from dualhead.running.parts import Call, find_part, import_module, named_modules
 from dualhead.running.trust import expect_trusted
+from dualhead.worlds.pettingzoo import JointSpace, is_multi_agent
 from dualhead.worlds.registry import WORLDS
 from dualhead.worlds.streams import GymnasiumStreams, Streams, make_env, make_streams
 
-Environment = Callable[[], gym.Env] | Streams | VectorEnv
-"""What Python may hand over instead of an id: a callable that makes one environment, or streams."""
+Environment = Callable[[], Any] | Streams | VectorEnv
+"""What Python may hand over instead of an id: a callable that makes one Gymnasium environment or ParallelEnv, streams,
+or a ParallelEnv, which is copied for each world."""
 
 
 def settings_of(env: str | Environment) -> dict[str, Any]:
@@ -43,12 +46,35 @@ def settings_of(env: str | Environment) -> dict[str, Any]:
             "num_envs": streams.num_streams // num_agents,
             "world": WorldConfig(num_agents=num_agents, resources=tuple(getattr(streams, "resources", ()))),
         }
-    if callable(env):
+    if callable(env) or is_multi_agent(env):
         return {"env": _name(env), "env_from": "callable"}
     raise TypeError(
-        f"env: expected an environment id, a callable that makes one environment, a Gymnasium vector environment, or "
-        f"Streams, got {env!r}" + ("; pass lambda: ... that makes it" if isinstance(env, gym.Env) else "")
+        f"env: expected an environment id, a callable that makes one environment, a ParallelEnv, a Gymnasium vector "
+        f"environment, or Streams, got {env!r}"
+        + ("; pass lambda: ... that makes it" if isinstance(env, gym.Env) else "")
     )
+
+
+def world_of(env: str | Environment, settings: Mapping[str, Any]) -> dict[str, WorldConfig]:
+    """The setting `world` where an environment is a world of several agents that says how many only when it is made.
+
+    One is made for that, as the settings say: only a user who begins a run may ask for it. Nothing for other
+    environments, or where `world` is given.
+
+    Raises:
+        RunError, TypeError, UnavailableEnvironment: it cannot be made.
+    """
+    known = is_streams(env) or (isinstance(env, type) and issubclass(env, gym.Env))
+    if known or settings.get("world") or (isinstance(env, str) and ":" not in env):
+        return {}
+    given = {name: settings[name] for name in ("env_args", "wrappers", "drop_observations") if name in settings}
+    config = RunConfig.model_construct(**settings_of(env), **given)
+    made = maker_of(config, None if isinstance(env, str) else env)()  # type: ignore[arg-type]
+    made.close()
+    joint = made.observation_space
+    if not isinstance(joint, JointSpace):
+        return {}
+    return {"world": WorldConfig(num_agents=len(joint.agent_names), resources=joint.resources)}
 
 
 def config_to_play(run: str | os.PathLike[str]) -> RunConfig:
@@ -121,6 +147,8 @@ def _found(env: str) -> str | Callable[..., gym.Env]:
     given, colon, name = env.partition(":")
     if not colon:
         return env
+    if (module_name := pettingzoo_module(env)) is not None:
+        return _of_pettingzoo(module_name)
     module = import_module(given, what="env")
     if name in gym.registry or not name.isidentifier():
         return f"{module.__name__}:{name}"
@@ -135,6 +163,24 @@ def _found(env: str) -> str | Callable[..., gym.Env]:
         f"gymnasium.Env, got {'none such' if found is None else repr(found)}; its classes of environments: "
         f"{', '.join(classes) or 'none'}"
     )
+
+
+def _of_pettingzoo(name: str) -> Callable[..., Any]:
+    """What makes the environment of a module of PettingZoo's kind."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The old environment creation API")  # by each module of PettingZoo
+            module = import_module(name, what="env")
+    except RunError as error:
+        package, _, rest = name.partition(".")
+        missing = {"pettingzoo": f"pip install 'pettingzoo[{rest.partition('.')[0]}]'", "mpe2": "pip install mpe2"}
+        if package not in missing:
+            raise
+        raise UnavailableEnvironment(f"{error}. What may be missing: {missing[package]}") from error
+    make = getattr(module, "parallel_env", None) or getattr(module, "env", None)
+    if not callable(make):
+        raise UnavailableEnvironment(f"environment 'pettingzoo:{name}': the module has neither parallel_env nor env")
+    return make
 
 
 def _wrapper(text: str) -> Callable[[gym.Env], gym.Env]:

@@ -61,11 +61,12 @@ class EpisodeTracker:
         if active is not None:
             ended = ended & active
         if step.numbers and ended.any():
+            over = ended if active is None else ended | ~active  # some are told of when their world's episode ends
             for name, given in step.numbers.items():
                 values = np.asarray(as_numpy(given), dtype=np.float64)
                 if values.shape != ended.shape:
                     raise DataError(f"{name!r} of episodes: expected shape {ended.shape}, got {values.shape}")
-                if len(values := values[ended & ~np.isnan(values)]):
+                if len(values := values[over & ~np.isnan(values)]):
                     self._numbers.setdefault(name, _window()).extend(values.tolist())
         self._waiting.append((step.rewards, ended, active))
         if not (isinstance(step.rewards, Tensor) and step.rewards.device.type != "cpu"):

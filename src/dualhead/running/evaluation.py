@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 import os
 import warnings
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dualhead import snapshot
 from dualhead.errors import CheckpointError, DataError, EnvironmentFailed
@@ -15,10 +18,10 @@ from dualhead.running.checkpoint import RunError
 from dualhead.running.config import EVAL_EPISODES, EVAL_MAX_STEPS, EVALUATION_SEED, RunConfig
 from dualhead.running.environment import Environment, config_to_play, is_streams, open_streams
 from dualhead.running.machine import Requests
-from dualhead.running.playing import Player, Policy, expect_spaces, load_player, run_directory
+from dualhead.running.playing import Player, Players, expect_spaces, load_player, run_directory
 from dualhead.running.results import interval
 from dualhead.types import as_numpy
-from dualhead.worlds.streams import Streams
+from dualhead.worlds.streams import Streams, names_of_agents
 
 EVALUATION_ENVS = 20
 SELECTION_SEED = 20_000
@@ -29,24 +32,35 @@ class Stopped(Exception):
     """A request to stop ended an evaluation."""
 
 
+def scores(returns: Sequence[float]) -> dict[str, float]:
+    """Mean return, and its 95% confidence interval (NaN for a single episode).
+
+    `std_return` is the population standard deviation (divided by n).
+    """
+    low, high = interval(returns)
+    mean, std = (float(np.mean(returns)), float(np.std(returns))) if returns else (math.nan, math.nan)
+    return {"mean_return": mean, "std_return": std, "ci95_low": low, "ci95_high": high}
+
+
 class Evaluation(NamedTuple):
-    """Sum of task rewards and number of steps of each episode, and how many were cut after `eval_max_steps`."""
+    """The return (sum of task rewards) of each episode of every agent.
+
+    Fields:
+        returns, lengths: return and number of steps of each episode.
+        num_cut: how many were cut after `eval_max_steps`.
+        agents: in a world of several agents the returns of each, by its name.
+        team: in such a world the sum of its agents' returns, for each episode of the world.
+    """
 
     returns: list[float]
     lengths: list[int]
     num_cut: int = 0
+    agents: Mapping[str, list[float]] = MappingProxyType({})
+    team: Sequence[float] = ()
 
     def summary(self) -> dict[str, float]:
-        """Means over episodes, and a 95% confidence interval of the mean return (NaN for a single episode).
-
-        `std_return` is the population standard deviation (divided by n).
-        """
-        low, high = interval(self.returns)
-        return {
-            "mean_return": float(np.mean(self.returns)),
-            "std_return": float(np.std(self.returns)),
-            "ci95_low": low,
-            "ci95_high": high,
+        """Means over the episodes of all agents; see `scores`."""
+        return scores(self.returns) | {
             "mean_length": float(np.mean(self.lengths)),
             "episodes": len(self.returns),
             "episodes_cut": self.num_cut,
@@ -54,7 +68,7 @@ class Evaluation(NamedTuple):
 
 
 def play_episodes(
-    policy: Policy,
+    player: Player | Players,
     streams: Streams,
     *,
     episodes: int,
@@ -65,10 +79,11 @@ def play_episodes(
 ) -> Evaluation:
     """Plays whole episodes, an equal share in every stream: counting those that end first would favour short ones.
 
-    The streams are reset first, so the same seed gives the same episodes.
+    The streams are reset first, so the same seed gives the same episodes. What a stream does while it is not `active`
+    does not count.
 
     Args:
-        policy: is only read.
+        player: is reset first, too.
         streams: B at most `episodes`.
         seed: of the environments and of sampling.
         deterministic: the likeliest actions, or sampled ones.
@@ -78,35 +93,61 @@ def play_episodes(
     Raises:
         DataError: the environment gave invalid observations or rewards.
     """
-    player = Player(policy, streams.observation_space, streams.action_space, seed=seed)
-    num_streams = streams.num_streams
-    shares = np.bincount(np.arange(episodes) % num_streams, minlength=num_streams)
-    num_played, played, num_cut = np.zeros(num_streams, dtype=np.int64), [], 0
-    while (num_played < shares).any():  # once, unless an episode is cut: only all streams together can be reset
-        returns, lengths = np.zeros(num_streams), np.zeros(num_streams, dtype=np.int64)
-        was_cut = np.zeros(num_streams, dtype=bool)
-        observations, ended, rewards = streams.reset(seed=seed), ~was_cut, returns
-        while (plays := (num_played < shares) & ~was_cut).any():
+    num_streams, num_agents = streams.num_streams, getattr(streams, "num_agents", 1)
+
+    def with_worlds(of_streams: NDArray[Any], of_worlds: Callable[..., Any]) -> NDArray[Any]:
+        """Numbers of B streams, and behind them those of W worlds of several agents: a world plays for its team."""
+        if num_agents == 1:
+            return of_streams
+        return np.concatenate([of_streams, of_worlds(of_streams.reshape(-1, num_agents), axis=1)])
+
+    shares = with_worlds(np.bincount(np.arange(episodes) % num_streams, minlength=num_streams), np.min)
+    num_played, played, num_cut = np.zeros_like(shares), [], 0
+    player.reset(seed=seed)
+    while (num_played < shares)[:num_streams].any():  # once, unless one is cut: only all streams can be reset together
+        before, returns = num_played, np.zeros(len(shares))
+        # Steps of the episode; and since the stream last took part.
+        lengths, idle = np.zeros_like(shares), np.zeros_like(shares)
+        was_cut = np.zeros(len(shares), dtype=bool)
+        observations, rewards, starts = streams.reset(seed=seed), np.zeros(num_streams), np.ones(num_streams, bool)
+        while (plays := (num_played < shares) & ~was_cut)[:num_streams].any():
             if requests is not None and requests.stop:
                 raise Stopped
-            step = streams.step(player.act(observations, ended, rewards=rewards, deterministic=deterministic))
-            observations, ended = step.observations, as_numpy(step.terminated) | as_numpy(step.truncated)
-            rewards = as_numpy(step.rewards)
-            returns, lengths = returns + rewards, lengths + 1
-            cut = plays & ~ended & (lengths >= max_steps)
-            over = plays & (ended | cut)
+            actions = player.act(observations, starts, rewards=rewards, deterministic=deterministic)
+            active = getattr(streams, "active", None)
+            active = np.ones(num_streams, bool) if active is None else np.array(as_numpy(active))
+            step = streams.step(actions)
+            observations, rewards = step.observations, as_numpy(step.rewards)
+            # A stream that comes back begins an episode.
+            starts = as_numpy(step.terminated) | as_numpy(step.truncated) | ~active
+            acted = with_worlds(active, np.any)
+            ended = with_worlds(starts, np.all) & acted
+            returns = returns + with_worlds(np.multiply(rewards, active, dtype=np.float64), np.sum)
+            lengths, idle = lengths + acted, np.where(acted, 0, idle + 1)
+            cut = plays & ~ended & (np.maximum(lengths, idle) >= max_steps)
+            over = plays & acted & (ended | cut)
             played += [(i, float(returns[i]), int(lengths[i])) for i in np.flatnonzero(over)]
-            num_played, was_cut, num_cut = num_played + over, was_cut | cut, num_cut + int(cut.sum())
+            num_played, was_cut = num_played + over, was_cut | cut
+            num_cut += int((cut & over)[:num_streams].sum())
             returns[ended], lengths[ended] = 0.0, 0
+        shares[num_played == before] = 0  # never took part
         seed += 1
     if num_cut:
         warnings.warn(
-            f"{num_cut} of {len(played)} episodes of this evaluation were cut after {max_steps} steps "
-            f"(eval_max_steps): their returns are the sums until then",
+            f"{num_cut} of {num_played[:num_streams].sum()} episodes of this evaluation were cut after {max_steps} "
+            f"steps (eval_max_steps): their returns are the sums until then",
             stacklevel=2,
         )
     played.sort(key=lambda episode: episode[0])
-    return Evaluation([score for _, score, _ in played], [length for _, _, length in played], num_cut)
+    of_streams = [episode for episode in played if episode[0] < num_streams]
+    names = names_of_agents(streams) if num_agents > 1 else ()
+    return Evaluation(
+        [score for _, score, _ in of_streams],
+        [length for _, _, length in of_streams],
+        num_cut,
+        {name: [score for i, score, _ in of_streams if i % num_agents == agent] for agent, name in enumerate(names)},
+        [score for i, score, _ in played if i >= num_streams],
+    )
 
 
 def evaluation_size(config: RunConfig, episodes: int) -> tuple[int, int]:
@@ -152,7 +193,7 @@ def evaluate(
     try:
         expect_spaces(player, streams, path)
         return play_episodes(
-            player.policy,
+            player,
             streams,
             episodes=episodes,
             seed=seed,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dualhead.errors import DataError, EnvironmentFailed, RunError, UnavailableEnvironment
+from dualhead.errors import CheckpointError, DataError, EnvironmentFailed, RunError, UnavailableEnvironment
 from dualhead.running.checkpoint import save_best
 from dualhead.running.config import EVAL_EPISODES, EVALUATION_SEED
 from dualhead.running.environment import Environment, is_streams, open_streams, settings_of
 from dualhead.running.evaluation import SELECTION_SEED, Stopped, evaluation_size, play_episodes
 from dualhead.running.machine import Requests, preserved_randomness
+from dualhead.running.playing import expect_spaces, player_of
 from dualhead.running.session import Session
 from dualhead.running.writers import CSVWriter
 from dualhead.storage import RUN_PREFIX
@@ -32,11 +33,8 @@ def open_evaluation(session: Session, env: str | Environment | None, *, is_other
             config = config.model_copy(update={"env_args": {}})
         with preserved_randomness():
             streams = open_streams(config, env, num_envs=num_envs)  # type: ignore[arg-type]
-        for name in ("observation_space", "action_space"):
-            expected, given = getattr(session.streams, name), getattr(streams, name)
-            if given != expected:
-                raise ValueError(f"expected the {name} of the training, {expected}, got {given}")
-    except (TypeError, ValueError, UnavailableEnvironment) as error:
+        expect_spaces(player_of(session.learner), streams, "the training")
+    except (TypeError, ValueError, UnavailableEnvironment, CheckpointError) as error:
         raise RunError(f"eval_env: {str(error).removeprefix('env: ')}") from error
     return streams
 
@@ -75,7 +73,10 @@ class Evaluator:
             self._streams.close()
 
     def evaluate(self) -> dict[str, float]:
-        """Plays episodes during training; metrics `evaluation/*`. Saves the best mean return as `best.safetensors`."""
+        """Plays episodes during training; metrics `evaluation/*`. Saves the best mean return as `best.safetensors`.
+
+        Of several agents that is the mean over the episodes of all of them.
+        """
         num_steps = self._session.learner.num_steps
         if self._last[0] != num_steps:
             summary = self._play(SELECTION_SEED)
@@ -103,7 +104,7 @@ class Evaluator:
         try:
             with preserved_randomness():
                 played = play_episodes(
-                    session.learner.policy,
+                    player_of(session.learner),
                     self._streams,
                     episodes=episodes,
                     seed=seed,

@@ -22,7 +22,7 @@ from dualhead.networks.heads import DiagonalGaussian, FactoredCategorical
 from dualhead.networks.memory import MemoryFactory
 from dualhead.networks.policy import RecurrentPolicy
 from dualhead.running.checkpoint import RunError, read_config, write_json
-from dualhead.running.playing import Policy, load_player
+from dualhead.running.playing import Players, load_player
 from dualhead.spaces import ACTION_MASK, WHOLE, ActionSpec, ObservationSpec, torch_dtype
 from dualhead.storage import write_bytes
 from dualhead.types import RecurrentState
@@ -89,23 +89,20 @@ def export(
         raise RunError("exporting needs the package onnx: pip install -e '.[onnx]' in the checkout") from error
     run: dict[str, Any] = dict.fromkeys(("directory", "checkpoint", "env", "seed"))
     if isinstance(source, DualHeadRecurrentPPO):
-        policy: Policy = copy.deepcopy(source.policy).cpu()
+        policy = copy.deepcopy(source.policy).cpu()
         spec, actions = source.observation_spec, source.action_spec
         run["steps"] = source.num_steps
     else:
         player, path, metadata = load_player(source, encoder=encoder, memory=memory)
-        policy, spec, actions = (
-            player.policy,
-            ObservationSpec(player.observation_space),
-            ActionSpec(player.action_space),
-        )
+        if isinstance(player, Players):
+            raise RunError(f"{source} holds a policy for each agent: only a run with --policies shared can be exported")
+        policy = player.policy
+        spec, actions = ObservationSpec(player.observation_space), ActionSpec(player.action_space)
         folder = path.absolute().parent.parent
         if (folder / "config.json").exists():
             config = read_config(folder)
             run |= {"directory": folder.name, "env": config.env, "seed": config.seed}
         run |= {"checkpoint": path.name, "steps": metadata["num_steps"]}
-    if not isinstance(policy, RecurrentPolicy):
-        raise RunError(f"{source} holds a policy for each agent: only a run with --policies shared can be exported")
     graph = StepGraph(policy, spec, actions)
     contents = to_onnx(graph)
     described = graph.describe()

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dualhead import snapshot
+from dualhead.agent import DualHeadRecurrentPPO
 from dualhead.errors import DataError
 from dualhead.networks.encoders import EncoderFactory
 from dualhead.networks.memory import MemoryFactory
 from dualhead.networks.policy import RecurrentPolicy
-from dualhead.population import IndependentPolicies
+from dualhead.population import Learner, individual_seed
 from dualhead.running.checkpoint import RunError, expect_own, use_newest
 from dualhead.spaces import ActionSpec, ObservationSpec, all_finite, as_tensor, holds_tensors
 from dualhead.storage import CheckpointError, read_tensors
-from dualhead.types import RecurrentState, on_device
-
-Policy = RecurrentPolicy | IndependentPolicies
+from dualhead.types import RecurrentState, joined_rows, on_device, own_rows
+from dualhead.worlds.streams import Streams, spaces_of_agents
 
 
 class Player:
@@ -44,7 +46,9 @@ class Player:
         seed: of sampled actions; the global random state is neither read nor changed.
     """
 
-    def __init__(self, policy: Policy, observation_space: gym.Space, action_space: gym.Space, *, seed: int = 0) -> None:
+    def __init__(
+        self, policy: RecurrentPolicy, observation_space: gym.Space, action_space: gym.Space, *, seed: int = 0
+    ) -> None:
         self.policy = policy
         self.observation_space = observation_space
         self.action_space = action_space
@@ -54,11 +58,16 @@ class Player:
         self._state: RecurrentState | None = None
         self._actions = torch.empty(0)  # of the last call, in the policy's units
 
-    def reset(self) -> None:
-        """Forgets everything: the next call of `act` begins an episode in every stream, in any number of streams."""
-        self._state = None
+    def reset(self, *, seed: int | None = None) -> None:
+        """Forgets everything: the next call of `act` begins an episode in every stream, in any number of streams.
 
-    @torch.no_grad()
+        Args:
+            seed: of sampled actions from now on; None: sampling goes on.
+        """
+        self._state = None
+        if seed is not None:
+            self._sampling.manual_seed(seed)
+
     def act(self, observations: Any, episode_starts: Any, *, rewards: Any = None, deterministic: bool = True) -> Any:
         """Chooses actions and advances the recurrent state.
 
@@ -79,8 +88,14 @@ class Player:
             ValueError: another number of streams than before.
         """
         starts = np.asarray(episode_starts)
+        actions = self._prepare(observations, starts, rewards)(deterministic)
+        return actions if starts.ndim else _first(actions)
+
+    @torch.no_grad()
+    def _prepare(self, observations: Any, starts: NDArray[Any], rewards: Any) -> Callable[[bool], Any]:
+        """Everything that `act` may refuse. Nothing changes until the function it returns is called."""
         if starts.ndim > 1 or not ((starts == 0) | (starts == 1)).all():
-            raise DataError(f"episode_starts: expected a bool for each stream, or one bool, got {episode_starts!r}")
+            raise DataError(f"episode_starts: expected a bool for each stream, or one bool, got {starts.tolist()}")
         num_streams, policy, state = starts.size, self.policy, self._state
         if state is not None and state.num_streams != num_streams:
             raise ValueError(
@@ -98,12 +113,17 @@ class Player:
             state = state.reset_where(begins)
             previous = policy.previous.after(self._actions, self._rewards(rewards, num_streams))
             tensors |= policy.previous.reset_where(previous, begins)
-        output, self._state = policy.step(tensors, state)
-        distribution = output.distribution
-        self._actions = distribution.mode() if deterministic else distribution.sample(self._sampling)
-        # A copy: the caller may change what is returned.
-        actions = self._action_spec.to_env(self._actions.clone(), numpy=not holds_tensors(observations))
-        return actions if starts.ndim else _first(actions)
+        numpy = not holds_tensors(observations)
+
+        @torch.no_grad()
+        def choose(deterministic: bool) -> Any:
+            output, self._state = policy.step(tensors, state)
+            distribution = output.distribution
+            self._actions = distribution.mode() if deterministic else distribution.sample(self._sampling)
+            # A copy: the caller may change what is returned.
+            return self._action_spec.to_env(self._actions.clone(), numpy=numpy)
+
+        return choose
 
     def _rewards(self, rewards: Any, num_streams: int) -> Tensor:
         """[B] rewards of the last actions; zeros for a policy that does not see them."""
@@ -126,14 +146,71 @@ def _first(actions: Any) -> Any:
     return {key: _first(part) for key, part in actions.items()} if isinstance(actions, dict) else actions[0]
 
 
+class Players:
+    """Plays a policy for each of the A agents of worlds, used like one `Player` of all their streams.
+
+    Stream b = world · A + agent is played by player b mod A. Agents may have different spaces: observations come as
+    `ByAgent` then, and actions are returned as `ByAgent`.
+
+    Args:
+        players: one for each agent.
+    """
+
+    def __init__(self, players: Sequence[Player]) -> None:
+        self.players = tuple(players)
+
+    def reset(self, *, seed: int | None = None) -> None:
+        """See `Player.reset`. Each player samples by a seed of its own, which `seed` and its number determine."""
+        for agent, player in enumerate(self.players):
+            player.reset(seed=None if seed is None else individual_seed(seed, agent))
+
+    def act(self, observations: Any, episode_starts: Any, *, rewards: Any = None, deterministic: bool = True) -> Any:
+        """Actions of all agents; see `Player.act`. What one player refuses changes none of them.
+
+        Args:
+            observations: [B, ...] of all streams; or `ByAgent`, [W, ...] of each agent.
+            episode_starts: [B] bool.
+            rewards: [B].
+            deterministic: the likeliest actions, or sampled ones.
+        """
+        starts, num_agents = np.asarray(episode_starts), len(self.players)
+        if starts.ndim != 1 or starts.size % num_agents:
+            raise DataError(
+                f"episode_starts: expected a bool for each of {num_agents} agents in every world, "
+                f"got {episode_starts!r}"
+            )
+        rewards = None if rewards is None else as_tensor(rewards, "rewards")
+        chosen = [
+            player._prepare(*own_rows((observations, starts, rewards), agent, num_agents))
+            for agent, player in enumerate(self.players)
+        ]
+        return joined_rows([choose(deterministic) for choose in chosen], like=observations)
+
+
+def player_of(learner: Learner, *, seed: int = 0) -> Player | Players:
+    """Plays the policies that a learner has now; they go on learning.
+
+    Args:
+        learner: one agent, or independent ones.
+        seed: of sampled actions.
+    """
+    learners = [learner] if isinstance(learner, DualHeadRecurrentPPO) else learner.learners
+    players = [Player(one.policy, one.observation_spec.space, one.action_spec.space) for one in learners]
+    player = players[0] if isinstance(learner, DualHeadRecurrentPPO) else Players(players)
+    player.reset(seed=seed)
+    return player
+
+
 def load_policy(
     run: str | os.PathLike[str],
     *,
     encoder: nn.Module | EncoderFactory | None = None,
     memory: nn.Module | MemoryFactory | None = None,
     seed: int = 0,
-) -> Player:
+) -> Player | Players:
     """A trained policy, ready to act; see `Player.act`. The file describes the spaces, so no environment is made.
+
+    Of a run with independent policies: `Players`, one for each agent of a world.
 
     Args:
         run: a run directory (its newest whole checkpoint is taken), one of its checkpoint files, or a file that
@@ -149,11 +226,14 @@ def load_policy(
     return load_player(run, seed=seed, encoder=encoder, memory=memory)[0]
 
 
-def load_player(run: str | os.PathLike[str], *, seed: int = 0, **foreign: Any) -> tuple[Player, Path, dict[str, Any]]:
+Loaded = tuple[Player | Players, Path, dict[str, Any]]
+
+
+def load_player(run: str | os.PathLike[str], *, seed: int = 0, **foreign: Any) -> Loaded:
     """As `load_policy`, with the checkpoint's path and metadata."""
     path = Path(run)
 
-    def load(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> tuple[Player, Path, dict[str, Any]]:
+    def load(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> Loaded:
         return _player(path, tensors, metadata, seed=seed, foreign=foreign), path, metadata
 
     if os.path.isfile(path):  # unlike the method, False for names that are too long
@@ -167,13 +247,13 @@ def load_player(run: str | os.PathLike[str], *, seed: int = 0, **foreign: Any) -
 
 def _player(
     path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any], *, seed: int, foreign: dict[str, Any]
-) -> Player:
-    """The player of one checkpoint."""
+) -> Player | Players:
+    """The player, or players, of one checkpoint."""
     learners = snapshot.learners(tensors, metadata, source=str(path))
     for name, part in foreign.items():
         if "learners" in metadata and isinstance(part, nn.Module):
             raise CheckpointError(f"{name}: {path} has several policies: expected a class or factory, got a module")
-    policies: list[RecurrentPolicy] = []
+    players = []
     for of_learner, own in learners:
         arguments = snapshot.arguments(own, source=str(path))
         parts = snapshot.foreign_arguments(own, source=str(path), **foreign)
@@ -182,16 +262,21 @@ def _player(
             saved = str(own["foreign_parts"][name])
             if saved.rpartition(":")[2] != part.rpartition(":")[2]:  # the class may have moved to another module
                 raise CheckpointError(f"{path} was saved with the {name} {saved}, got {part}")
-        policies.append(made)
-    policy: Policy = IndependentPolicies(policies) if "learners" in metadata else policies[0]
-    return Player(policy, arguments["observation_space"], arguments["action_space"], seed=seed)
+        players.append(Player(made, arguments["observation_space"], arguments["action_space"]))
+    player = Players(players) if "learners" in metadata else players[0]
+    player.reset(seed=seed)
+    return player
 
 
-def expect_spaces(player: Player, world: Any, path: Path) -> None:
-    """Raises CheckpointError where a world has other spaces than the policy in `path`."""
-    ours, theirs = ((of.observation_space, of.action_space) for of in (player, world))
+def expect_spaces(player: Player | Players, world: Streams | gym.Env, source: object) -> None:
+    """Raises CheckpointError where a world has other spaces, or other agents, than the policy of `source`."""
+    players = player.players if isinstance(player, Players) else [player]
+    ours, theirs = [(one.observation_space, one.action_space) for one in players], spaces_of_agents(world)
+    if isinstance(player, Player) and theirs == theirs[:1] * len(theirs):
+        theirs = theirs[:1]  # one policy for all
     if ours != theirs:
-        raise CheckpointError(f"{path} has the spaces {ours}, but the environment has {theirs}")
+        of_agents, of_theirs = (of if len(of) > 1 else of[0] for of in (ours, theirs))
+        raise CheckpointError(f"{source} has the spaces {of_agents}, but the environment has {of_theirs}")
 
 
 def run_directory(run: str | os.PathLike[str]) -> Path:

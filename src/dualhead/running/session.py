@@ -25,7 +25,7 @@ from dualhead.running.environment import Environment, is_streams, open_streams
 from dualhead.running.episodes import EpisodeTracker, TrackerState
 from dualhead.storage import RUN_PREFIX, Saved, with_prefix, without_prefix
 from dualhead.worlds.replay import CannotReplay
-from dualhead.worlds.streams import Streams, StreamStep, restart
+from dualhead.worlds.streams import Streams, StreamStep, names_of_agents, restart, spaces_of_agents
 
 
 class _RunState(Saved):
@@ -285,7 +285,17 @@ def make_learner(
 ) -> DualHeadRecurrentPPO | IndependentLearners:
     """The agent, or the independent agents, of a configuration."""
     ppo, norms = config.ppo, None
-    num_learners = config.world.num_agents if config.policies == "independent" else 1
+    spaces, num_learners = spaces_of_agents(streams), 1
+    if config.policies == "independent":
+        num_learners = config.world.num_agents
+        if len(spaces) != num_learners:
+            raise ValueError(f"expected the spaces of {num_learners} agents, got {len(spaces)}")
+    elif spaces != spaces[:1] * len(spaces):
+        named = "; ".join(f"{name}: {seen} and {done}" for name, (seen, done) in zip(names_of_agents(streams), spaces))
+        raise ValueError(
+            f"policies='shared' needs agents with the same observation and action space, got {named}. Train a policy "
+            f"for each agent by --policies independent"
+        )
     if ppo.learning_rate_schedule == "linear" and ppo.learning_rate_decay_steps is None:
         ppo = ppo.model_copy(update={"learning_rate_decay_steps": math.ceil(config.total_steps / num_learners)})
     if config.enforce_norms:
@@ -293,8 +303,6 @@ def make_learner(
 
     make = functools.partial(
         DualHeadRecurrentPPO,
-        streams.observation_space,
-        streams.action_space,
         num_streams=streams.num_streams // num_learners,
         config=ppo,
         network=config.network,
@@ -304,8 +312,10 @@ def make_learner(
         device=device,
     )
     if config.policies == "shared":
-        return make(seed=config.seed)
+        return make(*spaces[0], seed=config.seed)
     for name, part in (("encoder", encoder), ("memory", memory)):
         if isinstance(part, nn.Module):
             raise ValueError(f"{name}: independent policies need one each: expected a class or factory, got a module")
-    return IndependentLearners(lambda seed: make(seed=seed), num_agents=num_learners, seed=config.seed)
+    return IndependentLearners(
+        lambda agent, seed: make(*spaces[agent], seed=seed), num_agents=num_learners, seed=config.seed
+    )

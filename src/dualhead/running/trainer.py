@@ -27,7 +27,7 @@ from dualhead.running.checkpoint import (
     write_json,
 )
 from dualhead.running.config import RunConfig, planned
-from dualhead.running.environment import Environment, config_to_play, is_streams, settings_of
+from dualhead.running.environment import Environment, config_to_play, is_streams, settings_of, world_of
 from dualhead.running.evaluator import Evaluator, open_evaluation
 from dualhead.running.parts import find_part, name_of
 from dualhead.running.results import read_summary
@@ -75,13 +75,15 @@ def train(
 
         result = dualhead.train("CartPole-v1", total_steps=50_000, ppo=PPOConfig(gamma=0.95))
         result = dualhead.train(lambda: MyEnv(size=7), num_envs=8, writers=[MyWriter()])
+        result = dualhead.train(simple_spread_v3.parallel_env, num_envs=8, policies="independent")
 
     Ctrl-C (or SIGTERM, or SIGHUP) ends the run after the current step, with a checkpoint; a second one ends it at once.
     Where an environment fails, the run ends with a checkpoint of the agent before the step.
 
     Args:
-        env: an environment id, a callable that makes one environment, a Gymnasium vector environment in SAME_STEP
-            mode, or `Streams`; or all settings of a run. `resume` needs the same object again.
+        env: an environment id, a callable that makes one environment (of Gymnasium, or a ParallelEnv of PettingZoo),
+            a ParallelEnv, a Gymnasium vector environment in SAME_STEP mode, or `Streams`; or all settings of a run.
+            `resume` needs the same object again.
         encoder, memory: your own parts of the policy, see `DualHeadRecurrentPPO`; or MODULE:NAME of one.
         learning_rate: schedule of the learning rate by progress, which rises from 0 to 1 over `total_steps`.
         writers: get the metrics of each update, besides the run's own writers. They are closed with the run.
@@ -113,6 +115,7 @@ def train(
         of_env = settings_of(env)
         if twice := sorted(settings.keys() & of_env.keys()):
             raise TypeError(f"{', '.join(twice)}: the environment that was given decides, expected no such setting")
+        of_env |= world_of(env, settings)
         # Streams that were passed are in use by training: no evaluation unless it is asked for.
         in_use = of_env.get("env_from") == "streams" and eval_env is None
         config = planned(**({"eval_episodes": 0} if in_use else {}) | of_env | settings)

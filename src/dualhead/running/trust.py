@@ -13,7 +13,7 @@ import gymnasium as gym
 from gymnasium.wrappers import RecordVideo
 
 from dualhead.errors import RunError
-from dualhead.running.config import RunConfig
+from dualhead.running.config import RunConfig, pettingzoo_module
 from dualhead.running.parts import Call, module_name, named_modules
 
 _trusted: set[str] = set()
@@ -35,10 +35,15 @@ def expect_trusted(config: RunConfig, run: str | os.PathLike[str]) -> None:
         return
     given: dict[str, Any] = {"env_args": config.env_args}
     if config.env_from == "id" and ":" in config.env:
-        _expect_named(config.env, gym.Env, of=f"the environment {config.env!r}", run=run)
+        name, kinds = config.env, [gym.Env]
+        if (module := pettingzoo_module(name)) is not None:
+            name = f"{module}:{'parallel_env' if hasattr(sys.modules.get(module), 'parallel_env') else 'env'}"
+        if (pettingzoo := sys.modules.get("pettingzoo")) is not None:
+            kinds += [pettingzoo.ParallelEnv, pettingzoo.AECEnv]
+        _expect_named(name, tuple(kinds), of=f"the environment {config.env!r}", run=run)
     for text in config.wrappers:
         call = Call.read(text)
-        _expect_named(call.name, gym.Wrapper, of=f"the wrapper {call.name!r}", run=run)
+        _expect_named(call.name, (gym.Wrapper,), of=f"the wrapper {call.name!r}", run=run)
         given[f"the arguments of the wrapper {call.name!r}"] = [*call.args, call.kwargs]
     for of, value in given.items():
         if strange := next((text for text in _texts(value) if not re.fullmatch(r"[\w -]*", text)), None):
@@ -48,7 +53,7 @@ def expect_trusted(config: RunConfig, run: str | os.PathLike[str]) -> None:
             )
 
 
-def _expect_named(text: str, kind: type, *, of: str, run: str | os.PathLike[str]) -> None:
+def _expect_named(text: str, kinds: tuple[type, ...], *, of: str, run: str | os.PathLike[str]) -> None:
     module, _, name = text.partition(":")
     module = module_name(module)
     imported = sys.modules.get(module)
@@ -58,13 +63,14 @@ def _expect_named(text: str, kind: type, *, of: str, run: str | os.PathLike[str]
             f"itself. {_how_to_trust(module)}"
         )
     found = vars(imported).get(name)
-    is_id = kind is gym.Env and ":" not in name and (name in gym.registry or not name.isidentifier())
-    is_class = isinstance(found, type) and issubclass(found, kind) and not issubclass(found, RecordVideo)
-    # A function that the module only imported may do anything with the arguments that the run's files hold.
-    is_own = isinstance(found, FunctionType) and _package(found.__module__) == _package(module)
+    is_id = gym.Env in kinds and ":" not in name and (name in gym.registry or not name.isidentifier())
+    is_class = isinstance(found, type) and issubclass(found, kinds) and not issubclass(found, RecordVideo)
+    # A function that the module only imported may do anything with the arguments that the run's files hold. Most
+    # `parallel_env` are closures of PettingZoo around functions of the module.
+    is_own = isinstance(found, FunctionType) and _package(found.__module__) in (_package(module), "pettingzoo")
     if not (is_id or is_class or (is_own and module in named_modules)):
         raise RunError(
-            f"{of} of {run} is the choice of the run's files: expected a class derived from {kind.__name__} that "
+            f"{of} of {run} is the choice of the run's files: expected a class derived from {kinds[0].__name__} that "
             f"writes no files, or a function of a module that you name, got {found!r}. {_how_to_trust(module)}"
         )
 

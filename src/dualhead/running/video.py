@@ -9,7 +9,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import gymnasium as gym
 import numpy as np
@@ -19,9 +19,11 @@ from dualhead.errors import DataError
 from dualhead.running.checkpoint import RunError
 from dualhead.running.config import EVALUATION_SEED, RunConfig
 from dualhead.running.environment import config_to_play, maker_of
-from dualhead.running.playing import Player, expect_spaces, load_player, run_directory
+from dualhead.running.playing import Player, Players, expect_spaces, load_player, run_directory
 from dualhead.worlds.commons.config import CommonsConfig
 from dualhead.worlds.commons.world import Commons
+from dualhead.worlds.pettingzoo import JointSpace
+from dualhead.worlds.streams import ParallelStreams, make_streams
 
 DEFAULT_FPS = 30
 COMMONS_FPS = 5.0
@@ -77,8 +79,10 @@ def record_video(
     player, path, _ = load_player(run_dir, seed=seed, encoder=encoder, memory=memory)
     env = Commons(config.world) if isinstance(config.world, CommonsConfig) else _renderable(config)
     try:
-        expect_spaces(player, env, path)
         fps = COMMONS_FPS if isinstance(env, Commons) else float(env.metadata.get("render_fps") or DEFAULT_FPS)
+        if isinstance(env, gym.Env) and isinstance(env.observation_space, JointSpace):
+            env = cast(Any, make_streams(lambda of_one=env: of_one, 1))
+        expect_spaces(player, env, path)
         frames = _frames(env, player, max_steps, seed=seed, deterministic=deterministic)
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
@@ -111,27 +115,38 @@ def _renderable(config: RunConfig) -> gym.Env:
 
 
 def _frames(
-    env: gym.Env | Commons, player: Player, max_steps: int, *, seed: int, deterministic: bool
+    env: Any, player: Player | Players, max_steps: int, *, seed: int, deterministic: bool
 ) -> Iterator[NDArray[np.uint8]]:
-    """Pictures [height, width, 3] of the reset and of every step, to the end of the episode or epoch."""
+    """Pictures [height, width, 3] of the reset and of every step, to the end of the episode or epoch.
+
+    `env` is a Gymnasium environment, or streams of one world. The world begins anew in the step that ends its episode:
+    that is not shown.
+    """
+    is_world = isinstance(env, Commons | ParallelStreams)
     observation: Any = env.reset(seed=seed)
-    reward, start, ended = None, np.array(True), False
-    if isinstance(env, Commons):
-        start, max_steps = np.ones(env.num_streams, dtype=bool), min(max_steps, env.config.epoch_turns)
-    else:
+    if not is_world:
         observation, _ = observation
+    reward, ended, start = None, False, np.ones(env.num_streams, dtype=bool) if is_world else np.array(True)
+    if isinstance(env, Commons):
+        max_steps = min(max_steps, env.config.epoch_turns)
     yield _frame(env)
     while max_steps and not ended:
         action = player.act(observation, start, rewards=reward, deterministic=deterministic)
-        observation, reward, *ends = env.step(action)[:4]
-        ended = not isinstance(env, Commons) and any(ends)  # the commons has no episodes that end in between
+        step = env.step(action)
+        observation, reward, terminated, truncated = step[:4]
         start, max_steps = np.zeros_like(start), max_steps - 1
-        yield _frame(env)
+        if isinstance(env, ParallelStreams):
+            start = terminated | truncated | (False if step.active is None else ~step.active)
+            ended = bool(env.have_reset[0])
+        elif not is_world:
+            ended = terminated or truncated
+        if not (is_world and ended):
+            yield _frame(env)
 
 
-def _frame(env: gym.Env | Commons) -> NDArray[np.uint8]:
+def _frame(env: Any) -> NDArray[np.uint8]:
     """The picture as a copy: an environment may draw into the same array again."""
-    frame = np.array(env.frame() if isinstance(env, Commons) else env.render())
+    frame = np.array(env.frame() if isinstance(env, Commons | ParallelStreams) else env.render())
     if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
         raise RunError(f"{env} renders {frame.dtype} {frame.shape}: expected uint8 pictures [height, width, 3]")
     return frame

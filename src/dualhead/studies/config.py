@@ -65,6 +65,10 @@ class StudyConfig(Config):
                 raise ValueError("env: expected in [base] alone; `environments` lists several")
             # Runs of a study train at the same time: with more threads they would compete for the cores.
             defaults: dict[str, Any] = {"num_threads": 1} | ({"eval_episodes": 0} if self.is_of_the_commons else {})
+            if ":" in env:  # it may be a world of several agents
+                from dualhead.running.environment import world_of  # imports torch
+
+                settings |= world_of(env, settings)
             return RunConfig(**defaults | settings | {"env": env, "seed": seed, "run_dir": run_dir})
         except ValueError as error:
             place = f" in {env!r}" if self.environments else ""

@@ -51,9 +51,10 @@ def why_not_replayed(
 def _compare(env: Recorder, other: Recorder, *, min_steps: int, max_steps: int, seconds: float) -> str | None:
     action_space = copy.deepcopy(env.action_space)
     action_space.seed(0)
+    legal = getattr(env.unwrapped, "legal_action", legal_action)  # of a world whose agents have masks each
 
     def choose() -> Any:
-        return legal_action(action_space, env.observation)
+        return legal(action_space, env.observation)
 
     _seed_globally(0)
     env.reset(seed=0)

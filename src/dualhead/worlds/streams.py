@@ -22,9 +22,18 @@ from torch import Tensor
 import dualhead.worlds.tasks  # noqa: F401  (registers dualhead/...)
 from dualhead.errors import DataError, UnavailableEnvironment
 from dualhead.norms import NormEvents
+from dualhead.spaces import ACTION_MASK
+from dualhead.types import ByAgent
+from dualhead.worlds.pettingzoo import JointEnv, JointSpace, as_parallel, copied, is_multi_agent
 from dualhead.worlds.replay import CannotReplay, as_actions, leaves, pack, unpack
 from dualhead.worlds.replay_trial import why_not_replayed
-from dualhead.worlds.vectors import LeanSyncVectorEnv, RecordedAsyncVectorEnv, episode_numbers, with_final_observations
+from dualhead.worlds.vectors import (
+    LeanSyncVectorEnv,
+    RecordedAsyncVectorEnv,
+    episode_numbers,
+    mapped,
+    with_final_observations,
+)
 
 _EXTRAS = {"popgym": ("popgym-",), "minigrid": ("MiniGrid-", "BabyAI-")}
 """Package and extra of the same name -> prefixes of its environment ids."""
@@ -40,8 +49,9 @@ class StreamStep(NamedTuple):
         final_observations: [B, ...] what was seen before any reset (right for every stream), or None where no
             episode ended.
         events: what happened as far as norms are concerned, or None from a world that does not say.
-        numbers: by name, numbers [B] about the episodes that ended with this step, such as `success`; NaN where an
-            episode has none or goes on. None where there are none. The log has their means, as `episode/NAME`.
+        numbers: by name, numbers [B] about the episodes that ended with this step (or in a world of several agents
+            before it, where one had left), such as `success`; NaN where an episode has none or goes on. None where
+            there are none. The log has their means, as `episode/NAME`.
         active: [B] bool, who took part in this step, or None: all streams. Rewards of the others are 0, their flags
             False.
 
@@ -61,13 +71,16 @@ class StreamStep(NamedTuple):
 class Streams(Protocol):
     """A source of experience.
 
-    A world of several agents has `num_agents` besides (stream = world · num_agents + agent), and `resources`, the names
-    of resource kinds, if its steps have events about them.
+    A world of several agents has `num_agents` besides (stream = world · num_agents + agent), and may have
 
-    Where agents leave before the others, the streams have `active` as well: [B] bool, who takes part in the next step
-    (right after `reset`, `step` and `restore`), or None: all do. A stream's last step before it sits out is terminated
-    or truncated. While it sits out, its observations are any legal values and its actions are ignored. It begins an
-    episode when it takes part again.
+    resources: names of the resource kinds that the events of its steps are about.
+    agent_names: what the agents are called.
+    active: where agents leave before the others: [B] bool, who takes part in the next step (right after `reset`, `step`
+        and `restore`), or None: all do. A stream's last step before it sits out is terminated or truncated. While it
+        sits out, its observations are any legal values and its actions are ignored. It begins an episode when it takes
+        part again.
+    spaces_by_agent: observation and action space of each agent, where they differ; None: they do not. The streams'
+        own spaces are those of the first agent then, and observations (the final ones too) and actions are `ByAgent`.
     """
 
     num_streams: int
@@ -110,6 +123,19 @@ class Streams(Protocol):
 
     def close(self) -> None:
         """Frees what the environments hold."""
+
+
+def spaces_of_agents(world: Any) -> list[tuple[gym.Space, gym.Space]]:
+    """Observation and action space of each agent of a world; of one, where it does not say that it has several."""
+    own = getattr(world, "spaces_by_agent", None)
+    return own or [(world.observation_space, world.action_space)] * getattr(world, "num_agents", 1)
+
+
+def names_of_agents(world: Any) -> tuple[str, ...]:
+    """What the agents of a world are called."""
+    return tuple(getattr(world, "agent_names", ())) or tuple(
+        f"agent_{number}" for number in range(getattr(world, "num_agents", 1))
+    )
 
 
 class GymnasiumStreams:
@@ -218,6 +244,122 @@ class GymnasiumStreams:
         self.envs.close()
 
 
+class ParallelStreams:
+    """Worlds of several agents, `JointEnv`s, with a stream for each agent: B = W · A, stream = world · A + agent.
+
+    Args:
+        worlds: W of them.
+
+    Attributes:
+        have_reset: [W] bool, which worlds began a new episode in the last step.
+    """
+
+    def __init__(self, worlds: GymnasiumStreams) -> None:
+        joint = worlds.observation_space
+        assert isinstance(joint, JointSpace)
+        self._worlds = worlds
+        self.agent_names, self.resources, self.num_agents = joint.agent_names, joint.resources, len(joint.agent_names)
+        self.num_streams = worlds.num_streams * self.num_agents
+        self.observation_space, self.action_space = joint.spaces_by_agent[0]
+        self.spaces_by_agent = None if joint.are_equal else list(joint.spaces_by_agent)
+        self.active: NDArray[np.bool_] | None = None
+        self.have_reset = np.zeros(worlds.num_streams, dtype=bool)
+
+    @property
+    def resumable(self) -> str | None:
+        return self._worlds.resumable
+
+    def reset(self, *, seed: int | None = None) -> Any:
+        """Begins an episode in every world; see `GymnasiumStreams.reset`."""
+        return self._observed(self._worlds.reset(seed=seed))
+
+    def step(self, actions: Any) -> StreamStep:
+        acted = self.active
+        step = self._worlds.step(self._joint(actions))
+        self.have_reset = step.terminated
+        told = step.observations if step.final_observations is None else step.final_observations
+        terminated, truncated = self._flags(told["terminated"]), self._flags(told["truncated"])
+        events = None
+        if self.resources:
+            punished: Any = self._flags(told["punished"])
+            events = NormEvents(punished, self._flags(told["collected"]))  # type: ignore[arg-type]
+        return StreamStep(
+            self._observed(step.observations),
+            told["rewards"].reshape(-1),
+            terminated,
+            truncated,
+            self._by_stream(told["observations"]) if truncated.any() or terminated.any() else None,
+            events,
+            self._numbers(step.numbers),
+            acted,
+        )
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return self._worlds.state()
+
+    def restore(self, tensors: dict[str, Tensor], metadata: dict[str, Any], *, source: str = "checkpoint") -> Any:
+        return self._observed(self._worlds.restore(tensors, metadata, source=source))
+
+    def statistics(self) -> dict[str, float]:
+        return self._worlds.statistics()
+
+    def frame(self) -> Any:
+        """A picture of the first world, made with a `render_mode` that gives some."""
+        worlds: Any = self._worlds.envs
+        return worlds.call("render")[0]
+
+    def close(self) -> None:
+        self._worlds.close()
+
+    def _observed(self, told: Any) -> Any:
+        """The observations of all streams, with filler that allows every action where an agent has left."""
+        active = self._flags(told["active"])
+        self.active = None if active.all() else active
+        seen = self._by_stream(told["observations"])
+        if self.active is None:
+            return seen
+        if self.spaces_by_agent is None:
+            return _opened(seen, ~active)
+        return ByAgent(_opened(own, ~active[agent :: self.num_agents]) for agent, own in enumerate(seen))
+
+    def _by_stream(self, seen: Any) -> Any:
+        if self.spaces_by_agent is not None:
+            return ByAgent(seen)
+        return mapped(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), seen)
+
+    def _joint(self, actions: Any) -> Any:
+        """Actions as the worlds take them."""
+        if self.spaces_by_agent is not None:
+            return tuple(actions)
+        return mapped(lambda leaf: leaf.reshape(-1, self.num_agents, *leaf.shape[1:]), actions)
+
+    def _flags(self, given: NDArray[np.int8]) -> NDArray[np.bool_]:
+        """[W, A, ...] as [B, ...]."""
+        return given.reshape(self.num_streams, *given.shape[2:]).astype(bool)
+
+    def _numbers(self, given: Mapping[str, Any] | None) -> dict[str, NDArray[np.float64]] | None:
+        """[B] by name, of [W] by name and agent."""
+        numbers: dict[str, NDArray[np.float64]] = {}
+        for key, of_worlds in (given or {}).items():
+            name, _, agent = key.rpartition("@")
+            of_streams = numbers.setdefault(name, np.full(self.num_streams, np.nan))
+            of_streams[int(agent) :: self.num_agents] = of_worlds
+        return numbers or None
+
+
+def _opened(seen: Any, streams: NDArray[np.bool_]) -> Any:
+    """Observations whose masks allow everything in some streams, [B] bool; masks are copied for it."""
+    if not isinstance(seen, dict):
+        return seen
+    parts = {key: _opened(part, streams) for key, part in seen.items() if key != ACTION_MASK}
+    if ACTION_MASK in seen:
+        mask = copy.deepcopy(seen[ACTION_MASK])
+        for leaf in mask.values() if isinstance(mask, dict) else [mask]:
+            leaf[streams] = 1
+        parts[ACTION_MASK] = mask
+    return parts
+
+
 def _joined(observations: Any, final: NDArray[np.object_]) -> Any:
     """The observations with those of ended streams replaced by their final ones."""
     joined = copy.deepcopy(observations)
@@ -230,19 +372,18 @@ def _joined(observations: Any, final: NDArray[np.object_]) -> Any:
 
 
 def make_streams(
-    env: str | Callable[..., gym.Env],
+    env: Any,
     num_envs: int,
     *,
     vectorization: str = "sync",
     num_workers: int | None = None,
     **env_args: Any,
-) -> GymnasiumStreams:
-    """Streams of a Gymnasium environment.
+) -> GymnasiumStreams | ParallelStreams:
+    """Streams of a Gymnasium environment, or of all agents of a ParallelEnv.
 
     Args:
-        env: a Gymnasium id (`popgym-...`, `MiniGrid-...` and `BabyAI-...` load their package), or what makes one
-            environment.
-        num_envs: B.
+        env: see `make_env`.
+        num_envs: environments, or worlds of several agents.
         vectorization: `sync` in this process, `async` in others.
         num_workers: processes of `async`; None: one for each environment.
         env_args: for the environment.
@@ -252,30 +393,35 @@ def make_streams(
     """
     makers = [functools.partial(make_env, env, env_args)] * num_envs
     if vectorization == "async":
-        return GymnasiumStreams(RecordedAsyncVectorEnv(makers, num_workers=num_workers))
-    return GymnasiumStreams(LeanSyncVectorEnv(makers))
+        streams = GymnasiumStreams(RecordedAsyncVectorEnv(makers, num_workers=num_workers))
+    else:
+        streams = GymnasiumStreams(LeanSyncVectorEnv(makers))
+    return ParallelStreams(streams) if isinstance(streams.observation_space, JointSpace) else streams
 
 
 def make_env(
-    env: str | Callable[..., gym.Env],
+    env: Any,
     env_args: Mapping[str, Any] = MappingProxyType({}),
     *,
-    wrappers: Sequence[tuple[str, Callable[[gym.Env], gym.Env]]] = (),
+    wrappers: Sequence[tuple[str, Callable[[Any], Any]]] = (),
     drop_observations: Sequence[str] = (),
 ) -> gym.Env:
-    """One environment, by id with what its package needs around it; see `make_streams`.
+    """One environment, by id with what its package needs around it; a ParallelEnv as a `JointEnv`.
 
     Args:
-        env: see `make_streams`.
+        env: a Gymnasium id (`popgym-...`, `MiniGrid-...` and `BabyAI-...` load their package); what makes one
+            environment, of Gymnasium or a ParallelEnv; or a ParallelEnv, which is copied.
         env_args: of its constructor, or for `gymnasium.make`.
         wrappers: names for messages, and what is called with the environment; the innermost first.
-        drop_observations: keys of its Dict observation that are left out, before wrappers are applied.
+        drop_observations: keys of its Dict observation that are left out, before wrappers are applied. Those of a
+            ParallelEnv are left out after its wrappers, of the agents that have them.
 
     Raises:
         UnavailableEnvironment: as `make_streams`, or a wrapper or a key does not fit.
     """
     made = _made(env, env_args)
-    if drop_observations:
+    is_world = is_multi_agent(made)
+    if drop_observations and not is_world:
         made = _without_keys(made, drop_observations)
     for name, wrap in wrappers:
         inside = made
@@ -285,13 +431,18 @@ def make_env(
             raise UnavailableEnvironment(
                 f"wrapper {name!r} around {inside}: {type(error).__name__}: {error}"
             ) from error
-        if not isinstance(made, gym.Env):
-            raise UnavailableEnvironment(f"wrapper {name!r}: expected a gymnasium.Env from it, got {made!r}")
-    return made
+        if not (is_multi_agent(made) if is_world else isinstance(made, gym.Env)):
+            expected = "ParallelEnv" if is_world else "gymnasium.Env"
+            raise UnavailableEnvironment(f"wrapper {name!r}: expected a {expected} from it, got {made!r}")
+    return JointEnv(made, drop_observations=drop_observations) if is_world else made
 
 
-def _made(env: str | Callable[..., gym.Env], env_args: Mapping[str, Any]) -> gym.Env:
-    """An environment without the user's wrappers."""
+def _made(env: Any, env_args: Mapping[str, Any]) -> Any:
+    """An environment of Gymnasium, or a ParallelEnv, without the user's wrappers."""
+    if is_multi_agent(env):
+        if env_args:
+            raise TypeError(f"env_args: expected none, because {type(env).__name__} is made already, got {env_args}")
+        return as_parallel(copied(env))
     try:
         if isinstance(env, str):
             return _made_by_id(env, env_args)
@@ -307,8 +458,12 @@ def _made(env: str | Callable[..., gym.Env], env_args: Mapping[str, Any]) -> gym
             f"cannot make environment {called!r} with {given}: "
             f"{type(error).__name__}: {error}" + _its_arguments(env, env_args)
         ) from error
+    if is_multi_agent(own):
+        return as_parallel(own)
     if not isinstance(own, gym.Env):
-        raise TypeError(f"expected a callable that makes one Gymnasium environment, got one that made {own!r}")
+        raise TypeError(
+            f"expected a callable that makes one Gymnasium environment or ParallelEnv, got one that made {own!r}"
+        )
     return own
 
 

@@ -87,7 +87,7 @@ class LeanSyncVectorEnv(SyncVectorEnv):
                     # reset() may write to the same arrays.
                     is_array = type(observation) is np.ndarray
                     infos["final_obs"][i] = observation.copy() if is_array else copy.deepcopy(observation)
-                    if numbers := _numbers(info):
+                    if numbers := numbers_in(info):
                         infos = self._add_info(infos, {"final_info": numbers}, i)
                     observation, _ = recorder.reset()
                 recorder.observation = observation
@@ -156,7 +156,7 @@ class RecordedAsyncVectorEnv(VectorEnv):
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         num_shares, size = self._shares.num_envs, self._size
-        of_shares = _mapped(lambda leaf: leaf.reshape(num_shares, size, *leaf.shape[1:]), actions)
+        of_shares = mapped(lambda leaf: leaf.reshape(num_shares, size, *leaf.shape[1:]), actions)
         observations, *outcome, of_ended = self._shares.step(of_shares)
         infos: dict[str, Any] = {}
         for number, ended in enumerate(of_ended.get("ended", ())):
@@ -183,7 +183,7 @@ class RecordedAsyncVectorEnv(VectorEnv):
         return [values[i : i + self._size] for i in range(0, self.num_envs, self._size)]
 
     def _joined(self, observations: Any) -> Any:
-        return _mapped(lambda leaf: leaf.reshape(self.num_envs, *leaf.shape[2:]), observations)
+        return mapped(lambda leaf: leaf.reshape(self.num_envs, *leaf.shape[2:]), observations)
 
 
 class _Processes(AsyncVectorEnv):
@@ -327,11 +327,11 @@ class _Share(gym.Env):
         self._envs.close()
 
 
-def _mapped(change: Callable[[NDArray[Any]], Any], value: Any) -> Any:
+def mapped(change: Callable[[NDArray[Any]], Any], value: Any) -> Any:
     """Batched observations or actions with every array changed."""
     if isinstance(value, dict):
-        return {key: _mapped(change, part) for key, part in value.items()}
-    return tuple(_mapped(change, part) for part in value) if isinstance(value, tuple) else change(np.asarray(value))
+        return {key: mapped(change, part) for key, part in value.items()}
+    return tuple(mapped(change, part) for part in value) if isinstance(value, tuple) else change(np.asarray(value))
 
 
 def _recorded(env_fn: Callable[[], gym.Env]) -> Recorder:
@@ -381,7 +381,7 @@ def with_final_observations(envs: VectorEnv) -> VectorEnv:
     return envs
 
 
-def _numbers(info: dict[str, Any]) -> dict[str, float]:
+def numbers_in(info: dict[str, Any]) -> dict[str, float]:
     """The numbers in the `info` of an episode's last step: at its top, and under `episode`."""
     of_episode = info.get("episode")
     inner = {n: v for n, v in of_episode.items() if n not in _OURS} if isinstance(of_episode, dict) else {}

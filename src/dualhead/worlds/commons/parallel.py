@@ -55,7 +55,7 @@ class CommonsParallelEnv(ParallelEnv):
         if render_mode is not None and render_mode not in self.metadata["render_modes"]:
             raise ValueError(f"render_mode: expected None, 'ansi' or 'rgb_array', got {render_mode!r}")
         self.render_mode = render_mode
-        self.commons = Commons(config)
+        self.commons, self.resources = Commons(config), config.resources
         self.possible_agents = [f"agent_{number}" for number in range(config.num_agents)]
         self.agents: list[str] = []
         # One object per agent: each can be seeded by itself.
