@@ -102,20 +102,20 @@ def play_episodes(
         return np.concatenate([of_streams, of_worlds(of_streams.reshape(-1, num_agents), axis=1)])
 
     shares = with_worlds(np.bincount(np.arange(episodes) % num_streams, minlength=num_streams), np.min)
-    num_played, played, num_cut = np.zeros_like(shares), [], 0
+    num_played, played, num_cut, everybody = np.zeros_like(shares), [], 0, np.ones(num_streams, dtype=bool)
     player.reset(seed=seed)
     while (num_played < shares)[:num_streams].any():  # once, unless one is cut: only all streams can be reset together
         before, returns = num_played, np.zeros(len(shares))
         # Steps of the episode; and since the stream last took part.
         lengths, idle = np.zeros_like(shares), np.zeros_like(shares)
         was_cut = np.zeros(len(shares), dtype=bool)
-        observations, rewards, starts = streams.reset(seed=seed), np.zeros(num_streams), np.ones(num_streams, bool)
+        observations, rewards, starts = streams.reset(seed=seed), np.zeros(num_streams), everybody
         while (plays := (num_played < shares) & ~was_cut)[:num_streams].any():
             if requests is not None and requests.stop:
                 raise Stopped
             actions = player.act(observations, starts, rewards=rewards, deterministic=deterministic)
             active = getattr(streams, "active", None)
-            active = np.ones(num_streams, bool) if active is None else np.array(as_numpy(active))
+            active = everybody if active is None else np.array(as_numpy(active))
             step = streams.step(actions)
             observations, rewards = step.observations, as_numpy(step.rewards)
             # A stream that comes back begins an episode.
