@@ -22,7 +22,7 @@ class Rollout:
         states: by part of the recurrent state [L, P + T, B, ...], the state *before* each step. `h_states` and
             `c_states` (None for a GRU) are the specification's names for the parts `h` and `c`.
         episode_starts: [P + T, B] bool; terminated, truncated: [T, B] bool.
-        actions [T, B, K or D], log_probs [T, B, K], values, rewards, task_rewards, guilt, final_values [T, B]:
+        actions [T, B, C], log_probs [T, B, K], values, rewards, task_rewards, guilt, final_values [T, B]:
             rewards are task reward plus guilt; final_values hold V(final observation) at truncations.
         length, max_tail, tail_length: steps recorded so far, P, and how many of the tail's rows hold steps.
     """
