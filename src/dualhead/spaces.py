@@ -261,12 +261,12 @@ class ActionSpec:
                     f"unsupported action space {space} (part {leaf.name!r}): expected a Box of floats; "
                     f"whole numbers are a Discrete or MultiDiscrete space"
                 )
-        self._widths = [math.prod(leaf.space.shape or ()) for leaf in self.discrete]
+        widths = [math.prod(leaf.space.shape or ()) for leaf in self.discrete]
         self.box_sizes = tuple(math.prod(leaf.space.shape or ()) for leaf in self.boxes)
-        self.num_columns = sum(self._widths) + sum(self.box_sizes)
-        if sum(self._widths) + len(self.boxes) > _MAX_HEADS:
+        self.num_columns = sum(widths) + sum(self.box_sizes)
+        if sum(widths) + len(self.boxes) > _MAX_HEADS:
             raise ValueError(f"action space {space} has more than {_MAX_HEADS:,} heads")
-        if not leaves or 0 in (*self._widths, *self.box_sizes):
+        if not leaves or 0 in (*widths, *self.box_sizes):
             raise TypeError(f"unsupported action space {space}: a part of it has no number to choose")
         heads = [head for leaf in self.discrete for head in _heads(leaf)]
         self.names = (*(name for name, _, _ in heads), *(leaf.name for leaf in self.boxes))
@@ -280,7 +280,9 @@ class ActionSpec:
         bottom, top = np.where(self.bounded, low, -1.0), np.where(self.bounded, high, 1.0)
         # Halved first: the difference of float32's greatest numbers would overflow.
         self.centre, self.half = bottom / 2 + top / 2, top / 2 - bottom / 2
-        self._box = torch.from_numpy(np.stack([self.bounded, self.centre, self.half, low, high]))
+        self._choices, self._numbers = _own_columns(self.discrete), _own_columns(self.boxes)
+        limit = np.where(self.bounded, 1.0, np.inf).astype(low.dtype)
+        self._box = torch.from_numpy(np.stack([-limit, limit, self.half, self.centre, low, high]))
 
     def dtype(self, of_policy: torch.dtype) -> torch.dtype:
         """Dtype of the actions tensor: int64, or the policy's where there is a Box.
@@ -303,22 +305,20 @@ class ActionSpec:
         """
         if numpy:
             actions = actions.cpu()
-        columns: list[Tensor] = []
+        parts: dict[tuple[str | int, ...], Any] = {}
         if self.discrete:
-            chosen = self.indices(actions)
+            chosen = self.indices(actions) if self.boxes else actions.long()
             if self.starts.any():
                 chosen = chosen + torch.from_numpy(self.starts).to(chosen.device)
-            columns += chosen.split(self._widths, dim=1)
+            parts = {path: chosen[:, own].to(dtype).view(-1, *shape) for path, own, dtype, shape in self._choices}
         if self.boxes:
             self._box = self._box.to(actions.device)
-            bounded, centre, half, low, high = self._box
-            numbers = actions[:, len(self.nvec) :]
-            scaled = torch.where(bounded != 0, numbers.clamp(-1.0, 1.0), numbers) * half + centre
-            columns += scaled.to(self._box.dtype).clamp(low, high).split(self.box_sizes, dim=1)
-        parts = {}
-        for leaf, own in zip([*self.discrete, *self.boxes], columns):
-            own = own.to(torch_dtype(leaf.space.dtype)).reshape(len(own), *(leaf.space.shape or ()))
-            parts[leaf.path] = own.numpy() if numpy else own
+            least, most, half, centre, low, high = self._box
+            numbers = actions[:, len(self.nvec) :].clamp(least, most) * half + centre
+            numbers = numbers.to(self._box.dtype).clamp(low, high)
+            parts |= {path: numbers[:, own].to(dtype).view(-1, *shape) for path, own, dtype, shape in self._numbers}
+        if numpy:
+            parts = {path: own.numpy() for path, own in parts.items()}
         return _nested(self.space, parts)
 
     def check_masks(self, masks: tuple[Leaf, ...]) -> None:
@@ -352,6 +352,16 @@ def _heads(leaf: Leaf) -> Iterator[tuple[str, int, int]]:
     sizes, starts = (np.broadcast_to(of_each, space.shape) for of_each in (sizes, starts))
     for index in np.ndindex(space.shape):
         yield "_".join(map(str, (name, *index))), int(sizes[index]), int(starts[index])
+
+
+def _own_columns(leaves: list[Leaf]) -> list[tuple[Any, slice, torch.dtype, tuple[int, ...]]]:
+    """Keys of each leaf, where it stands among the columns of all, and its dtype and shape in the environment."""
+    shapes = [leaf.space.shape or () for leaf in leaves]
+    ends = np.cumsum([math.prod(shape) for shape in shapes]).tolist()
+    return [
+        (leaf.path, slice(end - math.prod(shape), end), torch_dtype(leaf.space.dtype), shape)
+        for leaf, end, shape in zip(leaves, ends, shapes)
+    ]
 
 
 def _nested(space: gym.Space, parts: dict[tuple[str | int, ...], Any], path: tuple[str | int, ...] = ()) -> Any:

@@ -74,6 +74,8 @@ class DiagonalGaussian:
 
     def _per_head(self, numbers: Tensor) -> Tensor:
         """Sums over the numbers of each head, [..., D] -> [..., K]."""
+        if len(self.sizes) == 1:
+            return numbers.sum(-1, keepdim=True)
         return torch.stack([own.sum(-1) for own in numbers.split(self.sizes, dim=-1)], dim=-1)
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
