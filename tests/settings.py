@@ -14,6 +14,6 @@ def spec_segments(**changes):
 
 
 def act_in_heads(agent, observations):
-    """Acts, and returns what the policy chose in its own terms: head indices [B, K], or [B, D] before scaling."""
+    """Acts, and returns what the policy chose in its own terms [B, C]: head indices, then numbers before scaling."""
     agent.act(observations)
     return agent.rollout_memory.actions[agent.rollout_memory.length].numpy().copy()

@@ -25,12 +25,12 @@ class SlowPolicy:
 
     Attributes:
         state: {"actor": (h, c) per layer, "critic": likewise}; both may stay unused.
-        previous: (action [K or D], reward) of the step before, or None at an episode's first step.
+        previous: (action [C], reward) of the step before, or None at an episode's first step.
     """
 
-    def __init__(self, policy, network, action_space_sizes, *, bounded=None):
+    def __init__(self, policy, network, nvec, *, bounded):
         self.weights = {name: tensor.detach().numpy() for name, tensor in policy.state_dict().items()}
-        self.network, self.nvec, self.bounded = network, action_space_sizes, bounded
+        self.network, self.nvec, self.bounded = network, nvec, bounded
         self.reset()
 
     def reset(self):
@@ -62,29 +62,26 @@ class SlowPolicy:
         """Encoder features and what is seen of the step before."""
         parts = [self._linears("encoder.joined", x)]
         if self.network.previous_action:
-            if self.nvec is None:
-                blank = np.zeros(len(self.bounded))
-                action = blank if self.previous is None else self.previous[0]
-                parts.append(np.where(self.bounded, np.clip(action, -1, 1), action))
-            else:
-                for k, n in enumerate(self.nvec):
-                    code = np.zeros(n)
-                    if self.previous is not None:
-                        code[self.previous[0][k]] = 1.0
-                    parts.append(code)
+            for k, n in enumerate(self.nvec):
+                code = np.zeros(n)
+                if self.previous is not None:
+                    code[int(self.previous[0][k])] = 1.0
+                parts.append(code)
+            numbers = np.zeros(len(self.bounded)) if self.previous is None else self.previous[0][len(self.nvec) :]
+            parts.append(np.where(self.bounded, np.clip(numbers, -1, 1), numbers))
         if self.network.previous_reward:
             parts.append(np.array([0.0 if self.previous is None else self.previous[1]]))
         return np.concatenate(parts)
 
     def step(self, x):
-        """Observation [F] -> logits per head (or the mean [D] alone), and the value; advances the state."""
+        """Observation [F] -> logits, or means, per head, and the value; advances the state."""
         inputs = self._inputs(x)
         h = self._remember("memory", self.network.memory, inputs)
         v = h
         if self.network.critic_memory != "shared":
             v = self._remember("critic_memory", self.network.critic_memory, inputs)
         actor, critic = self._linears("actor_layers", h), self._linears("critic_layers", v)
-        heads = sorted({name.split(".")[2] for name in self.weights if name.startswith("heads.linears.")})
+        heads = sorted({int(name.split(".")[2]) for name in self.weights if name.startswith("heads.linears.")})
         outputs = [
             self.weights[f"heads.linears.{k}.weight"] @ actor + self.weights[f"heads.linears.{k}.bias"] for k in heads
         ]

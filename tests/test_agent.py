@@ -230,7 +230,7 @@ def test_a_wrong_call_says_what_was_expected_and_loses_nothing(case, lived, tmp_
     [
         ({"num_streams": 0}, ValueError, "num_streams: expected at least 1, got 0"),
         ({"observation_space": spaces.Dict(a=spaces.Text(3))}, TypeError, "'a'"),
-        ({"action_space": spaces.MultiBinary(3)}, TypeError, "unsupported action space"),
+        ({"action_space": spaces.Text(3)}, TypeError, "unsupported action space"),
         ({"entropy_coef": (0.1, 0.2, 0.3)}, ValueError, "entropy_coef: expected one number or 2"),
         ({"entropy_coef_end": (0.1,), "entropy_decay_steps": 5}, ValueError, "entropy_coef_end: expected one number"),
         ({"learning_rate_schedule": "linear"}, ValueError, "learning_rate_decay_steps"),

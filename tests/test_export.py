@@ -12,20 +12,25 @@ import pytest
 import torch
 from agents import make_agent
 from gymnasium import spaces
+from gymnasium.vector.utils import batch_space, iterate
 from processes import run_process
 from saved_runs import randomize, save_run
 
 from dualhead import MemoryCell, Player, RecurrentState, load_policy
 from dualhead.cli import main
 from dualhead.config import NetworkConfig
+from dualhead.networks.heads import Mixed
 from dualhead.networks.policy import RecurrentPolicy
 from dualhead.running.checkpoint import RunError
 from dualhead.running.export import StepGraph, export, to_onnx, verify
 from dualhead.spaces import ActionSpec, ObservationSpec
+from dualhead.worlds.replay import leaves
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "06_serve_onnx.py"
 BOX = spaces.Box(-np.inf, np.inf, (5,), np.float32)
 HEADS = spaces.Dict(move=spaces.Discrete(4, start=1), vote=spaces.MultiDiscrete([3, 2]))
+ACTION_BOX = spaces.Box(-2.0, 2.0, (3,), np.float32)
+MIXED = spaces.Tuple((ACTION_BOX, spaces.Dict(heads=HEADS, by=spaces.Box(0.0, 3.0, (2, 1))), spaces.MultiBinary(2)))
 OBSERVATIONS = {
     "vector": BOX,
     "grid": spaces.Box(0, 255, (3, 6, 6), np.uint8),
@@ -81,7 +86,8 @@ class Served:
                 inputs[name] = self.state.get(name, np.zeros(shape, port["dtype"]))
                 inputs[name][:, starts] = 0
             elif port["role"] == "previous_action":
-                blank = 0 if self.description["actions"]["kind"] == "gaussian" else -1
+                heads = self.description["actions"]["heads"]
+                blank = [b for head in heads for b in ([0] * len(head["low"]) if "low" in head else [-1])]
                 inputs[name] = np.where(starts[:, None], blank, np.zeros(shape) if action is None else action)
             elif port["role"] == "previous_reward":
                 inputs[name] = np.where(starts, 0, 0 if reward is None else reward)
@@ -96,35 +102,48 @@ class Served:
         self.state = {pair["input"]: outputs[pair["output"]] for pair in self.description["state"]}
         return outputs
 
-    def heads(self, outputs):
-        """[batch, K] likeliest index of each head."""
-        return np.stack([outputs[head["output"]].argmax(-1) for head in self.description["actions"]["heads"]], axis=1)
+    def columns(self, outputs):
+        """[batch, C] likeliest index of each head, or means clipped where they are bounded: what the next step sees."""
+        columns = []
+        for head in self.description["actions"]["heads"]:
+            if head["kind"] == "categorical":
+                columns.append(outputs[head["output"]].argmax(-1)[:, None])
+            else:
+                mean = outputs[head["mean"]]
+                columns.append(np.where(head["bounded"], mean.clip(-1, 1), mean))
+        return np.concatenate(columns, axis=1)
 
     def act(self, outputs):
-        """Deterministic action of the first stream in the environment's form."""
-        how = self.description["actions"]
-        if how["kind"] == "gaussian":
-            x = np.where(how["bounded"], outputs["mean"][0].clip(-1, 1), outputs["mean"][0])
-            low = [-np.inf if n is None else n for n in how["low"]]
-            high = [np.inf if n is None else n for n in how["high"]]
-            return (x * how["scale"] + how["offset"]).clip(low, high)
-        action = {}
-        for head, index in zip(how["heads"], self.heads(outputs)[0].tolist()):
-            index, place = index + head["start"], head["place"]
-            if not place:
-                return index
-            if isinstance(place[0], int):
-                action.setdefault("whole", []).append(index)
-            elif len(place) == 1:
-                action[place[0]] = index
+        """Deterministic action of the first stream: its parts by their places."""
+        columns, parts = self.columns(outputs)[0], {}
+        for head in self.description["actions"]["heads"]:
+            if head["kind"] == "categorical":
+                part, columns = int(columns[0]) + head["start"], columns[1:]
             else:
-                action.setdefault(place[0], []).append(index)
-        return action.get("whole", action)
+                x, columns = np.split(columns, [len(head["scale"])])
+                low = [-np.inf if n is None else n for n in head["low"]]
+                high = [np.inf if n is None else n for n in head["high"]]
+                part = (x * head["scale"] + head["offset"]).clip(low, high).reshape(head["shape"])
+            parts[tuple(head["place"])] = part
+        return parts
+
+
+def at(action, place):
+    for key in place:
+        action = action[key]
+    return action
+
+
+def assert_same_actions(parts, wanted):
+    """Every part is where it belongs, and nothing else is in the action."""
+    for place, part in parts.items():
+        np.testing.assert_allclose(part, at(wanted, place), rtol=0, atol=3e-5)
+    assert sum(np.size(part) for part in parts.values()) == sum(leaf.size for leaf in leaves(wanted))
 
 
 def sample(space, batch, rng):
     """A batch of observations; masks have at least one choice per head."""
-    space = gym.vector.utils.batch_space(space, batch)
+    space = batch_space(space, batch)
     space.seed(int(rng.integers(2**31)))
     seen = space.sample()
     if isinstance(seen, dict) and "action_mask" in seen:
@@ -146,12 +165,16 @@ def largest_difference(policy, spec, contents, description, *, batch, steps):
         with torch.no_grad():
             output, ours = policy.step(spec.to_tensors(seen, batch, dtype=policy.dtype), ours)
         expected = {"value": output.values}
-        if description["actions"]["kind"] == "gaussian":
-            std = output.distribution.log_std.detach().exp().expand(batch, -1)
-            expected |= {"mean": output.distribution.mean, "std": std}
-        else:
-            heads = description["actions"]["heads"]
-            expected |= {head["output"]: logits for head, logits in zip(heads, output.distribution.logits)}
+        both = output.distribution
+        categorical, gaussian = (both.categorical, both.gaussian) if isinstance(both, Mixed) else (both, both)
+        heads = description["actions"]["heads"]
+        expected |= {head["output"]: logits for head, logits in zip(heads, getattr(categorical, "logits", []))}
+        boxes = [head for head in heads if head["kind"] == "gaussian"]
+        if boxes:
+            std = gaussian.log_std.detach().exp().expand(batch, -1)
+            for what, numbers in (("mean", gaussian.mean), ("std", std)):
+                own = numbers.split([len(head["scale"]) for head in boxes], dim=1)
+                expected |= {head[what]: part for head, part in zip(boxes, own)}
         if description["state"]:
             expected |= {f"next_state/{name}": part for name, part in ours.parts.items()}
         assert expected.keys() == given.keys()
@@ -165,9 +188,9 @@ def largest_difference(policy, spec, contents, description, *, batch, steps):
 
 
 @pytest.mark.parametrize("memory", ["lstm", "gru", "mingru", "lru", "none"])
-@pytest.mark.parametrize("kind", [*OBSERVATIONS, "box action"])
+@pytest.mark.parametrize("kind", [*OBSERVATIONS, "box action", "mixed action"])
 def test_onnx_equals_ours_over_episodes(kind, memory):
-    action_space = spaces.Box(-2.0, 2.0, (3,), np.float32) if kind == "box action" else HEADS
+    action_space = {"box action": ACTION_BOX, "mixed action": MIXED}.get(kind, HEADS)
     policy, spec, actions = make_policy(OBSERVATIONS.get(kind, BOX), action_space, memory)
     contents, description = exported(policy, spec, actions)
     # The scan cells' layer norm divides rounding by the features' spread, and an LRU's state is a sum over many steps.
@@ -184,7 +207,7 @@ def test_onnx_equals_ours_over_episodes(kind, memory):
         ]
 
 
-@pytest.mark.parametrize("action_space", [HEADS, spaces.Box(-2.0, 2.0, (3,), np.float32)], ids=["heads", "box"])
+@pytest.mark.parametrize("action_space", [HEADS, ACTION_BOX, MIXED], ids=["heads", "box", "mixed"])
 @pytest.mark.parametrize(
     "shape",
     [
@@ -209,13 +232,8 @@ def test_onnx_sees_the_step_before_as_a_player_does(shape, action_space):
         seen = rng.normal(size=(batch, 5)).astype(np.float32)
         wanted = player.act(seen, starts, rewards=reward)
         outputs = served.step(seen, starts, action, reward)
-        if action_space is HEADS:
-            action = served.heads(outputs)
-            together = np.concatenate([wanted["move"][:, None] - 1, wanted["vote"]], axis=1)
-            np.testing.assert_array_equal(action, together)
-        else:
-            action = outputs["mean"].clip(-1, 1)
-            np.testing.assert_allclose(action * 2, wanted, rtol=0, atol=1e-5)
+        action = served.columns(outputs)
+        assert_same_actions(served.act(outputs), next(iterate(batch_space(action_space, batch), wanted)))
         reward, starts = rng.normal(size=batch).astype(np.float32), rng.random(batch) < 0.1
 
 
@@ -269,9 +287,11 @@ def test_pictures_stay_uint8():
         spaces.Discrete(7, start=3),
         spaces.MultiDiscrete([3, 4], start=[1, -1]),
         HEADS,
-        spaces.Box(np.float32([-0.1, -np.inf, 0.5, -5]), np.float32([0.3, np.inf, np.inf, 0])),
+        spaces.Box(np.float32([[-0.1, -np.inf], [0.5, -5]]), np.float32([[0.3, np.inf], [np.inf, 0]])),
+        spaces.MultiDiscrete([[2, 3], [4, 5]], start=[[0, 1], [-2, 7]]),
+        MIXED,
     ],
-    ids=["discrete", "multi", "dict", "box"],
+    ids=["discrete", "multi", "dict", "box", "two axes", "mixed"],
 )
 def test_actions_by_the_json_file(action_space):
     policy, spec, actions = make_policy(BOX, action_space, "none", num_layers=1)
@@ -279,10 +299,7 @@ def test_actions_by_the_json_file(action_space):
     rng = np.random.default_rng(0)
     for _ in range(30):
         seen = 3 * rng.normal(size=(1, 5)).astype(np.float32)
-        action, wanted = served.act(served.step(seen, True)), player.act(seen[0], True)
-        assert (action.keys() if isinstance(action, dict) else None) == getattr(wanted, "keys", lambda: None)()
-        for got, want in zip(*(x.values() if isinstance(x, dict) else [x] for x in (action, wanted))):
-            np.testing.assert_allclose(got, want, atol=1e-5)
+        assert_same_actions(served.act(served.step(seen, True)), player.act(seen[0], True))
 
 
 def test_an_exported_run_plays_its_environment(tmp_path, capsys):
@@ -301,7 +318,7 @@ def test_an_exported_run_plays_its_environment(tmp_path, capsys):
     seen, start, played = env.reset(seed=0)[0], True, []
     for _ in range(420):  # two whole episodes and the beginning of a third
         wanted = player.act(seen, start)
-        np.testing.assert_allclose(served.act(served.step(seen, start)), wanted, atol=3e-5)
+        assert_same_actions(served.act(served.step(seen, start)), wanted)
         played.append(wanted)
         seen, _, _, start, _ = env.step(wanted)
         if start:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from torch.distributions import Categorical, Independent, Normal
 
 import dualhead.learning.update
 from dualhead.learning.losses import clipped_surrogate, explained_variance, value_loss
@@ -109,8 +110,15 @@ def forward(policy, observations, kind):
     """Distributions of both heads and values [T, B], the sequences undivided and from zero states."""
     features = torch.relu(policy.encoder.joined[0](observations)).transpose(0, 1)
     h = getattr(policy.memory, kind)(features)[0].transpose(0, 1)
-    distributions = [torch.distributions.Categorical(logits=linear(h)) for linear in policy.heads.linears]
-    return distributions, policy.critic(h)[..., 0]
+    logits, other = (linear(h) for linear in policy.heads.linears)
+    if policy.heads.box_sizes:
+        second = Independent(Normal(other, policy.heads.log_std.exp()), 1)
+    else:
+        second = Categorical(logits=other)
+    return [Categorical(logits=logits), second], policy.critic(h)[..., 0]
+
+
+MOVE_AND_PUSH = spaces.Tuple((spaces.Box(-1, 1, (1, 2)), spaces.Discrete(3)))
 
 
 @pytest.mark.parametrize(
@@ -122,6 +130,8 @@ def forward(policy, observations, kind):
         ("lstm", {"normalize_advantages": "none", "value_coef": 2.0, "entropy_coef": 0.3}),
         # With one minibatch per epoch both ways of normalising are the same.
         ("lstm", {"ratio": "joint", "normalize_advantages": "minibatch", "value_clip": 0.02}),
+        ("lstm", {"action_space": MOVE_AND_PUSH}),
+        ("gru", {"action_space": MOVE_AND_PUSH, "ratio": "joint"}),
     ],
 )
 def test_an_update_equals_plain_autograd(memory, changes):
@@ -133,12 +143,15 @@ def test_an_update_equals_plain_autograd(memory, changes):
     rollout = agent.rollout_memory
     stored = rollout.observations["observation"], rollout.actions, rollout.rewards
     observations, actions, rewards = (part.clone() for part in stored)
+    second = actions[..., 1:] if policy.heads.box_sizes else actions[..., 1]
+    of_heads = [actions[..., 0], second]
+    last_head = agent.action_spec.names[1]
 
     optimizer = torch.optim.Adam(policy.parameters(), lr=0.02, eps=1e-5)
     everything = torch.cat([observations, torch.from_numpy(next_observations)[None]])
     with torch.no_grad():
         distributions, values = forward(policy, everything, memory)
-        old_log_probs = [d.log_prob(torch.cat([actions, actions[:1]])[..., k])[:6] for k, d in enumerate(distributions)]
+        old_log_probs = [d.log_prob(torch.cat([own, own[:1]]))[:6] for d, own in zip(distributions, of_heads)]
     deltas = rewards + 0.99 * values[1:] - values[:-1]
     advantages = sum((0.99 * 0.95) ** k * torch.cat([deltas[k:], torch.zeros(k, 3)]) for k in range(6))
     old_values = values[:-1]
@@ -146,11 +159,14 @@ def test_an_update_equals_plain_autograd(memory, changes):
     if config.normalize_advantages != "none":
         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     coefs = (0.3, 0.3) if config.entropy_coef == 0.3 else (0.1, 0.02)
-    expected = {name: [] for name in ("loss/total", "loss/policy", "loss/value", "entropy/vote", "policy/grad_norm")}
+    names = "loss/total", "loss/policy", "loss/value", f"entropy/{last_head}", "policy/grad_norm"
+    expected = {name: [] for name in names}
     num_clipped = 0
     for _ in range(3):
         distributions, values = forward(policy, observations, memory)
-        ratios = [(d.log_prob(actions[..., k]) - old_log_probs[k]).exp() for k, d in enumerate(distributions)]
+        ratios = [
+            (d.log_prob(own) - old).exp() for d, own, old in zip(distributions, of_heads, old_log_probs, strict=True)
+        ]
         if config.ratio == "joint":
             ratios = [ratios[0] * ratios[1]]
         policy_loss = sum(

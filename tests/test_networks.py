@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from gymnasium.vector.utils import batch_space
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from slow_policy import slow_cell
@@ -15,7 +16,7 @@ from torch.distributions import Categorical, Normal, kl_divergence
 import dualhead.networks.linear
 from dualhead import DataError, NetworkConfig
 from dualhead.networks.encoders import JoinedEncoder, ObservationNormalizer, RunningNormalizer, vectors
-from dualhead.networks.heads import DiagonalGaussian, FactoredCategorical, Heads
+from dualhead.networks.heads import DiagonalGaussian, FactoredCategorical, Heads, Mixed
 from dualhead.networks.memory import RecurrentMemory, lay_out
 from dualhead.networks.policy import RecurrentPolicy
 from dualhead.spaces import ActionSpec, ObservationSpec, all_finite
@@ -466,6 +467,19 @@ def test_boxes_as_wide_as_numbers_go_have_finite_actions(dtype):
             [[3, 2, 1], [0, 1, 0]],
             {"move": [[3, 2], [0, 1]], "vote": [2, 1]},
         ),
+        (
+            spaces.MultiDiscrete([[2, 3], [4, 5]], start=[[0, 1], [-2, 7]]),
+            {"head_0_0": 2, "head_0_1": 3, "head_1_0": 4, "head_1_1": 5},
+            [[1, 2, 3, 4], [0, 1, 0, 0]],
+            [[[1, 3], [1, 11]], [[0, 2], [-2, 7]]],
+        ),
+        (spaces.MultiBinary(2), {"head_0": 2, "head_1": 2}, [[1, 0], [1, 1]], [[1, 0], [1, 1]]),
+        (
+            spaces.Tuple((spaces.Discrete(2, start=1), spaces.Dict(on=spaces.MultiBinary((1, 2))), spaces.Tuple(()))),
+            {"0": 2, "1/on_0_0": 2, "1/on_0_1": 2},
+            [[1, 0, 1], [0, 1, 0]],
+            ([2, 1], {"on": [[[0, 1]], [[1, 0]]]}, ()),
+        ),
     ],
 )
 def test_heads_and_their_actions_in_the_environment_s_form(space, heads, indices, expected):
@@ -473,19 +487,43 @@ def test_heads_and_their_actions_in_the_environment_s_form(space, heads, indices
     assert dict(zip(spec.names, spec.nvec)) == heads
     columns = [list(heads).index(name) for name in spec.names]
     given = spec.to_env(torch.tensor(indices)[:, columns], numpy=True)
-    streams = [{k: v[b] for k, v in given.items()} if isinstance(given, dict) else given[b] for b in range(2)]
-    assert all(space.contains(each) for each in streams)
-    if isinstance(given, dict):
-        assert {name: part.tolist() for name, part in given.items()} == expected
-    else:
-        assert given.tolist() == expected
+    assert as_lists(given) == expected
+    assert batch_space(space, 2).contains(given)
+
+
+def as_lists(actions):
+    if isinstance(actions, dict):
+        return {key: as_lists(part) for key, part in actions.items()}
+    return tuple(map(as_lists, actions)) if isinstance(actions, tuple) else actions.tolist()
+
+
+MIXED = spaces.Dict(
+    by=spaces.Tuple((spaces.Box(-2, 2, (2, 2)), spaces.Discrete(300, start=-5))),
+    force=spaces.Box(0.0, 4.0, (), np.float64),
+    on=spaces.MultiBinary(2),
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_discrete_and_box_actions_together(dtype):
+    """Columns: the indices of by/1, on_0 and on_1, then four numbers of by/0 and one of force."""
+    spec = ActionSpec(MIXED)
+    assert spec.names == ("by/1", "on_0", "on_1", "by/0", "force")
+    assert (spec.nvec, spec.box_sizes, spec.num_columns) == ((300, 2, 2), (4, 1), 8)
+    assert spec.dtype(dtype) == dtype
+    chosen = torch.tensor([[299, 0, 1, 0.5, -0.5, 9, 0, 0.25], [0, 1, 1, 0, 0, 0, -1, -3]], dtype=dtype)
+    given = spec.to_env(chosen, numpy=True)
+    boxes = [[[1, -1], [2, 0]], [[0, 0], [0, -2]]]
+    assert as_lists(given) == {"by": (boxes, [294, -5]), "force": [2.5, 0], "on": [[0, 1], [1, 1]]}
+    assert batch_space(MIXED, 2).contains(given)
+    assert as_lists(spec.to_env(chosen, numpy=False)) == as_lists(given)
 
 
 def test_box_actions_are_scaled_where_bounded():
     low, high = np.array([-2, 0, -np.inf], np.float32), np.array([2, 10, np.inf], np.float32)
     space = spaces.Box(low, high)
     spec = ActionSpec(space)
-    assert (spec.names, spec.num_columns, spec.is_continuous) == (("action",), 3, True)
+    assert (spec.names, spec.num_columns, spec.nvec, spec.box_sizes) == (("action",), 3, (), (3,))
     actions = spec.to_env(torch.tensor([[0.5, 0.5, 0.5], [-9.0, 9.0, 9.0], [0.0, -1.0, -7.5]]), numpy=True)
     assert actions.tolist() == [[1, 7.5, 0.5], [-2, 10, 9], [0, 0, -7.5]]
     assert actions.dtype == np.float32
@@ -510,18 +548,26 @@ def test_scaled_actions_never_leave_a_bounded_box(low, span, actions):
     "space",
     [
         spaces.Text(3),
-        spaces.MultiBinary(3),
-        spaces.Tuple((spaces.Discrete(2),)),
-        spaces.MultiDiscrete([[2, 2], [2, 2]]),
         spaces.Box(0, 5, (2,), np.int64),
-        spaces.Box(0, 5, (2, 2), np.float32),
-        spaces.Dict(a=spaces.Discrete(2), b=BOX),
-        spaces.Dict(a=spaces.Dict(b=spaces.Discrete(2))),
+        spaces.Dict(a=spaces.Discrete(2), b=spaces.Sequence(BOX)),
+        spaces.Dict(a=spaces.Discrete(2), b=spaces.Box(0, 5, (0,))),
+        spaces.Tuple(()),
     ],
 )
 def test_unsupported_action_spaces(space):
     with pytest.raises(TypeError, match="unsupported action space"):
         ActionSpec(space)
+
+
+@pytest.mark.parametrize("space", [spaces.MultiBinary(10**12), spaces.Tuple([spaces.MultiBinary(2000)] * 6)])
+def test_too_many_heads_are_refused_before_they_are_made(space):
+    with pytest.raises(ValueError, match="more than 10,000 heads"):
+        ActionSpec(space)
+
+
+def test_two_heads_of_one_name_are_refused():
+    with pytest.raises(ValueError, match="'a/b'"):
+        ActionSpec(spaces.Dict({"a/b": spaces.Discrete(2), "a": spaces.Dict(b=BOX)}))
 
 
 NVEC = (4, 3)
@@ -618,6 +664,61 @@ def test_gaussian_against_torch_distributions():
     assert ((draws.std(0) / log_std.exp() - 1).abs() < 5 / 200).all()
 
 
+def test_mixed_heads_against_torch_distributions():
+    """Two masked categorical heads, then a Gaussian head of two numbers and one of a single number."""
+    generator = torch.Generator().manual_seed(0)
+    mean, other_mean, numbers = torch.randn(3, 2, 3, generator=generator).double().unbind(0)
+    log_std, other_log_std = torch.tensor([[-0.7, 0.4, 0.1], [0.2, -0.1, -1.0]]).double().unbind(0)
+
+    def mixed(logits, mean, log_std):
+        ours = Mixed(FactoredCategorical(logits, NVEC, MASK), DiagonalGaussian(mean, log_std, (2, 1)))
+        return ours, independent(logits, MASK), Normal(mean, log_std.exp())
+
+    def all_heads(of_categorical, of_numbers):
+        return torch.stack([*of_categorical, of_numbers[:, :2].sum(1), of_numbers[:, 2]], dim=1)
+
+    ours, categorical, normal = mixed(LOGITS, mean, log_std)
+    indices = torch.tensor([[3, 1], [2, 1]])
+    found = ours.log_probs(torch.cat([indices, numbers], dim=1))
+    expected = all_heads([d.log_prob(i) for d, i in zip(categorical, indices.T)], normal.log_prob(numbers))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    expected = all_heads([d.entropy() for d in categorical], normal.entropy())
+    torch.testing.assert_close(ours.entropies(), expected, rtol=0, atol=1e-12)
+    others, other_categorical, other_normal = mixed(LOGITS.flip(0) * 0.5, other_mean, other_log_std)
+    kl = all_heads(
+        [kl_divergence(p, q) for p, q in zip(other_categorical, categorical)], kl_divergence(other_normal, normal)
+    )
+    torch.testing.assert_close(ours.kl_from(others), kl.sum(1), rtol=0, atol=1e-12)
+    assert torch.equal(ours.mode(), torch.cat([torch.tensor([[2, 1], [2, 2]]), mean], dim=1))
+
+    num_draws = 20_000
+    logits, means, mask = (part[:1].expand(num_draws, -1) for part in (LOGITS, mean, MASK))
+    draws = Mixed(FactoredCategorical(logits, NVEC, mask), DiagonalGaussian(means, log_std, (2, 1))).sample(generator)
+    for k, head in enumerate(categorical):
+        frequency = np.bincount(draws[:, k].long(), minlength=NVEC[k]) / num_draws
+        p = head.probs[0].numpy()
+        assert (abs(frequency - p) <= 5 * np.sqrt(p * (1 - p) / num_draws)).all()
+    assert ((draws[:, 2:].mean(0) - mean[0]).abs() < 5 * log_std.exp() / 141).all()
+    # Independent of each other: correlations of 20,000 deviate by 1/141. The second head has one choice.
+    correlations = torch.corrcoef(draws[:, [0, 2, 3, 4]].T) - torch.eye(4)
+    assert correlations.abs().max() < 5 / 141
+
+
+def test_indices_stay_exact_beside_numbers_under_autocast():
+    """bfloat16 has no integers from 257 on, except even ones."""
+    policy = make_policy(action_space=spaces.Tuple((spaces.Discrete(3000), BOX)))
+    with torch.no_grad():
+        policy.heads.linears[0].bias[2999] = 50.0
+        with torch.autocast("cpu", torch.bfloat16):
+            output, _ = policy.step({"observation": torch.ones(4, 2)}, policy.initial_state(4))
+            drawn = [output.distribution.mode(), output.distribution.sample(torch.Generator().manual_seed(0))]
+            assert output.distribution.gaussian.mean.dtype == torch.bfloat16
+            assert output.distribution.log_probs(drawn[1]).isfinite().all()
+    for actions in drawn:
+        assert actions.dtype == torch.float32
+        assert (actions[:, 0] == 2999).all()
+
+
 DUAL = spaces.Dict(move=spaces.Discrete(4), vote=spaces.Discrete(3))
 MASKS = {
     "whole": spaces.MultiBinary(7),
@@ -646,6 +747,25 @@ def test_masks_reach_their_heads(form):
     ):
         expected = torch.where(allowed, unmasked.exp(), 0.0)
         torch.testing.assert_close(masked.exp(), expected / expected.sum(1, keepdim=True), rtol=1e-5, atol=1e-7)
+
+
+def test_masks_of_a_mixed_space_are_nested_as_its_actions():
+    """A mask for two of the three categorical heads; Boxes have none."""
+    parts = spaces.Dict(by=BOX, kind=spaces.Discrete(3)), spaces.Dict(on=spaces.MultiBinary(2))
+    mask = spaces.Tuple((spaces.Dict(kind=spaces.MultiBinary(3)), spaces.Dict(on_1=spaces.MultiBinary(2))))
+    space = spaces.Dict(x=BOX, action_mask=mask)
+    policy = make_policy(observation_space=space, action_space=spaces.Tuple(parts))
+    allowed = ({"kind": np.array([[0, 1, 1], [1, 0, 0]])}, {"on_1": np.array([[1, 0], [1, 1]])})
+    seen = tensors_of(space, {"x": np.ones((2, 2)), "action_mask": allowed}, 2, torch.float32)
+    kind, on_0, on_1 = [[0, 1, 1], [1, 0, 0]], [[1, 1], [1, 1]], [[1, 0], [1, 1]]
+    assert policy.heads.mask(seen).int().tolist() == [[*a, *b, *c] for a, b, c in zip(kind, on_0, on_1)]
+    output, _ = policy.step(seen, policy.initial_state(2))
+    drawn = torch.stack([output.distribution.sample() for _ in range(50)])
+    assert [set(column.tolist()) for column in drawn[:, 0, :3].T] == [{1, 2}, {0, 1}, {0}]
+    assert set(drawn[:, 1, 0].tolist()) == {0}
+    of_a_box = spaces.Dict(x=BOX, action_mask=spaces.Tuple((spaces.Dict(by=spaces.MultiBinary(2)),)))
+    with pytest.raises(ValueError, match="'0/by': 2"):
+        make_policy(observation_space=of_a_box, action_space=spaces.Tuple(parts))
 
 
 def test_a_mask_for_one_of_two_heads_leaves_the_other_free():

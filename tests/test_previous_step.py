@@ -16,6 +16,7 @@ import dualhead.learning.update
 import dualhead.networks.memory
 from dualhead import DataError, NormConfig, NormEvents, Player, PPOConfig
 from dualhead.learning.segments import cut, gather
+from dualhead.worlds.replay import leaves
 
 B, T = 3, 20
 HEADS = spaces.MultiDiscrete([3, 2], start=[5, 0])
@@ -34,7 +35,8 @@ SHAPES = {
     "everything": BOTH | {"critic_memory": "lstm", "head_sizes": (6, 5), "activation": "tanh"},
 }
 every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-both_spaces = pytest.mark.parametrize("action_space", [HEADS, BOX], ids=["heads", "box"])
+MIXED = spaces.Tuple((BOX, spaces.Dict(power=spaces.Box(-1, 1, (2, 1)), move=HEADS), spaces.MultiBinary(1)))
+every_space = pytest.mark.parametrize("action_space", [HEADS, BOX, MIXED], ids=["heads", "box", "mixed"])
 
 
 def make_agent(shape, action_space=HEADS, **settings):
@@ -78,10 +80,7 @@ class Play:
     def __init__(self, agent, *, seed=0, rate=0.12):
         self.agent, self.rng, self.rate = agent, np.random.default_rng(seed), rate
         spec = agent.action_spec
-        self.slow = [
-            SlowPolicy(agent.policy, agent.network, spec.nvec or None, bounded=getattr(spec, "bounded", None))
-            for _ in range(B)
-        ]
+        self.slow = [SlowPolicy(agent.policy, agent.network, spec.nvec, bounded=spec.bounded) for _ in range(B)]
         self.now = self.rng.normal(size=(B, 3))
         self.num_truncated = 0
 
@@ -111,11 +110,16 @@ class Play:
         self.next_values = np.array([slow.value_of(x) for slow, x in zip(self.slow, self.now)])
 
     def of_actions(self, outputs, action):
-        if self.agent.action_spec.is_continuous:
-            log_std = self.agent.policy.heads.log_std.detach().numpy()
-            z = (action - outputs[0]) / np.exp(log_std)
-            return -(0.5 * z**2 + log_std + 0.5 * np.log(2 * np.pi)).sum()
-        return [log_softmax(logits)[k] for logits, k in zip(outputs, action)]
+        """[K] log-probabilities of an action [C]."""
+        num_indices = len(self.agent.action_spec.nvec)
+        log_probs = [log_softmax(logits)[int(k)] for logits, k in zip(outputs[:num_indices], action)]
+        first = 0
+        for mean in outputs[num_indices:]:
+            own = slice(first, first := first + len(mean))
+            log_std = self.agent.policy.heads.log_std.detach().numpy()[own]
+            z = (action[num_indices:][own] - mean) / np.exp(log_std)
+            log_probs.append(-(0.5 * z**2 + log_std + 0.5 * np.log(2 * np.pi)).sum())
+        return log_probs
 
     def take_weights(self):
         """After learning: the slow policies go on with the agent's new weights and their own states."""
@@ -123,7 +127,7 @@ class Play:
             slow.weights = {name: tensor.detach().numpy() for name, tensor in self.agent.policy.state_dict().items()}
 
 
-@both_spaces
+@every_space
 @every_shape
 def test_the_agent_computes_what_numpy_does(shape, action_space):
     """Log-probs, values and values of final and next observations, over two rollouts with an update between them."""
@@ -285,7 +289,7 @@ def test_guilt_is_no_part_of_the_previous_reward():
 
 
 @pytest.mark.parametrize("at", [0, 7, T], ids=["after an update", "within a rollout", "before an update"])
-@both_spaces
+@every_space
 def test_a_saved_agent_goes_on_to_the_same_bits(action_space, at, tmp_path):
     agent, play = play_rollout(SHAPES["everything"], action_space=action_space, burn_in=3)
     agent.learn(play.now)
@@ -303,7 +307,7 @@ def test_a_saved_agent_goes_on_to_the_same_bits(action_space, at, tmp_path):
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
-@both_spaces
+@every_space
 def test_a_player_sees_what_the_agent_saw(action_space):
     agent = make_agent(SHAPES["everything"], action_space, rollout_length=60)
     player = Player(agent.policy, agent.observation_spec.space, action_space, seed=0)
@@ -313,7 +317,8 @@ def test_a_player_sees_what_the_agent_saw(action_space):
         seen = rng.normal(size=(B, 3))
         wanted = agent.act(seen)
         actions = player.act(seen, starts, rewards=rewards, deterministic=False)
-        np.testing.assert_array_equal(actions, wanted)
+        for ours, theirs in zip(leaves(actions), leaves(wanted), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
         rewards, starts = rng.normal(size=B), rng.random(B) < 0.1
         agent.record(rewards, starts, NOBODY)
 

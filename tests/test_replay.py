@@ -199,7 +199,7 @@ ACTION_SPACES = [
     spaces.Box(-2, 2, (2, 2), np.float32),
     spaces.Box(-2, 2, (3,), np.float64),
     spaces.Dict(what=spaces.Discrete(3), go=spaces.Dict(b=spaces.Discrete(2), a=spaces.Box(0, 1, (2,)))),
-    spaces.Tuple((spaces.Discrete(2), spaces.MultiDiscrete([3, 2]))),
+    spaces.Tuple((spaces.Discrete(2), spaces.MultiDiscrete([[3, 2]], start=[[-1, 4]]), spaces.Box(0, 1, (2,)))),
 ]
 
 

@@ -12,6 +12,7 @@ from gymnasium.wrappers.vector import RecordEpisodeStatistics
 
 from dualhead.errors import DataError
 from dualhead.worlds.registry import environment_ids
+from dualhead.worlds.replay import leaves
 from dualhead.worlds.replay_trial import legal_action
 from dualhead.worlds.streams import GymnasiumStreams, UnavailableEnvironment, make_env, make_streams
 from dualhead.worlds.vectors import KeepsFinalObservation, LeanSyncVectorEnv
@@ -109,6 +110,9 @@ def test_processes_whose_final_observations_would_be_overwritten_are_refused():
     GymnasiumStreams(same_step(lambda: Counter(2), kind=AsyncVectorEnv)).close()
 
 
+SMALL = spaces.Box(0.0, 0.5, (1,))  # integers of its numbers are 0
+
+
 @pytest.mark.parametrize(
     ("space", "mask", "allowed"),
     [
@@ -117,16 +121,19 @@ def test_processes_whose_final_observations_would_be_overwritten_are_refused():
         (spaces.MultiDiscrete([2, 3]), [0, 1, 0, 0, 1], {(1, 2)}),
         (spaces.Dict(go=spaces.Discrete(2), say=spaces.Discrete(2)), {"go": [1, 0], "say": [0, 1]}, {(0, 1)}),
         (spaces.Dict(go=spaces.Discrete(2), say=spaces.Discrete(2)), {"say": [0, 1]}, {(0, 1), (1, 1)}),
+        (spaces.MultiBinary(2), {"head_1": [0, 1]}, {(0, 1), (1, 1)}),
+        (spaces.Tuple((spaces.Discrete(2), SMALL)), {"0": [0, 1]}, {(1, 0)}),
+        (spaces.Tuple((spaces.Discrete(2), SMALL)), [0, 1], {(1, 0)}),
+        (spaces.Tuple((SMALL, spaces.Dict(go=spaces.Discrete(2)))), ({}, {"go": [0, 1]}), {(0, 1)}),
     ],
 )
 def test_legal_actions_are_those_of_the_mask(space, mask, allowed):
-    arrays = {k: np.array(v) for k, v in mask.items()} if isinstance(mask, dict) else np.array(mask)
     space.seed(0)
     seen = set()
     for _ in range(20):
-        action = legal_action(space, {"seen": 0, "action_mask": arrays})
+        action = legal_action(space, {"seen": 0, "action_mask": mask})
         assert space.contains(action)
-        parts = list(action.values()) if isinstance(action, dict) else np.atleast_1d(action)
+        parts = np.concatenate([np.ravel(leaf) for leaf in leaves(action)])
         seen.add(tuple(map(int, parts)) if len(parts) > 1 else int(parts[0]))
     assert seen == allowed
 

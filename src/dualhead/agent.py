@@ -131,7 +131,7 @@ class DualHeadRecurrentPPO:
             observations=observations | self.policy.previous.shapes(dtype),
             state=self.policy.initial_state(1),
             num_action_columns=self.action_spec.num_columns,
-            action_dtype=dtype if self.action_spec.is_continuous else torch.int64,
+            action_dtype=self.action_spec.dtype(dtype),
             num_heads=len(self.action_spec.names),
             device=self.device,
             dtype=dtype,
@@ -311,7 +311,7 @@ class DualHeadRecurrentPPO:
             final_values = self._final_values(cut_off, final_observations, previous)
             cut_off = on_device(cut_off, self.device)
         if self.norms is not None and events is not None:
-            events = self.norms.check(events, memory.actions[memory.length])
+            events = self.norms.check(events, self.action_spec.indices(memory.actions[memory.length]))
 
         @torch.no_grad()
         def complete() -> None:

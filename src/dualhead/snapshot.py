@@ -313,10 +313,10 @@ def _check_values(agent: DualHeadRecurrentPPO, tensors: dict[str, Tensor]) -> No
     active, starts = tensors["rollout/active"], tensors["rollout/episode_starts"]
     if not (active | starts[len(starts) - len(active) :]).all():
         raise ValueError("active: expected an episode start at every step that a stream sat out")
-    if not agent.action_spec.is_continuous:
-        chosen = tensors["rollout/actions"]
-        if ((chosen < 0) | (chosen >= torch.tensor(agent.action_spec.nvec))).any():
-            raise ValueError(f"actions: expected whole numbers below {agent.action_spec.nvec}")
+    nvec = agent.action_spec.nvec
+    chosen = tensors["rollout/actions"][..., : len(nvec)]
+    if ((chosen != chosen.long()) | (chosen < 0) | (chosen >= torch.tensor(nvec))).any():
+        raise ValueError(f"actions: expected whole numbers below {nvec}")
 
 
 def _expect_same(agent: DualHeadRecurrentPPO, metadata: dict[str, Any], names: tuple[str, ...], *, source: str) -> None:

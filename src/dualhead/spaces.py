@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import gymnasium as gym
@@ -23,17 +23,23 @@ WHOLE = "observation"
 _MAX_DEPTH = 20
 _MAX_NUMBERS = 10_000_000
 """Of one observation. A file may claim any shape, and must not fill the memory by it."""
-_OBSERVATIONS = "Box, Discrete, MultiDiscrete, MultiBinary, and Dict or Tuple of them"
-_ACTIONS = "Discrete, MultiDiscrete (one axis), a Dict of those, or a one-axis Box"
+_MAX_HEADS = 10_000
+"""Of a policy: each is a layer, and a file may claim any MultiBinary."""
+_SPACES = "Box, Discrete, MultiDiscrete, MultiBinary, and Dict or Tuple of them"
 
 
 class Leaf(NamedTuple):
-    """One array of an observation: name (`part/subpart`), space, whether it is an action mask, and its keys."""
+    """One array of an observation or action: name (`part/subpart`), space, whether it is an action mask, its keys."""
 
     name: str
     space: gym.Space
     is_mask: bool
     path: tuple[str | int, ...]
+
+    @property
+    def head(self) -> str:
+        """Of a mask: the head that it is for, or `action_mask` where it is for all of them."""
+        return "/".join(map(str, self.path[self.path.index(ACTION_MASK) + 1 :])) or ACTION_MASK
 
 
 class ObservationSpec:
@@ -48,7 +54,7 @@ class ObservationSpec:
 
     def __init__(self, space: gym.Space) -> None:
         self.space = space
-        self.leaves = tuple(_leaves(space, ()))
+        self.leaves = tuple(_leaves(space, WHOLE))
         _expect_unique((leaf.name for leaf in self.leaves), f"observation space {space} has two parts")
         self.masks = tuple(leaf for leaf in self.leaves if leaf.is_mask)
         self.inputs = tuple(leaf for leaf in self.leaves if not leaf.is_mask)
@@ -193,13 +199,14 @@ def as_tensor(values: Any, name: str) -> Tensor:
     return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
-def _leaves(space: gym.Space, path: tuple[str | int, ...]) -> list[Leaf]:
+def _leaves(space: gym.Space, whole: str, path: tuple[str | int, ...] = ()) -> list[Leaf]:
+    """The leaves of an observation or action space; `whole` says of which, and names a plain space."""
     if isinstance(space, spaces.Dict | spaces.Tuple):
         parts: Iterable[Any] = space.items() if isinstance(space, spaces.Dict) else enumerate(space)
-        return [leaf for key, part in parts for leaf in _leaves(part, (*path, key))]
-    name = "/".join(map(str, path)) or WHOLE
+        return [leaf for key, part in parts for leaf in _leaves(part, whole, (*path, key))]
+    name = "/".join(map(str, path)) or whole
     if not isinstance(space, spaces.Box | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary):
-        raise TypeError(f"unsupported observation space {space} (part {name!r}): expected {_OBSERVATIONS}")
+        raise TypeError(f"unsupported {whole} space {space} (part {name!r}): expected {_SPACES}")
     return [Leaf(name, space, ACTION_MASK in path, path)]
 
 
@@ -224,53 +231,72 @@ def _pick(observations: Any, leaf: Leaf) -> Any:
 
 
 class ActionSpec:
-    """Which heads an action space has, and how [B, K] head indices become what the environment takes.
+    """Which heads an action space has, and how rows of [B, C] columns become what the environment takes.
+
+    Every number of a Discrete, MultiDiscrete or MultiBinary part has a categorical head, every Box has one head. The
+    categorical heads come first, each part in the order of the space: in names, log-probs and columns alike.
 
     Attributes:
-        names: one per head; K of them.
-        nvec: choices per head, or empty for a Box.
-        num_columns: width of the actions tensor: K, or D for a Box of D numbers.
-        starts: [K] lowest index of each head, in the environment's counting.
-        bounded, centre, half: [D] of a Box: which numbers have two bounds, and where the policy's [-1, 1] lies.
+        discrete, boxes: the leaves of the action space that have categorical heads, and the Boxes.
+        names: one per head, such as `move`, `part/subpart` or, of one number among several, `vote_0`; K of them.
+        nvec: choices of each categorical head.
+        starts: [len(nvec)] lowest index of each, in the environment's counting.
+        box_sizes: how many numbers each Box has; D altogether.
+        num_columns: C = len(nvec) + D, the width of the actions tensor.
+        bounded, centre, half: [D] which numbers have two bounds, and where the policy's [-1, 1] lies.
 
     Raises:
         TypeError: an unsupported action space.
-        ValueError: two heads have the same name.
+        ValueError: two heads have the same name, or there are too many.
     """
 
     def __init__(self, space: gym.Space) -> None:
         self.space = space
-        self.is_continuous = isinstance(space, spaces.Box)
-        self.names: tuple[str, ...] = ("action",)
-        self.nvec: tuple[int, ...] = ()
-        if isinstance(space, spaces.Box):
-            if len(space.shape) != 1 or not np.issubdtype(space.dtype, np.floating):
-                raise TypeError(f"unsupported action space {space}: expected {_ACTIONS} of floats")
-            self.num_columns = space.shape[0]
-            self.bounded = np.isfinite(space.low) & np.isfinite(space.high)
-            low, high = np.where(self.bounded, space.low, -1.0), np.where(self.bounded, space.high, 1.0)
-            # Halved first: the difference of float32's greatest numbers would overflow.
-            self.centre, self.half = low / 2 + high / 2, high / 2 - low / 2
-            self._box = torch.from_numpy(np.stack([self.bounded, self.centre, self.half, space.low, space.high]))
-            return
-        self._parts: dict[Any, Any] = dict(space) if isinstance(space, spaces.Dict) else {None: space}
-        heads = [head for key, part in self._parts.items() for head in self._heads(key, part)]
-        self.names, self.nvec, starts = zip(*heads, strict=True)
+        leaves = _leaves(space, "action")
+        self.discrete = [leaf for leaf in leaves if not isinstance(leaf.space, spaces.Box)]
+        self.boxes = [leaf for leaf in leaves if isinstance(leaf.space, spaces.Box)]
+        for leaf in self.boxes:
+            if not np.issubdtype(leaf.space.dtype, np.floating):
+                raise TypeError(
+                    f"unsupported action space {space} (part {leaf.name!r}): expected a Box of floats; "
+                    f"whole numbers are a Discrete or MultiDiscrete space"
+                )
+        widths = [math.prod(leaf.space.shape or ()) for leaf in self.discrete]
+        self.box_sizes = tuple(math.prod(leaf.space.shape or ()) for leaf in self.boxes)
+        self.num_columns = sum(widths) + sum(self.box_sizes)
+        if sum(widths) + len(self.boxes) > _MAX_HEADS:
+            raise ValueError(f"action space {space} has more than {_MAX_HEADS:,} heads")
+        if not leaves or 0 in (*widths, *self.box_sizes):
+            raise TypeError(f"unsupported action space {space}: a part of it has no number to choose")
+        heads = [head for leaf in self.discrete for head in _heads(leaf)]
+        self.names = (*(name for name, _, _ in heads), *(leaf.name for leaf in self.boxes))
         _expect_unique(self.names, f"action space {space} has two heads")
-        self.starts = np.array(starts, dtype=np.int64)
-        self.num_columns = len(heads)
+        self.nvec = tuple(n for _, n, _ in heads)
+        self.starts = np.array([start for _, _, start in heads], dtype=np.int64)
+        boxes: list[Any] = [leaf.space for leaf in self.boxes]
+        bounds = [(box.low.ravel(), box.high.ravel()) for box in boxes] or [(np.zeros(0), np.zeros(0))]
+        low, high = (np.concatenate(side) for side in zip(*bounds))
+        self.bounded = np.isfinite(low) & np.isfinite(high)
+        bottom, top = np.where(self.bounded, low, -1.0), np.where(self.bounded, high, 1.0)
+        # Halved first: the difference of float32's greatest numbers would overflow.
+        self.centre, self.half = bottom / 2 + top / 2, top / 2 - bottom / 2
+        self._choices, self._numbers = _own_columns(self.discrete), _own_columns(self.boxes)
+        limit = np.where(self.bounded, 1.0, np.inf).astype(low.dtype)
+        self._box = torch.from_numpy(np.stack([-limit, limit, self.half, self.centre, low, high]))
 
-    def _heads(self, key: str | None, part: gym.Space) -> list[tuple[str, int, int]]:
-        """Name, number of choices and lowest index of each head."""
-        if isinstance(part, spaces.Discrete):
-            return [(key or "action", int(part.n), int(part.start))]
-        if isinstance(part, spaces.MultiDiscrete) and len(part.shape) == 1:
-            choices = zip(part.nvec.tolist(), part.start.tolist())
-            return [(f"{key or 'head'}_{i}", n, start) for i, (n, start) in enumerate(choices)]
-        raise TypeError(f"unsupported action space {self.space}: expected {_ACTIONS}")
+    def dtype(self, of_policy: torch.dtype) -> torch.dtype:
+        """Dtype of the actions tensor: int64, or the policy's where there is a Box.
+
+        Indices stand beside numbers then. They stay exact: float32 has every integer up to 2^24.
+        """
+        return of_policy if self.boxes else torch.int64
+
+    def indices(self, actions: Tensor) -> Tensor:
+        """The categorical heads' columns [B, len(nvec)] of actions [B, C], as int64."""
+        return actions[:, : len(self.nvec)].long()
 
     def to_env(self, actions: Tensor, *, numpy: bool) -> Any:
-        """Actions [B, K] (or [B, D] in the policy's units) in the form of the batched action space.
+        """Actions [B, C] in the form of the batched action space.
 
         The policy's units span [-1, 1] over a bounded Box: actions are clipped there and scaled.
 
@@ -279,21 +305,21 @@ class ActionSpec:
         """
         if numpy:
             actions = actions.cpu()
-        if self.is_continuous:
+        parts: dict[tuple[str | int, ...], Any] = {}
+        if self.discrete:
+            chosen = self.indices(actions) if self.boxes else actions.long()
+            if self.starts.any():
+                chosen = chosen + torch.from_numpy(self.starts).to(chosen.device)
+            parts = {path: chosen[:, own].to(dtype).view(-1, *shape) for path, own, dtype, shape in self._choices}
+        if self.boxes:
             self._box = self._box.to(actions.device)
-            bounded, centre, half, low, high = self._box
-            scaled = torch.where(bounded != 0, actions.clamp(-1.0, 1.0), actions) * half + centre
-            scaled = scaled.to(self._box.dtype).clamp(low, high)
-            return scaled.numpy() if numpy else scaled
-        if self.starts.any():
-            actions = actions + torch.from_numpy(self.starts).to(actions.device)
-        parts, first = {}, 0
-        for key, part in self._parts.items():
-            own = actions[:, first : first + math.prod(part.shape)].to(torch_dtype(part.dtype))
-            first += own.shape[1]
-            own = own.view(-1, *part.shape)
-            parts[key] = own.numpy() if numpy else own
-        return parts if isinstance(self.space, spaces.Dict) else parts[None]
+            least, most, half, centre, low, high = self._box
+            numbers = actions[:, len(self.nvec) :].clamp(least, most) * half + centre
+            numbers = numbers.to(self._box.dtype).clamp(low, high)
+            parts |= {path: numbers[:, own].to(dtype).view(-1, *shape) for path, own, dtype, shape in self._numbers}
+        if numpy:
+            parts = {path: own.numpy() for path, own in parts.items()}
+        return _nested(self.space, parts)
 
     def check_masks(self, masks: tuple[Leaf, ...]) -> None:
         """Checks that the `action_mask` parts of an observation space fit the heads.
@@ -303,9 +329,9 @@ class ActionSpec:
         """
         if not masks:
             return
-        if self.is_continuous:
+        if not self.nvec:
             raise ValueError(f"an {ACTION_MASK!r} needs discrete heads, the action space is {self.space}")
-        sizes = {leaf.name.rpartition("/")[2]: math.prod(leaf.space.shape or ()) for leaf in masks}
+        sizes = {leaf.head: math.prod(leaf.space.shape or ()) for leaf in masks}
         heads = dict(zip(self.names, self.nvec))
         whole = len(masks) == 1 and sizes == {ACTION_MASK: sum(self.nvec)}
         if not (whole or sizes.items() <= heads.items()):
@@ -313,6 +339,38 @@ class ActionSpec:
                 f"{ACTION_MASK!r} does not fit the heads {heads}: expected one array of {sum(self.nvec)} entries or "
                 f"a Dict with one array per head, got sizes {sizes}"
             )
+
+
+def _heads(leaf: Leaf) -> Iterator[tuple[str, int, int]]:
+    """Name, number of choices and lowest index of each categorical head of a leaf."""
+    space: Any = leaf.space
+    name = leaf.name if leaf.path or isinstance(space, spaces.Discrete) else "head"
+    sizes: Any = (
+        2 if isinstance(space, spaces.MultiBinary) else space.n if isinstance(space, spaces.Discrete) else space.nvec
+    )
+    starts: Any = 0 if isinstance(space, spaces.MultiBinary) else space.start
+    sizes, starts = (np.broadcast_to(of_each, space.shape) for of_each in (sizes, starts))
+    for index in np.ndindex(space.shape):
+        yield "_".join(map(str, (name, *index))), int(sizes[index]), int(starts[index])
+
+
+def _own_columns(leaves: list[Leaf]) -> list[tuple[Any, slice, torch.dtype, tuple[int, ...]]]:
+    """Keys of each leaf, where it stands among the columns of all, and its dtype and shape in the environment."""
+    shapes = [leaf.space.shape or () for leaf in leaves]
+    ends = np.cumsum([math.prod(shape) for shape in shapes]).tolist()
+    return [
+        (leaf.path, slice(end - math.prod(shape), end), torch_dtype(leaf.space.dtype), shape)
+        for leaf, end, shape in zip(leaves, ends, shapes)
+    ]
+
+
+def _nested(space: gym.Space, parts: dict[tuple[str | int, ...], Any], path: tuple[str | int, ...] = ()) -> Any:
+    """The parts, by their keys, nested as the space is."""
+    if isinstance(space, spaces.Dict):
+        return {key: _nested(part, parts, (*path, key)) for key, part in space.items()}
+    if isinstance(space, spaces.Tuple):
+        return tuple(_nested(part, parts, (*path, key)) for key, part in enumerate(space))
+    return parts[path]
 
 
 def space_to_json(space: gym.Space) -> dict[str, Any]:

@@ -158,7 +158,7 @@ class SegmentBatch(NamedTuple):
     observations: Observations  # leaves [N, ...]
     state: RecurrentState  # [L, S, H] before each segment's first step
     layout: Any  # how the policy's memories find the N steps, from `RecurrentPolicy.plan`
-    actions: Tensor  # [N, K] (or [N, D] continuous)
+    actions: Tensor  # [N, C] head indices, then the numbers of Boxes
     log_probs: Tensor  # [N, K] per head, of the behaviour policy
     values: Tensor  # [N] of the behaviour policy
     advantages: Tensor  # [N]
@@ -168,6 +168,6 @@ class SegmentBatch(NamedTuple):
 class ActionSample(NamedTuple):
     """What acting produced, before the environment answered."""
 
-    actions: Tensor  # [B, K] head indices, or [B, D] in the policy's units for a continuous space
+    actions: Tensor  # [B, C] head indices, then the numbers of Boxes in the policy's units
     log_probs: Tensor  # [B, K] per head
     values: Tensor  # [B]

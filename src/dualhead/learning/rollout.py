@@ -24,7 +24,7 @@ class Rollout:
         episode_starts: [P + T, B] bool; terminated, truncated: [T, B] bool.
         active: [T, B] bool, the stream took part in the step; True from row `length` on. Every step that a stream sat
             out is an episode start, and its other entries mean nothing.
-        actions [T, B, K or D], log_probs [T, B, K], values, rewards, task_rewards, guilt, final_values [T, B]:
+        actions [T, B, C], log_probs [T, B, K], values, rewards, task_rewards, guilt, final_values [T, B]:
             rewards are task reward plus guilt; final_values hold V(final observation) at truncations.
         length, max_tail, tail_length: steps recorded so far, P, and how many of the tail's rows hold steps.
     """

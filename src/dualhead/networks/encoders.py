@@ -254,8 +254,8 @@ class PreviousStep(nn.Module):
 
     They are two more leaves of an observation, which rollouts, minibatches, burn-in and checkpoints treat as any:
 
-        previous/action   [N, K] int64 head indices, or −1; of a Box [N, D] actions in the policy's units, clipped where
-                          the environment clips them, or 0
+        previous/action   [N, C] head indices, or −1, and the numbers of Boxes in the policy's units, clipped where the
+                          environment clips them, or 0: int64, or the policy's dtype where there is a Box
         previous/reward   [N] the task's reward as it was recorded: neither scaled nor with guilt
 
     `forward` returns `num_features` features, none where the policy sees neither `action` nor `reward`.
@@ -263,6 +263,7 @@ class PreviousStep(nn.Module):
     Source: Kapturowski et al. 2019 (R2D2) §2.3: the LSTM sees encoder features, previous action and previous reward.
     """
 
+    blank: Tensor
     bounded: Tensor
     head_of: Tensor
     choice_of: Tensor
@@ -270,15 +271,14 @@ class PreviousStep(nn.Module):
     def __init__(self, spec: ActionSpec, *, action: bool, reward: bool) -> None:
         super().__init__()
         self.sees_action, self.sees_reward = action, reward
-        self.is_continuous = spec.is_continuous
-        self.num_columns = spec.num_columns
-        # What stands where no step came before: the one-hot code of −1 is zeros.
-        self._blanks = {PREVIOUS_ACTION: 0 if spec.is_continuous else -1, PREVIOUS_REWARD: 0}
-        self.num_features = action * (spec.num_columns if spec.is_continuous else sum(spec.nvec)) + reward
+        self._spec = spec
+        self.num_features = action * (sum(spec.nvec) + sum(spec.box_sizes)) + reward
         buffers = {
+            # What stands where no step came before: the one-hot code of −1 is zeros.
+            "blank": np.repeat([-1, 0], [len(spec.nvec), sum(spec.box_sizes)]),
             "head_of": np.arange(len(spec.nvec)).repeat(spec.nvec),
             "choice_of": np.concatenate([np.zeros(0, np.int64), *(np.arange(n) for n in spec.nvec)]),
-            "bounded": spec.bounded if spec.is_continuous else np.zeros(0, bool),
+            "bounded": np.concatenate([np.zeros(len(spec.nvec), bool), spec.bounded]),
         }
         for name, array in buffers.items():
             self.register_buffer(name, torch.from_numpy(np.ascontiguousarray(array)), persistent=False)
@@ -287,23 +287,24 @@ class PreviousStep(nn.Module):
         """Shape of one stream's entry and dtype of each leaf."""
         leaves: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         if self.sees_action:
-            leaves[PREVIOUS_ACTION] = ((self.num_columns,), dtype if self.is_continuous else torch.int64)
+            leaves[PREVIOUS_ACTION] = ((self._spec.num_columns,), self._spec.dtype(dtype))
         if self.sees_reward:
             leaves[PREVIOUS_REWARD] = ((), dtype)
         return leaves
 
     def nothing(self, batch: int, *, device: torch.device, dtype: torch.dtype) -> Observations:
         """Leaves of `batch` streams at an episode's first step."""
-        return {
-            name: torch.full((batch, *shape), self._blanks[name], dtype=leaf_dtype, device=device)
+        leaves = {
+            name: torch.zeros((batch, *shape), dtype=leaf_dtype, device=device)
             for name, (shape, leaf_dtype) in self.shapes(dtype).items()
         }
+        return self.reset_where(leaves, torch.ones(batch, dtype=torch.bool, device=device))
 
     def after(self, actions: Tensor, rewards: Tensor) -> Observations:
-        """Leaves of the next step, after actions [B, K] (or [B, D] in the policy's units) and task rewards [B]."""
+        """Leaves of the next step, after actions [B, C] and task rewards [B]."""
         leaves = {}
         if self.sees_action:
-            clipped = torch.where(self.bounded, actions.clamp(-1.0, 1.0), actions) if self.is_continuous else actions
+            clipped = torch.where(self.bounded, actions.clamp(-1.0, 1.0), actions) if self._spec.boxes else actions
             leaves[PREVIOUS_ACTION] = clipped.clone()
         if self.sees_reward:
             leaves[PREVIOUS_REWARD] = rewards.clone()
@@ -311,17 +312,22 @@ class PreviousStep(nn.Module):
 
     def reset_where(self, leaves: Observations, mask: Tensor) -> Observations:
         """Blank leaves in the streams where `mask` [B] is true."""
-        return {
-            name: leaf.masked_fill(mask if leaf.dim() == 1 else mask[:, None], self._blanks[name])
-            for name, leaf in leaves.items()
-        }
+        blank = {}
+        if self.sees_action:
+            blank[PREVIOUS_ACTION] = torch.where(mask[:, None], self.blank, leaves[PREVIOUS_ACTION])
+        if self.sees_reward:
+            blank[PREVIOUS_REWARD] = leaves[PREVIOUS_REWARD].masked_fill(mask, 0)
+        return blank
 
     def forward(self, observations: Observations, dtype: torch.dtype) -> Tensor:
-        """Features [N, num_features]: one-hot codes of the heads side by side (or the D numbers), then the reward."""
+        """Features [N, num_features]: one-hot codes of the heads side by side, numbers of Boxes, then the reward."""
         parts = []
         if self.sees_action:
             action = observations[PREVIOUS_ACTION]
-            parts.append(action if self.is_continuous else action[:, self.head_of] == self.choice_of)
+            if self._spec.discrete:
+                parts.append(action[:, self.head_of] == self.choice_of)
+            if self._spec.boxes:
+                parts.append(action[:, len(self._spec.nvec) :])
         if self.sees_reward:
             parts.append(observations[PREVIOUS_REWARD][:, None])
         return torch.cat([part.to(dtype) for part in parts], dim=1)

@@ -1,4 +1,4 @@
-"""From features to actions: factored categorical heads with masks, or a diagonal Gaussian."""
+"""From features to actions: factored categorical heads with masks, diagonal Gaussians, or both."""
 
 from __future__ import annotations
 
@@ -59,16 +59,24 @@ class FactoredCategorical:
 
 
 class DiagonalGaussian:
-    """Independent normal distributions over D numbers, one head (K = 1), with the methods of `FactoredCategorical`.
+    """Independent normal distributions over D numbers, with the methods of `FactoredCategorical`.
 
     Args:
         mean: [N, D].
         log_std: [D].
+        sizes: how many of the numbers each head has, K of them; None: one head has all.
     """
 
-    def __init__(self, mean: Tensor, log_std: Tensor) -> None:
+    def __init__(self, mean: Tensor, log_std: Tensor, sizes: tuple[int, ...] | None = None) -> None:
         self.mean = mean
         self.log_std = log_std
+        self.sizes = sizes or (mean.shape[-1],)
+
+    def _per_head(self, numbers: Tensor) -> Tensor:
+        """Sums over the numbers of each head, [..., D] -> [..., K]."""
+        if len(self.sizes) == 1:
+            return numbers.sum(-1, keepdim=True)
+        return torch.stack([own.sum(-1) for own in numbers.split(self.sizes, dim=-1)], dim=-1)
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
         noise = torch.empty_like(self.mean).normal_(generator=generator)
@@ -79,11 +87,11 @@ class DiagonalGaussian:
 
     def log_probs(self, actions: Tensor) -> Tensor:
         z = (actions - self.mean) * (-self.log_std).exp()
-        return -(0.5 * z.square() + self.log_std + 0.5 * math.log(2 * math.pi)).sum(-1, keepdim=True)
+        return -self._per_head(0.5 * z.square() + self.log_std + 0.5 * math.log(2 * math.pi))
 
     def entropies(self) -> Tensor:
-        entropy = (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum()
-        return entropy.expand(self.mean.shape[0], 1)
+        entropies = self._per_head(self.log_std + 0.5 * math.log(2 * math.pi * math.e))
+        return entropies.expand(self.mean.shape[0], len(self.sizes))
 
     def kl_from(self, other: Any) -> Tensor:
         ratio = (2 * (other.log_std - self.log_std)).exp()
@@ -91,26 +99,56 @@ class DiagonalGaussian:
         return 0.5 * (ratio + shift - 1 - 2 * (other.log_std - self.log_std)).sum(-1)
 
 
-Distribution = FactoredCategorical | DiagonalGaussian
+class Mixed:
+    """Categorical heads and Gaussian ones after them, independent of each other, with the methods of both.
+
+    Actions [N, C] are head indices, then numbers. Log-probabilities and entropies [N, K] are of all heads.
+    """
+
+    def __init__(self, categorical: FactoredCategorical, gaussian: DiagonalGaussian) -> None:
+        self.categorical, self.gaussian = categorical, gaussian
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        return self._joined(self.categorical.sample(generator), self.gaussian.sample(generator))
+
+    def mode(self) -> Tensor:
+        return self._joined(self.categorical.mode(), self.gaussian.mode())
+
+    def _joined(self, indices: Tensor, numbers: Tensor) -> Tensor:
+        # The dtype of a parameter: under autocast the mean is bfloat16, which has no integers from 257 on.
+        return torch.cat([indices.to(self.gaussian.log_std.dtype), numbers], dim=-1)
+
+    def log_probs(self, actions: Tensor) -> Tensor:
+        indices, numbers = actions.tensor_split([len(self.categorical.logits)], dim=-1)
+        return torch.cat([self.categorical.log_probs(indices.long()), self.gaussian.log_probs(numbers)], dim=-1)
+
+    def entropies(self) -> Tensor:
+        return torch.cat([self.categorical.entropies(), self.gaussian.entropies()], dim=-1)
+
+    def kl_from(self, other: Any) -> Tensor:
+        return self.categorical.kl_from(other.categorical) + self.gaussian.kl_from(other.gaussian)
+
+
+Distribution = FactoredCategorical | DiagonalGaussian | Mixed
 """Over actions of N states."""
 
 
 class Heads(nn.Module):
-    """One `Linear(H, n_k)` per categorical head, or mean and free log-deviation of a Gaussian."""
+    """One `Linear(H, n_k)` per categorical head, then mean and free log-deviation of a Gaussian per Box."""
 
     def __init__(self, num_features: int, spec: ActionSpec, masks: tuple[Leaf, ...]) -> None:
         super().__init__()
         spec.check_masks(masks)
         self.nvec = spec.nvec
         self.names = spec.names
-        self.is_continuous = spec.is_continuous
-        # Leaf name of each head's mask (None: it has none), or of the one mask of all heads.
-        by_head = {leaf.name.rpartition("/")[2]: leaf.name for leaf in masks}
-        self._masks = (by_head[ACTION_MASK],) if ACTION_MASK in by_head else tuple(map(by_head.get, spec.names))
-        sizes = (spec.num_columns,) if spec.is_continuous else spec.nvec
-        self.linears = nn.ModuleList([nn.Linear(num_features, n) for n in sizes])
-        if spec.is_continuous:
-            self.log_std = nn.Parameter(torch.zeros(spec.num_columns))
+        self.box_sizes = spec.box_sizes
+        # Leaf name of each categorical head's mask (None: it has none), or of the one mask of all of them.
+        by_head = {leaf.head: leaf.name for leaf in masks}
+        is_whole = ACTION_MASK in by_head
+        self._masks = (by_head[ACTION_MASK],) if is_whole else tuple(map(by_head.get, spec.names[: len(spec.nvec)]))
+        self.linears = nn.ModuleList([nn.Linear(num_features, n) for n in (*spec.nvec, *spec.box_sizes)])
+        if spec.box_sizes:
+            self.log_std = nn.Parameter(torch.zeros(sum(spec.box_sizes)))
 
     def mask(self, observations: Observations) -> Tensor | None:
         """The mask [N, sum(nvec)] that the observations carry, or None."""
@@ -136,7 +174,14 @@ class Heads(nn.Module):
 
     def forward(self, h: Tensor, observations: Observations) -> Distribution:
         outputs = [linear(h) for linear in self.linears]
-        if self.is_continuous:
-            return DiagonalGaussian(outputs[0], self.log_std)
-        logits = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
-        return FactoredCategorical(logits, self.nvec, self.mask(observations))
+        logits, means = outputs[: len(self.nvec)], outputs[len(self.nvec) :]
+        if not means:
+            return FactoredCategorical(_side_by_side(logits), self.nvec, self.mask(observations))
+        gaussian = DiagonalGaussian(_side_by_side(means), self.log_std, self.box_sizes)
+        if not logits:
+            return gaussian
+        return Mixed(FactoredCategorical(_side_by_side(logits), self.nvec, self.mask(observations)), gaussian)
+
+
+def _side_by_side(outputs: list[Tensor]) -> Tensor:
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)

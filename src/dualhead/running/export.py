@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import os
 import warnings
 from importlib.metadata import version
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from dualhead.agent import DualHeadRecurrentPPO
 from dualhead.networks.encoders import EncoderFactory
-from dualhead.networks.heads import DiagonalGaussian, FactoredCategorical
+from dualhead.networks.heads import FactoredCategorical, Mixed
 from dualhead.networks.memory import MemoryFactory
 from dualhead.networks.policy import RecurrentPolicy
 from dualhead.running.checkpoint import RunError, read_config, write_json
@@ -27,7 +28,7 @@ from dualhead.spaces import ACTION_MASK, WHOLE, ActionSpec, ObservationSpec, tor
 from dualhead.storage import write_bytes
 from dualhead.types import RecurrentState
 
-FORMAT, FORMAT_VERSION = "dualhead-onnx-policy", 1
+FORMAT, FORMAT_VERSION = "dualhead-onnx-policy", 2
 OPSET = 17
 TOLERANCE = 1e-5
 VERIFIED_STEPS = 20
@@ -37,18 +38,18 @@ _RESET = (
     "the state output of the step before. Resetting one stream does not change the others."
 )
 _PREVIOUS = (
-    "previous/action [batch, heads]: the index of each head chosen in the step before, without its start; -1 in an "
-    "episode's first step. Of a continuous action: x of the step before, clipped as below and not scaled; 0 in an "
-    "episode's first step. previous/reward [batch]: the reward of the step before; 0 in an episode's first step."
+    "previous/action [batch, columns]: what each head chose in the step before, in the order of the heads. Of a "
+    "categorical head: the index, without its start; -1 in an episode's first step. Of a gaussian head: x of the step "
+    "before, clipped as below and not scaled; 0 in an episode's first step. previous/reward [batch]: the reward of the "
+    "step before; 0 in an episode's first step."
 )
-_DISCRETE = (
-    "Each head's output holds log-probabilities [batch, size], masked choices near -3.4e38. Deterministic: argmax. "
-    "Sampled: draw an index with probability exp(output). The action of a head is that index plus its start. `place` "
-    "says where it belongs in the environment's action: keys and positions from the outside in; [] is the whole action."
-)
-_CONTINUOUS = (
-    "Deterministic: x = mean. Sampled: x = mean + std * standard normal noise. Then, number by number: where bounded, "
-    "clip x to [-1, 1]; action = x * scale + offset; clip to [low, high], where null means no limit."
+_HOW = (
+    "Every head makes one part of the environment's action. `place` says where it belongs: keys and positions from the "
+    "outside in; [] is the whole action. A categorical head's `output` holds log-probabilities [batch, size], masked "
+    "choices near -3.4e38. Deterministic: argmax. Sampled: draw an index with probability exp(output). Its part is "
+    "that index plus `start`. A gaussian head's `mean` and `std` are [batch, numbers]. Deterministic: x = mean. "
+    "Sampled: x = mean + std * standard normal noise. Then, number by number: where bounded, clip x to [-1, 1]; "
+    "y = x * scale + offset; clip y to [low, high], where null means no limit. Its part is y in the form of `shape`."
 )
 
 
@@ -157,7 +158,8 @@ class StepGraph(nn.Module):
         ]
         self.tensor_names = [leaf.name for leaf in spec.leaves] + list(previous)
         sizes = {f"logits/{name}": n for name, n in zip(actions.names, actions.nvec)}
-        sizes = sizes or dict.fromkeys(("mean", "std"), actions.num_columns)
+        for leaf, size in zip(actions.boxes, actions.box_sizes):
+            sizes |= {f"{what}/{leaf.name}": size for what in ("mean", "std")}
         self.outputs = [
             _port(name, name.partition("/")[0], policy.dtype, ["batch", size]) for name, size in sizes.items()
         ]
@@ -170,17 +172,19 @@ class StepGraph(nn.Module):
                 ports.append(_port(f"{prefix}/{name}", "state", part.dtype, shape))
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Leaves [B, ...] and state parts [L, B, H] -> [B, n_k] per head (or mean and std [B, D]), value [B], state."""
+        """Leaves [B, ...] and state parts [L, B, H] -> logits [B, n_k], or mean and std, per head; value [B]; state."""
         observations = dict(zip(self.tensor_names, tensors))
         given = dict(zip(self.state, tensors[len(observations) :]))
         state = RecurrentState(**self.policy.initial_state(1).parts | given)
         output, next_state = self.policy.step(observations, state)
-        distribution = output.distribution
-        if isinstance(distribution, DiagonalGaussian):
-            chosen = [distribution.mean, distribution.log_std.exp().expand_as(distribution.mean)]
-        else:
-            assert isinstance(distribution, FactoredCategorical)
-            chosen = distribution.logits
+        both = output.distribution
+        chosen: list[Tensor] = []
+        for one in (both.categorical, both.gaussian) if isinstance(both, Mixed) else (both,):
+            if isinstance(one, FactoredCategorical):
+                chosen += one.logits
+            else:
+                std = one.log_std.exp().expand_as(one.mean)
+                chosen += itertools.chain(*zip(one.mean.split(one.sizes, dim=1), std.split(one.sizes, dim=1)))
         return (*chosen, output.values, *(next_state.parts[name] for name in self.state))
 
     def zero_state(self, batch: int) -> list[Tensor]:
@@ -194,8 +198,7 @@ class StepGraph(nn.Module):
         for leaf in self.spec.leaves:
             space, shape = leaf.space, (batch, *(leaf.space.shape or ()))
             if leaf.is_mask:
-                whole = leaf.name.rpartition("/")[2] == ACTION_MASK
-                firsts = np.cumsum([0, *self.actions.nvec[:-1]]) if whole else [0]
+                firsts = np.cumsum([0, *self.actions.nvec[:-1]]) if leaf.head == ACTION_MASK else [0]
                 given.append(rng.integers(2, size=shape))
                 given[-1].reshape(batch, -1)[:, firsts] = 1
             elif isinstance(space, spaces.Box) and np.issubdtype(space.dtype, np.floating):  # bounds may be huge
@@ -205,8 +208,8 @@ class StepGraph(nn.Module):
                 batched = batch_space(space, batch)
                 batched.seed(int(rng.integers(2**31)))
                 given.append(batched.sample())
-        size = (batch, self.actions.num_columns)
-        before = rng.normal(size=size) if self.actions.is_continuous else rng.integers(-1, self.actions.nvec, size)
+        indices = rng.integers(-1, self.actions.nvec, (batch, len(self.actions.nvec)))
+        before = np.concatenate([indices, rng.normal(size=(batch, sum(self.actions.box_sizes)))], axis=1)
         previous = self.policy.previous.after(torch.from_numpy(before), torch.from_numpy(rng.normal(size=batch)))
         tensors = zip(self.inputs, [*given, *previous.values()])
         return [torch.as_tensor(tensor).to(getattr(torch, port["dtype"])) for port, tensor in tensors]
@@ -223,35 +226,30 @@ class StepGraph(nn.Module):
         }
 
     def _describe_actions(self) -> dict[str, Any]:
-        actions = self.actions
-        if not isinstance(actions.space, spaces.Box):
-            heads = [
-                {"name": name, "output": f"logits/{name}", "size": size, "start": int(start), "place": place}
-                for name, size, start, place in zip(actions.names, actions.nvec, actions.starts, _places(actions.space))
-            ]
-            return {"kind": "categorical", "space": str(actions.space), "how": _DISCRETE, "heads": heads}
-        return {
-            "kind": "gaussian",
-            "space": str(actions.space),
-            "how": _CONTINUOUS,
-            "dtype": str(actions.space.dtype),
-            "bounded": actions.bounded.tolist(),
-            "scale": actions.half.tolist(),
-            "offset": actions.centre.tolist(),
-            "low": [float(x) if np.isfinite(x) else None for x in actions.space.low],
-            "high": [float(x) if np.isfinite(x) else None for x in actions.space.high],
-        }
+        actions, heads, first = self.actions, [], 0
+        places = [(*leaf.path, *index) for leaf in actions.discrete for index in np.ndindex(leaf.space.shape or ())]
+        for name, size, start, place in zip(actions.names, actions.nvec, actions.starts, places):
+            output = {"output": f"logits/{name}", "size": size, "start": int(start)}
+            heads.append({"name": name, "kind": "categorical", **output, "place": list(place)})
+        for leaf, size in zip(actions.boxes, actions.box_sizes):
+            box: Any = leaf.space
+            own, first = slice(first, first + size), first + size
+            numbers = {
+                "bounded": actions.bounded[own].tolist(),
+                "scale": actions.half[own].tolist(),
+                "offset": actions.centre[own].tolist(),
+                "low": [float(x) if np.isfinite(x) else None for x in box.low.flat],
+                "high": [float(x) if np.isfinite(x) else None for x in box.high.flat],
+                "shape": list(box.shape),
+                "dtype": str(box.dtype),
+            }
+            outputs = {what: f"{what}/{leaf.name}" for what in ("mean", "std")}
+            heads.append({"name": leaf.name, "kind": "gaussian", **outputs, **numbers, "place": list(leaf.path)})
+        return {"space": str(actions.space), "how": _HOW, "heads": heads}
 
 
 def _port(name: str, role: str, dtype: torch.dtype, shape: list[Any], **more: Any) -> dict[str, Any]:
     return {"name": name, "role": role, **more, "dtype": str(dtype).removeprefix("torch."), "shape": shape}
-
-
-def _places(space: Any) -> list[list[str | int]]:
-    """Where each head's index belongs in an action: keys and positions from the outside in."""
-    if isinstance(space, spaces.Dict):
-        return [[key, *place] for key, part in space.items() for place in _places(part)]
-    return [[i] for i in range(len(space.nvec))] if isinstance(space, spaces.MultiDiscrete) else [[]]
 
 
 def to_onnx(graph: StepGraph) -> bytes:

@@ -143,6 +143,8 @@ class Player:
 
 
 def _first(actions: Any) -> Any:
+    if isinstance(actions, tuple):
+        return tuple(map(_first, actions))
     return {key: _first(part) for key, part in actions.items()} if isinstance(actions, dict) else actions[0]
 
 

@@ -111,14 +111,26 @@ def _seed_globally(seed: int) -> None:
 def legal_action(space: gym.Space, observation: Any) -> Any:
     """A random action of the space that the observation's `action_mask` allows, where it has one.
 
-    The mask of one environment has an entry for each choice of each head, in one array or a Dict of one per head.
+    The mask of one environment has an entry for each choice of each head, in one array or one per head.
     """
     mask = observation.get("action_mask") if isinstance(observation, Mapping) else None
     if mask is None:
         return space.sample()
     spec = ActionSpec(space)
-    if not isinstance(mask, Mapping):
-        mask = dict(zip(spec.names, np.split(np.ravel(mask), np.cumsum(spec.nvec)[:-1])))
-    allowed = [np.flatnonzero(mask.get(name, np.ones(n))) for name, n in zip(spec.names, spec.nvec)]
-    choices = torch.tensor([[space.np_random.choice(indices) for indices in allowed]])
-    return next(iterate(batch_space(space, 1), spec.to_env(choices, numpy=True)))
+    if isinstance(mask, Mapping | tuple):
+        masks = _by_name(mask)
+    else:
+        masks = dict(zip(spec.names, np.split(np.ravel(mask), np.cumsum(spec.nvec)[:-1])))
+    allowed = [np.flatnonzero(masks.get(name, np.ones(n))) for name, n in zip(spec.names, spec.nvec)]
+    choices = [space.np_random.choice(indices) for indices in allowed]
+    numbers = space.np_random.uniform(-1.0, 1.0, sum(spec.box_sizes))
+    actions = torch.from_numpy(np.concatenate([choices, numbers])[None])
+    return next(iterate(batch_space(space, 1), spec.to_env(actions, numpy=True)))
+
+
+def _by_name(mask: Any, path: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Arrays by the name of their head, out of a mask that is nested as the actions are."""
+    if isinstance(mask, Mapping | tuple):
+        parts = mask.items() if isinstance(mask, Mapping) else enumerate(mask)
+        return {name: own for key, part in parts for name, own in _by_name(part, (*path, str(key))).items()}
+    return {"/".join(path): mask}
