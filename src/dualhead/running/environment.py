@@ -13,7 +13,7 @@ import torch
 from gymnasium.vector import VectorEnv
 
 from dualhead.config import WorldConfig
-from dualhead.errors import RunError, UnavailableEnvironment
+from dualhead.errors import EnvironmentFailed, RunError, UnavailableEnvironment
 from dualhead.running.checkpoint import read_config, safe_name
 from dualhead.running.config import RunConfig
 from dualhead.running.parts import Call, find_part, import_module, named_modules
@@ -184,6 +184,8 @@ def open_streams(
     try:
         make = maker_of(config, env)  # type: ignore[arg-type]
         return make_streams(make, num_envs, vectorization=vectorization, num_workers=config.num_workers)
+    except EnvironmentFailed as error:  # in another process
+        raise UnavailableEnvironment(f"environment {config.env!r} cannot be made: {error}") from error
     except TypeError as error:
         if config.env_from != "id":
             raise
