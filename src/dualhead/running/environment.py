@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeGuard
 
@@ -106,7 +107,7 @@ def maker_of(config: RunConfig, env: str | Callable[..., gym.Env] | None = None)
         wrappers=wrappers,
         drop_observations=config.drop_observations,
     )
-    return functools.partial(_after_importing, sorted(named_modules), make)
+    return functools.partial(_after_importing, sorted(named_modules & sys.modules.keys()), make)
 
 
 def _after_importing(modules: Sequence[str], make: Callable[[], gym.Env]) -> gym.Env:
