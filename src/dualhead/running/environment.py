@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeGuard
@@ -14,7 +15,7 @@ import torch
 from gymnasium.vector import VectorEnv
 
 from dualhead.config import WorldConfig
-from dualhead.errors import RunError, UnavailableEnvironment
+from dualhead.errors import EnvironmentFailed, RunError, UnavailableEnvironment
 from dualhead.running.checkpoint import read_config, safe_name
 from dualhead.running.config import RunConfig, pettingzoo_module
 from dualhead.running.parts import Call, find_part, import_module, named_modules
@@ -132,7 +133,7 @@ def maker_of(config: RunConfig, env: str | Callable[..., gym.Env] | None = None)
         wrappers=wrappers,
         drop_observations=config.drop_observations,
     )
-    return functools.partial(_after_importing, sorted(named_modules), make)
+    return functools.partial(_after_importing, sorted(named_modules & sys.modules.keys()), make)
 
 
 def _after_importing(modules: Sequence[str], make: Callable[[], gym.Env]) -> gym.Env:
@@ -230,6 +231,8 @@ def open_streams(
     try:
         make = maker_of(config, env)  # type: ignore[arg-type]
         return make_streams(make, num_envs, vectorization=vectorization, num_workers=config.num_workers)
+    except EnvironmentFailed as error:  # in another process
+        raise UnavailableEnvironment(f"environment {config.env!r} cannot be made: {error}") from error
     except TypeError as error:
         if config.env_from != "id":
             raise
