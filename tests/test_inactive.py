@@ -620,7 +620,7 @@ def test_independent_learners_are_single_agents_that_sit_out():
     def make(seed):
         return agents.make_agent(observation_space=world.observation_space, num_streams=2, seed=seed)
 
-    together = IndependentLearners(make, num_agents=2, seed=0)
+    together = IndependentLearners(lambda agent, seed: make(seed), num_agents=2, seed=0)
     alone = [make(together._seed_of(number)) for number in range(2)]
     world.reset()
     for _ in range(2):
@@ -652,8 +652,8 @@ def test_episodes_are_counted_over_active_steps():
         ([1.0, 5.0], [False, False], None),
         ([1.0, 5.0], [False, True], [True, True]),
     ):
-        of_episode = {"age": np.array([7.0, 8.0])}
         active = None if active is None else np.array(active)
+        of_episode = {"age": np.where(True if active is None else active, [7.0, 8.0], np.nan)}
         step = StreamStep(
             None, np.array(rewards), np.array(terminated), nobody, None, numbers=of_episode, active=active
         )

@@ -20,6 +20,8 @@ from dualhead import NetworkConfig, PPOConfig, TurnoverConfig, WorldConfig
 from dualhead.cli import main
 from dualhead.errors import EnvironmentFailed, RunError, UnavailableEnvironment
 from dualhead.running.checkpoint import checkpoints, read_config
+from dualhead.running.episodes import EpisodeTracker
+from dualhead.running.parts import named_modules
 from dualhead.running.video import record_video
 from dualhead.storage import read_tensors
 from dualhead.types import ByAgent
@@ -100,6 +102,19 @@ def chosen(streams, generator):
 
 
 # Who takes part.
+
+
+def test_numbers_of_agents_that_left_before_the_others_are_counted():
+    streams = worlds(lambda: Scripted({"b": LEAVES}, {"a": CUT}, {}, {"c": CUT}))
+    streams.reset(seed=0)
+    tracker = EpisodeTracker(3)
+    for _ in range(4):
+        tracker.step(streams.step(np.zeros(3, int)))
+    metrics = tracker.metrics()
+    assert metrics["episode/score"] == np.mean([2, 101, 204])
+    assert metrics["episode/mean_length"] == np.mean([2, 1, 4])
+    assert metrics["episode/mean_return"] == np.mean([1 + 2, 11, 21 + 22 + 23 + 24])
+    assert metrics["episode/count"] == 3
 
 
 def test_agents_leave_one_by_one_and_wait_for_the_world():
@@ -652,6 +667,7 @@ def module(tmp_path, monkeypatch):
     (tmp_path / "own_walkers.py").write_text(MODULE)
     yield "own_walkers"
     sys.modules.pop("own_walkers", None)
+    named_modules.discard("own_walkers")  # processes of other tests would import it
 
 
 def weights(run):
@@ -715,6 +731,7 @@ def test_a_run_of_a_stranger_imports_no_world(module, tmp_path, capsys):
     dualhead.train(f"pettingzoo:{module}", **QUICK, total_steps=120, run_dir="run")
     (tmp_path / "run").rename("strange")
     del sys.modules[module]
+    named_modules.discard(module)
     (tmp_path / "it-ran").unlink()
     for command in (["eval", "strange"], ["resume", "strange", "--total-steps", "1000"]):
         assert main(command) == 1
