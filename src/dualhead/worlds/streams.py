@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-import importlib
-import warnings
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from typing import Any, NamedTuple, Protocol
 
 import gymnasium as gym
@@ -17,15 +14,12 @@ from gymnasium.vector.utils import concatenate, create_empty_array
 from numpy.typing import NDArray
 from torch import Tensor
 
-import dualhead.worlds.tasks  # noqa: F401  (registers dualhead/...)
 from dualhead.errors import DataError, UnavailableEnvironment
 from dualhead.norms import NormEvents
 from dualhead.worlds.replay import CannotReplay, as_actions, leaves, pack, unpack
 from dualhead.worlds.replay_trial import why_not_replayed
+from dualhead.worlds.suites import from_dm_env, make_as_usual, missing, suite_of
 from dualhead.worlds.vectors import LeanSyncVectorEnv, RecordedAsyncVectorEnv, episode_numbers, with_final_observations
-
-_EXTRAS = {"popgym": ("popgym-",), "minigrid": ("MiniGrid-", "BabyAI-")}
-"""Package and extra of the same name -> prefixes of its environment ids."""
 
 
 class StreamStep(NamedTuple):
@@ -225,8 +219,7 @@ def make_streams(
     """Streams of a Gymnasium environment.
 
     Args:
-        env: a Gymnasium id (`popgym-...`, `MiniGrid-...` and `BabyAI-...` load their package), or what makes one
-            environment.
+        env: a Gymnasium id (those of our extras load their package, see `suites`), or what makes one environment.
         num_envs: B.
         vectorization: `sync` in this process, `async` one process per environment.
         kwargs: for the environment.
@@ -244,21 +237,15 @@ def make_streams(
 def make_env(env: str | Callable[..., gym.Env], **kwargs: Any) -> gym.Env:
     """One environment, by id with what its package needs around it; see `make_streams`."""
     if not isinstance(env, str):
-        own = env(**kwargs)
+        own = from_dm_env(env(**kwargs))
         if not isinstance(own, gym.Env):
             raise TypeError(f"expected a callable that makes one Gymnasium environment, got one that made {own!r}")
         return own
-    for package, prefixes in _EXTRAS.items():
-        if env.startswith(prefixes):
-            try:
-                importlib.import_module(package)
-            except ModuleNotFoundError as error:
-                raise UnavailableEnvironment(
-                    f"environment {env!r} needs the package {error.name}: pip install -e '.[{package}]' in the checkout"
-                ) from error
+    suite = suite_of(env)
+    if suite is not None and (lacks := missing(suite)):
+        raise UnavailableEnvironment(f"environment {env!r} {lacks}")
     try:
-        # The agent checks every observation and reward itself; Gymnasium's passive checker would slow each step.
-        made = gym.make(env, disable_env_checker=True, **kwargs)
+        return make_as_usual(env, **kwargs)
     except (gym.error.NameNotFound, gym.error.NamespaceNotFound) as error:
         raise UnavailableEnvironment(
             f"unknown environment {env!r}: {error} `dualhead envs` lists all; --import MODULE imports one of your own "
@@ -266,7 +253,6 @@ def make_env(env: str | Callable[..., gym.Env], **kwargs: Any) -> gym.Env:
         ) from error
     except (gym.error.Error, ImportError, TypeError) as error:
         raise UnavailableEnvironment(f"cannot make environment {env!r}: {error}") from error
-    return _without_mission(made, env) if env.startswith(_EXTRAS["minigrid"]) else made
 
 
 def restart(streams: Streams, *, seed: int, num_steps: int) -> Any:
@@ -275,31 +261,3 @@ def restart(streams: Streams, *, seed: int, num_steps: int) -> Any:
     The seed changes with `num_steps`, so that the run does not see its beginning again. Recurrent states must be reset.
     """
     return streams.reset(seed=int(np.random.SeedSequence([seed, num_steps]).generate_state(1)[0] >> 1))
-
-
-def gymnasium_ids() -> list[str]:
-    """Ids of Gymnasium's environments, ours and those of installed extras among them."""
-    for package in _EXTRAS:
-        with suppress(ModuleNotFoundError):
-            importlib.import_module(package)
-    return [name for name in gym.registry if not name.startswith(("phys2d", "tabular", "GymV21", "GymV26"))]
-
-
-def _without_mission(env: gym.Env, name: str) -> gym.Env:
-    """MiniGrid for a network: one-hot cells and the direction; the mission text is left out.
-
-    Where the mission differs between episodes a warning says so: part of the task cannot be seen then.
-    """
-    from gymnasium.wrappers import TransformObservation
-    from minigrid.wrappers import OneHotPartialObsWrapper
-
-    one_hot = OneHotPartialObsWrapper(env)
-    spaces = one_hot.observation_space
-    assert isinstance(spaces, gym.spaces.Dict)
-    mission = env.unwrapped.observation_space["mission"]  # type: ignore[index]
-    if name.startswith("BabyAI") or mission.ordered_placeholders:
-        warnings.warn(f"{name} says in words what is to be done; the agent does not see them", stacklevel=2)
-    shape = spaces["image"].shape
-    assert shape is not None
-    space = gym.spaces.Dict(image=gym.spaces.Box(0, 1, shape, np.uint8), direction=spaces["direction"])
-    return TransformObservation(one_hot, lambda seen: {"image": seen["image"], "direction": seen["direction"]}, space)
