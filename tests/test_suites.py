@@ -140,7 +140,7 @@ def test_a_lost_life_does_not_end_an_atari_episode():
 @pytest.mark.parametrize(("settings", "shape"), [({"obs_type": "ram"}, (128,)), ({"frameskip": 2}, (84, 84))])
 def test_atari_settings_of_ones_own(settings, shape):
     needs("atari")
-    with closing(make_env("ALE/Pong-v5", **settings)) as env:
+    with closing(make_env("ALE/Pong-v5", settings)) as env:
         assert env.reset(seed=0)[0].shape == shape
         before = env.unwrapped.ale.getEpisodeFrameNumber()
         env.step(0)
@@ -152,6 +152,14 @@ def test_a_game_whose_first_action_acts_starts_at_once():
     needs("atari")
     with closing(make_env("ALE/Backgammon-v5")) as env:
         assert env.reset(seed=0)[0].shape == (84, 84)
+
+
+def test_wrappers_of_ones_own_take_the_place_of_preprocessing():
+    needs("atari")
+    wrap = lambda env: gym.wrappers.ResizeObservation(env, (21, 16))  # noqa: E731
+    with closing(make_env("ALE/Pong-v5", wrappers=[("mine", wrap)])) as env:
+        assert env.reset(seed=0)[0].shape == (21, 16, 3)
+        assert env.unwrapped._frameskip == 4
 
 
 # dm_control.

@@ -25,6 +25,7 @@ from .running.evaluation import evaluate as evaluate
 from .running.export import export as export
 from .running.playing import Player as Player, load_policy as load_policy
 from .running.trainer import TrainingResult as TrainingResult, resume as resume, train as train
+from .running.trust import trust as trust
 from .running.writers import Writer as Writer
 from .types import RecurrentState as RecurrentState
 from .worlds.commons.config import CommonsConfig as CommonsConfig, Phase as Phase

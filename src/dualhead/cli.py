@@ -36,6 +36,11 @@ from dualhead.running.parts import find_part, import_module
 from dualhead.studies.files import copy_study, study_names
 from dualhead.worlds.registry import WORLDS
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 # Modules that load torch are imported by the commands that need them: `--help` is quick.
 
 Modules = Annotated[
@@ -67,12 +72,12 @@ class OwnParts:
         named = {part: getattr(self, part) for part in ("encoder", "memory")}
         if self.trust:
             from dualhead.running.checkpoint import read_config
-            from dualhead.running.environment import module_of
             from dualhead.running.playing import run_directory
+            from dualhead.running.trust import trust
 
-            for config in map(read_config, map(run_directory, runs)):
-                if config.env_from == "id" and (module := module_of(config.env)):
-                    import_module(module, what="--trust")
+            for folder in map(run_directory, runs):
+                trust(folder)
+                config = read_config(folder)
                 named = {part: name or getattr(config, part) for part, name in named.items()}
         return {part: find_part(name, what=f"--{part}") for part, name in named.items()}
 
@@ -193,6 +198,30 @@ _INT = _spec("INT", lambda word: float(word) if "e" in word.lower() else int(wor
 _JSON = _spec("JSON", json.loads, json.dumps)
 
 
+def _arguments(words: Sequence[str]) -> dict[str, Any]:
+    """Arguments of an environment from `KEY=VALUE`: TOML values, and what is none is text."""
+    given = {}
+    for word in words:
+        name, equals, text = word.partition("=")
+        if not name.isidentifier() or not equals:
+            raise ValueError(f"expected KEY=VALUE, such as size=9, got {word!r}")
+        try:
+            (value,) = tomllib.loads(f"value = {text}").values()
+            given[name] = json.loads(json.dumps(value, allow_nan=False))
+        except (ValueError, TypeError):  # a date, or no TOML
+            given[name] = text
+    return given
+
+
+_ARGUMENTS = PrimitiveConstructorSpec[Any](
+    nargs="*",
+    metavar="[KEY=VALUE ...]",
+    instance_from_str=_arguments,
+    is_instance=lambda _: True,
+    str_from_instance=lambda given: [f"{name}={json.dumps(value)}" for name, value in given.items()],
+)
+
+
 def _is_plain(kind: Any, *, lists: tuple[type, ...] = (tuple, list)) -> bool:
     """Whether tyro reads it from words: scalars, choices, lists of these. Anything else is given as JSON."""
     origin, parts = get_origin(kind), get_args(kind)
@@ -222,6 +251,8 @@ def _options(*classes: type[Config], hidden: Iterable[str] = (), worlds: Sequenc
                 kind = OmitArgPrefixes[kind]  # type: ignore[misc]  # `--hidden-size`, not `--network.hidden-size`
         elif field is NetworkConfig.model_fields["memory"]:
             kind = str  # one of ours, or MODULE:NAME
+        elif field is RunConfig.model_fields["env_args"]:
+            kind = Annotated[object, _ARGUMENTS]
         elif not _is_plain(kind):
             kind = Annotated[object, _JSON]
         elif kind is int:
@@ -254,18 +285,19 @@ def _reader(
     worlds: Sequence[type[Config]], *, hidden: Iterable[str] = (), defaults: dict[str, Any] | None = None
 ) -> Callable[..., tuple[str, dict[str, Any]]]:
     """`train` as a function for tyro, which returns what was given."""
-    hidden = ("env", "env_from", "learning_rate_from", "memory", *hidden)
+    hidden = ("env", "env_from", "learning_rate_from", "memory", "wrappers", *hidden)
     settings_of_a_run = _options(RunConfig, hidden=hidden, worlds=worlds)
-    about_env = RunConfig.model_fields["env"].description
+    about_env, about_wrappers = (RunConfig.model_fields[name].description for name in ("env", "wrappers"))
     shown = {name: value for name, value in (defaults or {}).items() if name not in hidden} or tyro.MISSING
 
     def train(
         env: Positional[Annotated[str, arg(metavar="ENV", help=about_env)]],
         settings: Annotated[settings_of_a_run, arg(name="")] = shown,  # type: ignore[valid-type]
         modules: Modules = (),
+        wrappers: Annotated[tuple[str, ...], arg(metavar="MODULE:NAME", help=about_wrappers), UseAppendAction] = (),
     ) -> tuple[str, dict[str, Any]]:
         """Train an agent. `dualhead train ENV --help` shows the settings of an environment."""
-        return env, settings
+        return env, settings | ({"wrappers": wrappers} if wrappers else {})
 
     return train
 

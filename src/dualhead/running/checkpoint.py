@@ -9,6 +9,7 @@ import errno
 import json
 import math
 import os
+import re
 import socket
 import warnings
 from collections.abc import Callable, Iterator
@@ -111,7 +112,7 @@ if hasattr(os, "register_at_fork"):
 
 def new_run_dir(config: RunConfig) -> Path:
     """Makes the directory of a run and writes its configuration; two that begin at once get two directories."""
-    base = Path("runs") / config.env.replace("/", "-") / f"{config.memory_name}-seed{config.seed}"
+    base = Path("runs") / safe_name(config.env) / f"{config.memory_name}-seed{config.seed}"
     path, number = base if config.run_dir is None else Path(config.run_dir), 1
     while True:
         with writing(f"the run directory {path}"):
@@ -129,6 +130,11 @@ def new_run_dir(config: RunConfig) -> Path:
             raise RunError(f"{path} holds a run already: choose another --run-dir, or remove it")
         number += 1
         path = base.with_name(f"{base.name}-{number}")
+
+
+def safe_name(env: str) -> str:
+    """An environment id as the name of a folder: letters, digits, `-`, `_` and inner dots."""
+    return re.sub(r"[^A-Za-z0-9_.-]", "-", env).strip(".") or "-"
 
 
 def write_json(path: Path, contents: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ from dualhead.config import (
     merged,
 )
 from dualhead.errors import SettingsError
+from dualhead.running.parts import Call
 from dualhead.worlds.commons.config import COMMONS
 from dualhead.worlds.registry import WORLDS
 
@@ -34,7 +36,16 @@ EVALUATION_SEED = 10_000
 
 
 MAY_CHANGE = {
-    *("total_steps", "vectorization", "run_dir", "device", "num_threads", "checkpoint_every", "keep_checkpoints"),
+    *(
+        "total_steps",
+        "vectorization",
+        "num_workers",
+        "run_dir",
+        "device",
+        "num_threads",
+        "checkpoint_every",
+        "keep_checkpoints",
+    ),
     *("log_to", "eval_episodes", "eval_every", "eval_max_steps", "save_on"),
 }
 """Settings that may be edited before a run is resumed. Checkpoints hold the others, which say what run it is."""
@@ -44,7 +55,15 @@ class RunConfig(Config):
     """A training run: which environment, for how long, where."""
 
     env: str
-    """`commons`, or a Gymnasium id: `dualhead envs` lists them."""
+    """`commons`, or a Gymnasium id: `dualhead envs` lists them. Or MODULE:NAME of your own: a class, or a function that
+    makes one environment."""
+    env_args: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the environment's constructor: numbers, true or false, text, lists."""
+    wrappers: tuple[str, ...] = ()
+    """Wrappers around each environment, the innermost first: MODULE:NAME, or with arguments
+    `gymnasium.wrappers:FrameStackObservation(stack_size=4)`."""
+    drop_observations: tuple[str, ...] = ()
+    """Keys of a Dict observation that agents do not see. They are dropped before wrappers are applied."""
     encoder: str | None = None
     """An encoder of your own, MODULE:NAME; None: the one that `network` describes."""
     memory: str | None = None
@@ -62,7 +81,9 @@ class RunConfig(Config):
     num_envs: PositiveInt = 16
     """Environments, or worlds of several agents, stepped side by side."""
     vectorization: Literal["sync", "async"] = "sync"
-    """Environments in this process, or one process each (slow environments)."""
+    """Environments in this process, or in others (slow environments)."""
+    num_workers: PositiveInt | None = None
+    """Processes of `async`, which get an equal share of the environments each; None: one for each environment."""
     seed: Seed = 0
     """Seed of everything random; same seed, same run on CPU."""
     run_dir: str | None = None
@@ -138,6 +159,24 @@ class RunConfig(Config):
             raise ValueError(f"{unregistered}; environments of Gymnasium have no settings, got {given!r}")
         return given
 
+    @field_validator("env_args")
+    @classmethod
+    def _are_what_json_can_hold(cls, given: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return json.loads(json.dumps(given, allow_nan=False))  # tuples become lists at once, not on resume
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"expected finite numbers, True, False, None, text, and lists and dictionaries of these ({error}); "
+                f"give others in Python, by a function that makes the environment"
+            ) from None
+
+    @field_validator("wrappers")
+    @classmethod
+    def _can_be_read(cls, given: tuple[str, ...]) -> tuple[str, ...]:
+        for text in given:
+            Call.read(text)
+        return given
+
     @field_validator("run_dir")
     @classmethod
     def _is_a_name_that_json_can_hold(cls, given: str | None) -> str | None:
@@ -160,6 +199,22 @@ class RunConfig(Config):
     def num_streams(self) -> int:
         """Streams of experience, over all learners."""
         return self.num_envs * self.world.num_agents
+
+    @model_validator(mode="after")
+    def _environments_are_made(self) -> RunConfig:
+        given = [name for name in ("env_args", "wrappers", "drop_observations") if getattr(self, name)]
+        if given and self.env_from == "streams":
+            raise ValueError(
+                f"{', '.join(given)}: expected none, because streams that Python hands over are made already"
+            )
+        if given and self.env_from == "id" and self.env in WORLDS:
+            raise ValueError(f"{', '.join(given)}: expected none, the settings of {self.env!r} are in `world`")
+        if self.num_workers is not None and (self.vectorization != "async" or self.num_envs % self.num_workers):
+            raise ValueError(
+                f"num_workers: expected vectorization='async' and a divisor of num_envs={self.num_envs}, got "
+                f"vectorization={self.vectorization!r}, num_workers={self.num_workers}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _rollouts_fit(self) -> RunConfig:

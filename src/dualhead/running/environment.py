@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import os
-import re
-import sys
 from collections.abc import Callable
 from typing import Any, TypeGuard
 
@@ -13,11 +12,13 @@ import torch
 from gymnasium.vector import VectorEnv
 
 from dualhead.config import WorldConfig
-from dualhead.errors import RunError
-from dualhead.running.checkpoint import read_config
+from dualhead.errors import RunError, UnavailableEnvironment
+from dualhead.running.checkpoint import read_config, safe_name
 from dualhead.running.config import RunConfig
+from dualhead.running.parts import Call, find_part, import_module
+from dualhead.running.trust import expect_trusted
 from dualhead.worlds.registry import WORLDS
-from dualhead.worlds.streams import GymnasiumStreams, Streams, make_streams
+from dualhead.worlds.streams import GymnasiumStreams, Streams, make_env, make_streams
 
 Environment = Callable[[], gym.Env] | Streams | VectorEnv
 """What Python may hand over instead of an id: a callable that makes one environment, or streams."""
@@ -49,27 +50,10 @@ def settings_of(env: str | Environment) -> dict[str, Any]:
     )
 
 
-def module_of(env: str) -> str | None:
-    """The module that Gymnasium imports to make an environment with this id, `MODULE:ID`; None for a plain id."""
-    module, colon, _ = env.partition(":")
-    return module if colon else None
-
-
 def config_to_play(run: str | os.PathLike[str]) -> RunConfig:
-    """The configuration of a run whose environment is to be made. A run may come from a stranger, so its files import
-    nothing: a module that the environment's id names must be imported already.
-
-    Raises:
-        RunError: it is not, or no run is there.
-    """
+    """The configuration of a run whose environment is to be made; RunError if that needs trust, or no run is there."""
     config = read_config(run)
-    module = module_of(config.env)
-    if config.env_from == "id" and module is not None and module not in sys.modules:
-        raise RunError(
-            f"the environment {config.env!r} of {run} needs the module {module!r}, which the run's files name and "
-            f"which is not imported by itself. If you trust it: --import {module}, or --trust; in Python, import it "
-            f"first"
-        )
+    expect_trusted(config, run)
     return config
 
 
@@ -97,7 +81,63 @@ def as_streams(env: Streams | VectorEnv) -> Streams:
 def _name(of: Any) -> str:
     """What an environment is called in messages and in the name of its run's directory."""
     given = getattr(of, "id", None) or getattr(of, "__name__", None) or type(of).__name__
-    return re.sub(r"[^\w.-]+", "-", given).strip("-.") or "environment"
+    return safe_name(given).strip("-") or "environment"
+
+
+def maker_of(config: RunConfig, env: str | Callable[..., gym.Env] | None = None) -> Callable[[], gym.Env]:
+    """What makes one environment of a run with its wrappers, in this process or another.
+
+    Args:
+        config: of the run.
+        env: in place of the environment that the settings name.
+
+    Raises:
+        RunError, UnavailableEnvironment: a module or a name is not there.
+    """
+    # The arguments are those of the environment that was trained in, not of another one.
+    is_meant = env is None or config.env_from == "callable"
+    found = _found(config.env if env is None else env) if env is None or isinstance(env, str) else env
+    wrappers = [(text, _wrapper(text)) for text in config.wrappers]
+    return functools.partial(
+        make_env,
+        found,
+        config.env_args if is_meant else {},
+        wrappers=wrappers,
+        drop_observations=config.drop_observations,
+    )
+
+
+def _found(env: str) -> str | Callable[..., gym.Env]:
+    """What an id means: `MODULE:NAME` is a class or function, unless Gymnasium has registered NAME; a Gymnasium id."""
+    given, colon, name = env.partition(":")
+    if not colon:
+        return env
+    module = import_module(given, what="env")
+    if name in gym.registry or not name.isidentifier():
+        return f"{module.__name__}:{name}"
+    found = getattr(module, name, None)
+    if callable(found):
+        return found
+    if any(known.startswith(f"{name}-v") for known in gym.registry):
+        return f"{module.__name__}:{name}"
+    classes = [name for name, kind in vars(module).items() if isinstance(kind, type) and issubclass(kind, gym.Env)]
+    raise UnavailableEnvironment(
+        f"environment {env!r}: expected the name of a class or function in {module.__file__} that makes one "
+        f"gymnasium.Env, got {'none such' if found is None else repr(found)}; its classes of environments: "
+        f"{', '.join(classes) or 'none'}"
+    )
+
+
+def _wrapper(text: str) -> Callable[[gym.Env], gym.Env]:
+    name, args, kwargs = Call.read(text)
+    wrap = find_part(name, what="wrappers")
+    if not callable(wrap):
+        raise UnavailableEnvironment(f"wrappers: expected a class or function {name}, got {wrap!r}")
+    return functools.partial(_wrapped, wrap, args, kwargs)
+
+
+def _wrapped(wrap: Callable[..., gym.Env], args: tuple[Any, ...], kwargs: dict[str, Any], env: gym.Env) -> gym.Env:
+    return wrap(env, *args, **kwargs)
 
 
 def open_streams(
@@ -105,7 +145,7 @@ def open_streams(
     env: Environment | None = None,
     *,
     num_envs: int | None = None,
-    vectorization: str = "sync",
+    for_training: bool = False,
     device: torch.device | str = "cpu",
 ) -> Streams:
     """The streams of a run's environment. Streams that were handed over are used as they are; their owner closes them.
@@ -114,7 +154,7 @@ def open_streams(
         config: of the run.
         env: in place of the environment that the settings name.
         num_envs: environments (or worlds); None: as configured.
-        vectorization: of Gymnasium environments, see `make_streams`.
+        for_training: Gymnasium environments may run in other processes, as configured.
         device: of a world that is registered by name.
 
     Raises:
@@ -131,4 +171,11 @@ def open_streams(
         return as_streams(env)
     if env is None and config.env in WORLDS:
         return WORLDS[config.env].open(config.world, num_worlds=num_envs, device=device)
-    return make_streams(config.env if env is None else env, num_envs, vectorization=vectorization)  # type: ignore[arg-type]
+    vectorization = config.vectorization if for_training else "sync"
+    try:
+        make = maker_of(config, env)  # type: ignore[arg-type]
+        return make_streams(make, num_envs, vectorization=vectorization, num_workers=config.num_workers)
+    except TypeError as error:
+        if config.env_from != "id":
+            raise
+        raise UnavailableEnvironment(f"environment {config.env!r}: {error}") from error

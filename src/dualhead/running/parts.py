@@ -1,29 +1,66 @@
-"""Modules, encoders and recurrent cores that a user names."""
+"""Modules, and what is in them, that a user names."""
 
 from __future__ import annotations
 
+import ast
+import difflib
 import importlib
 import operator
 import os
+import re
 import sys
+from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 from dualhead.errors import RunError
 
+named_modules: set[str] = set()
+"""Those that `import_module` has imported in this process."""
 
-def import_module(name: str, *, what: str) -> ModuleType:
-    """Imports a user's module, from the working directory as well.
+
+def module_name(given: str) -> str:
+    """The module that a user means: `my_envs`, also as its file, `my_envs.py`."""
+    return ".".join(Path(given.removesuffix(".py")).parts) if given.endswith(".py") else given
+
+
+def import_module(given: str, *, what: str) -> ModuleType:
+    """Imports a user's module. The working directory is searched last, and only for modules that are named here.
 
     Raises:
         RunError: it cannot be imported.
     """
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # last, so that no file there takes the place of a package
+    name, here = module_name(given), os.getcwd()
+    if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*", name):
+        raise RunError(f"{what}: expected the name of a module such as my_envs, got {given!r}")
+    importlib.invalidate_caches()  # the file may be younger than what Python knows of its folder
     try:
-        return importlib.import_module(name)
+        try:
+            found = importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if not _is_part_of(error.name, name) or here in sys.path:
+                raise
+            sys.path.append(here)  # it stays, for what the module imports later, here and in other processes
+            try:
+                found = importlib.import_module(name)
+            except ModuleNotFoundError as error:
+                if _is_part_of(error.name, name):
+                    sys.path.remove(here)
+                raise
     except ImportError as error:
-        raise RunError(f"{what}: cannot import {name!r}: {error}") from error
+        said = f"{what}: cannot import {name!r}: {error}"
+        if isinstance(error, ModuleNotFoundError) and _is_part_of(error.name, name):
+            said += f"; expected {name.replace('.', os.sep)}.py in {here}, or an installed package"
+            near = difflib.get_close_matches(name, [path.stem for path in Path(here).glob("*.py")], n=1)
+            said += f"; did you mean {near[0]}?" if near else ""
+        raise RunError(said) from error
+    named_modules.add(name)
+    return found
+
+
+def _is_part_of(missing: str | None, name: str) -> bool:
+    """Whether the module that was not found is the one that was asked for, or a package around it."""
+    return missing is not None and f"{name}.".startswith(f"{missing}.")
 
 
 def find_part(given: Any, *, what: str) -> Any:
@@ -53,3 +90,32 @@ def name_of(part: Any) -> str | None:
         return part
     named = part if hasattr(part, "__qualname__") else type(part)
     return f"{named.__module__}:{named.__qualname__}"
+
+
+class Call(NamedTuple):
+    """A wrapper and what it is called with after the environment: `MODULE:NAME`, or `MODULE:NAME(4, key="text")`."""
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @classmethod
+    def read(cls, text: str) -> Call:
+        """Reads what a user wrote; ValueError if it is none. Arguments are literals, nothing is evaluated."""
+        name, bracket, rest = text.partition("(")
+        try:
+            if not re.fullmatch(r"[^:\s]+:[^\W\d]\w*", name):
+                raise ValueError
+            call = ast.parse(f"f({rest}" if bracket else "f()", mode="eval").body
+            if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
+                raise ValueError
+            args = tuple(map(ast.literal_eval, call.args))
+            kwargs = {key.arg: ast.literal_eval(key.value) for key in call.keywords if key.arg is not None}
+            if len(kwargs) < len(call.keywords):  # **{...}
+                raise ValueError
+            return cls(name, args, kwargs)
+        except (ValueError, SyntaxError):
+            raise ValueError(
+                f"expected MODULE:NAME, or MODULE:NAME(...) with numbers, quoted text, True, False or None, such as "
+                f"gymnasium.wrappers:FrameStackObservation(stack_size=4), got {text!r}"
+            ) from None

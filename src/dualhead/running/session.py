@@ -76,7 +76,7 @@ class Session:
         self.config, self._schedule = config, schedule
         self._learning_rate: float | None = None
         device = choose_device(config)
-        self.streams = open_streams(config, env, vectorization=config.vectorization, device=device)
+        self.streams = open_streams(config, env, for_training=True, device=device)
         self._owns_streams = not is_streams(env)
         try:
             if self.streams.num_streams != config.num_streams:  # streams that `resume` got

@@ -17,12 +17,11 @@ from numpy.typing import NDArray
 
 from dualhead.errors import DataError
 from dualhead.running.checkpoint import RunError
-from dualhead.running.config import EVALUATION_SEED
-from dualhead.running.environment import config_to_play
+from dualhead.running.config import EVALUATION_SEED, RunConfig
+from dualhead.running.environment import config_to_play, maker_of
 from dualhead.running.playing import Player, expect_spaces, load_player, run_directory
 from dualhead.worlds.commons.config import CommonsConfig
 from dualhead.worlds.commons.world import Commons
-from dualhead.worlds.streams import make_env
 
 DEFAULT_FPS = 30
 COMMONS_FPS = 5.0
@@ -76,7 +75,7 @@ def record_video(
     if config.env_from != "id":
         raise RunError(f"{config.env!r} was handed over in Python: its files cannot make it to be filmed")
     player, path, _ = load_player(run_dir, seed=seed, encoder=encoder, memory=memory)
-    env = Commons(config.world) if isinstance(config.world, CommonsConfig) else _renderable(config.env)
+    env = Commons(config.world) if isinstance(config.world, CommonsConfig) else _renderable(config)
     try:
         expect_spaces(player, env, path)
         fps = COMMONS_FPS if isinstance(env, Commons) else float(env.metadata.get("render_fps") or DEFAULT_FPS)
@@ -97,15 +96,18 @@ def record_video(
     return out
 
 
-def _renderable(name: str) -> gym.Env:
-    plain = make_env(name)
+def _renderable(config: RunConfig) -> gym.Env:
+    plain = maker_of(config)()
+    if plain.render_mode == "rgb_array":
+        return plain
     modes = plain.metadata.get("render_modes") or []
     plain.close()
     if "rgb_array" not in modes:
-        raise RunError(f"{name} cannot be filmed: its render modes are {modes}, expected 'rgb_array' among them")
+        raise RunError(f"{config.env} cannot be filmed: its render modes are {modes}, expected 'rgb_array' among them")
     if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # else pygame warns that there is no screen
-    return make_env(name, render_mode="rgb_array")
+    rendered = config.model_copy(update={"env_args": config.env_args | {"render_mode": "rgb_array"}})
+    return maker_of(rendered)()
 
 
 def _frames(

@@ -191,8 +191,8 @@ def _end_with_parent() -> None:
 
 
 def _train(config: RunConfig) -> str | None:
-    from dualhead.running.environment import module_of
     from dualhead.running.trainer import resume, train
+    from dualhead.running.trust import trust
 
     folder = folder_of(config)
     try:
@@ -205,9 +205,7 @@ def _train(config: RunConfig) -> str | None:
     except OSError as error:
         raise RunError(f"cannot write the run directory {folder}: {error.strerror or error}") from error
     if (folder / "config.json").exists():
-        # The user wrote the study's file, so what it names may be imported.
-        if module := module_of(config.env):
-            import_module(module, what="env")
+        trust(folder)  # the user wrote the study's file, which has the same settings
         done = resume(folder, encoder=config.encoder, memory=config.memory, show_progress=False)
     else:
         done = train(config, show_progress=False)

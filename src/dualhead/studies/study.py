@@ -9,7 +9,6 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
-import re
 import shlex
 import sys
 import warnings
@@ -17,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 
-from dualhead.running.checkpoint import RunError, read_config, read_json, write_json
+from dualhead.running.checkpoint import RunError, read_config, read_json, safe_name, write_json
 from dualhead.running.config import RunConfig
 from dualhead.running.machine import num_cores
 from dualhead.running.results import Run, read_run, read_summary
@@ -111,11 +110,6 @@ def plan(study: StudyConfig, folder: Path) -> dict[str, RunConfig]:
                 config = study.run(condition, seed, str(place / condition / f"seed{seed}"), env=env)
                 planned[f"{env} {label}" if study.environments else label] = config
     return planned
-
-
-def safe_name(env: str) -> str:
-    """An environment id as the name of a folder: letters, digits, `-`, `_` and inner dots."""
-    return re.sub(r"[^A-Za-z0-9_.-]", "-", env).strip(".") or "-"
 
 
 def _write_versions(path: Path, command: str) -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import gymnasium as gym
@@ -214,45 +217,129 @@ def _joined(observations: Any, final: NDArray[np.object_]) -> Any:
 
 
 def make_streams(
-    env: str | Callable[[], gym.Env], num_envs: int, *, vectorization: str = "sync", **kwargs: Any
+    env: str | Callable[..., gym.Env],
+    num_envs: int,
+    *,
+    vectorization: str = "sync",
+    num_workers: int | None = None,
+    **env_args: Any,
 ) -> GymnasiumStreams:
     """Streams of a Gymnasium environment.
 
     Args:
         env: a Gymnasium id (those of our extras load their package, see `suites`), or what makes one environment.
         num_envs: B.
-        vectorization: `sync` in this process, `async` one process per environment.
-        kwargs: for the environment.
+        vectorization: `sync` in this process, `async` in others.
+        num_workers: processes of `async`; None: one for each environment.
+        env_args: for the environment.
 
     Raises:
         UnavailableEnvironment: unknown id, missing package, or the environment could not be made.
     """
-    makers = [functools.partial(make_env, env, **kwargs)] * num_envs
+    makers = [functools.partial(make_env, env, env_args)] * num_envs
     if vectorization == "async":
-        makers[0]().close()  # its errors are clearer from this process
-        return GymnasiumStreams(RecordedAsyncVectorEnv(makers))
+        return GymnasiumStreams(RecordedAsyncVectorEnv(makers, num_workers=num_workers))
     return GymnasiumStreams(LeanSyncVectorEnv(makers))
 
 
-def make_env(env: str | Callable[..., gym.Env], **kwargs: Any) -> gym.Env:
-    """One environment, by id with what its package needs around it; see `make_streams`."""
-    if not isinstance(env, str):
-        own = from_dm_env(env(**kwargs))
-        if not isinstance(own, gym.Env):
-            raise TypeError(f"expected a callable that makes one Gymnasium environment, got one that made {own!r}")
-        return own
+def make_env(
+    env: str | Callable[..., gym.Env],
+    env_args: Mapping[str, Any] = MappingProxyType({}),
+    *,
+    wrappers: Sequence[tuple[str, Callable[[gym.Env], gym.Env]]] = (),
+    drop_observations: Sequence[str] = (),
+) -> gym.Env:
+    """One environment, by id with what its package needs around it; see `make_streams`.
+
+    Args:
+        env: see `make_streams`.
+        env_args: of its constructor, or for `gymnasium.make`.
+        wrappers: names for messages, and what is called with the environment; the innermost first.
+        drop_observations: keys of its Dict observation that are left out, before wrappers are applied.
+
+    Raises:
+        UnavailableEnvironment: as `make_streams`, or a wrapper or a key does not fit.
+    """
+    made = _made(env, env_args, is_plain=bool(wrappers))
+    if drop_observations:
+        made = _without_keys(made, drop_observations)
+    for name, wrap in wrappers:
+        inside = made
+        try:
+            made = wrap(inside)
+        except Exception as error:
+            raise UnavailableEnvironment(
+                f"wrapper {name!r} around {inside}: {type(error).__name__}: {error}"
+            ) from error
+        if not isinstance(made, gym.Env):
+            raise UnavailableEnvironment(f"wrapper {name!r}: expected a gymnasium.Env from it, got {made!r}")
+    return made
+
+
+def _made(env: str | Callable[..., gym.Env], env_args: Mapping[str, Any], *, is_plain: bool) -> gym.Env:
+    """An environment without the user's wrappers; `is_plain`: they take the place of preprocessing."""
+    try:
+        if isinstance(env, str):
+            return _made_by_id(env, env_args, is_plain=is_plain)
+        own = from_dm_env(env(**env_args))
+    except UnavailableEnvironment:
+        raise
+    except Exception as error:
+        if not env_args:
+            raise
+        called = env if isinstance(env, str) else f"{env.__module__}:{getattr(env, '__qualname__', env)}"
+        given = ", ".join(f"{name}={value!r}" for name, value in env_args.items())
+        raise UnavailableEnvironment(
+            f"cannot make environment {called!r} with {given}: "
+            f"{type(error).__name__}: {error}" + _its_arguments(env, env_args)
+        ) from error
+    if not isinstance(own, gym.Env):
+        raise TypeError(f"expected a callable that makes one Gymnasium environment, got one that made {own!r}")
+    return own
+
+
+def _made_by_id(env: str, env_args: Mapping[str, Any], *, is_plain: bool) -> gym.Env:
     suite = suite_of(env)
     if suite is not None and (lacks := missing(suite)):
         raise UnavailableEnvironment(f"environment {env!r} {lacks}")
     try:
-        return make_as_usual(env, **kwargs)
+        return make_as_usual(env, is_plain=is_plain, **env_args)
     except (gym.error.NameNotFound, gym.error.NamespaceNotFound) as error:
         raise UnavailableEnvironment(
             f"unknown environment {env!r}: {error} `dualhead envs` lists all; --import MODULE imports one of your own "
             f"that registers more"
         ) from error
     except (gym.error.Error, ImportError, TypeError) as error:
-        raise UnavailableEnvironment(f"cannot make environment {env!r}: {error}") from error
+        raise UnavailableEnvironment(
+            f"cannot make environment {env!r}: {error}{_its_arguments(env, env_args)}"
+        ) from error
+
+
+def _its_arguments(env: str | Callable[..., gym.Env], given: Mapping[str, Any]) -> str:
+    """The arguments that an environment has, for a message, where it lacks one of those given."""
+    with suppress(Exception):  # an id that is not registered, a constructor in C
+        make: Any = gym.spec(env.rpartition(":")[2]).entry_point if isinstance(env, str) else env
+        make = gym.envs.registration.load_env_creator(make) if isinstance(make, str) else make
+        known = inspect.signature(make).parameters.values()
+        names = [part.name for part in known if part.kind not in (part.VAR_KEYWORD, part.VAR_POSITIONAL)]
+        if not given.keys() <= set(names):
+            return f"; its arguments are: {', '.join(names) or 'none'}"
+    return ""
+
+
+def _without_keys(env: gym.Env, names: Sequence[str]) -> gym.Env:
+    """An environment without some keys of its Dict observation."""
+    from gymnasium.wrappers import FilterObservation
+
+    space = env.observation_space
+    if not isinstance(space, gym.spaces.Dict):
+        raise UnavailableEnvironment(f"drop_observations: expected an environment with Dict observations, got {space}")
+    kept = [name for name in space if name not in names]
+    if not set(names) <= set(space) or not kept:
+        raise UnavailableEnvironment(
+            f"drop_observations: expected some of the keys {', '.join(space)}, not all, got {', '.join(names)}"
+        )
+    return FilterObservation(env, kept)
 
 
 def restart(streams: Streams, *, seed: int, num_steps: int) -> Any:

@@ -131,10 +131,16 @@ def _worlds_of(package: str) -> Iterator[str]:
             yield f"{package}.{module.name}"
 
 
-def make_as_usual(env: str, **kwargs: Any) -> gym.Env:
-    """`gym.make`, with what is usual around the environments of a suite: see docs/environments.md."""
+def make_as_usual(env: str, *, is_plain: bool = False, **kwargs: Any) -> gym.Env:
+    """`gym.make`, with what is usual around the environments of a suite: see docs/environments.md.
+
+    Args:
+        env: the id.
+        is_plain: without preprocessing, which the user's own wrappers do.
+        kwargs: for `gym.make`.
+    """
     suite = suite_of(env)
-    if suite == "atari" and "obs_type" not in kwargs:
+    if suite == "atari" and not is_plain and "obs_type" not in kwargs:
         return _atari(env, **kwargs)
     # The agent checks every observation and reward itself; Gymnasium's passive checker would slow each step.
     made = gym.make(env, disable_env_checker=True, **kwargs)
