@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeGuard
 
 import gymnasium as gym
@@ -12,10 +13,10 @@ import torch
 from gymnasium.vector import VectorEnv
 
 from dualhead.config import WorldConfig
-from dualhead.errors import RunError, UnavailableEnvironment
+from dualhead.errors import EnvironmentFailed, RunError, UnavailableEnvironment
 from dualhead.running.checkpoint import read_config, safe_name
 from dualhead.running.config import RunConfig
-from dualhead.running.parts import Call, find_part, import_module
+from dualhead.running.parts import Call, find_part, import_module, named_modules
 from dualhead.running.trust import expect_trusted
 from dualhead.worlds.registry import WORLDS
 from dualhead.worlds.streams import GymnasiumStreams, Streams, make_env, make_streams
@@ -98,13 +99,21 @@ def maker_of(config: RunConfig, env: str | Callable[..., gym.Env] | None = None)
     is_meant = env is None or config.env_from == "callable"
     found = _found(config.env if env is None else env) if env is None or isinstance(env, str) else env
     wrappers = [(text, _wrapper(text)) for text in config.wrappers]
-    return functools.partial(
+    make = functools.partial(
         make_env,
         found,
         config.env_args if is_meant else {},
         wrappers=wrappers,
         drop_observations=config.drop_observations,
     )
+    return functools.partial(_after_importing, sorted(named_modules), make)
+
+
+def _after_importing(modules: Sequence[str], make: Callable[[], gym.Env]) -> gym.Env:
+    """Makes an environment that these modules may register: a process that is not forked has not imported them yet."""
+    for module in modules:
+        importlib.import_module(module)
+    return make()
 
 
 def _found(env: str) -> str | Callable[..., gym.Env]:
@@ -175,6 +184,8 @@ def open_streams(
     try:
         make = maker_of(config, env)  # type: ignore[arg-type]
         return make_streams(make, num_envs, vectorization=vectorization, num_workers=config.num_workers)
+    except EnvironmentFailed as error:  # in another process
+        raise UnavailableEnvironment(f"environment {config.env!r} cannot be made: {error}") from error
     except TypeError as error:
         if config.env_from != "id":
             raise
