@@ -14,7 +14,7 @@ from slow_policy import slow_cell
 from torch.distributions import Categorical, Normal, kl_divergence
 
 import dualhead.networks.linear
-from dualhead import DataError, NetworkConfig
+from dualhead import DataError, DualHeadRecurrentPPO, NetworkConfig
 from dualhead.networks.encoders import JoinedEncoder, ObservationNormalizer, RunningNormalizer, vectors
 from dualhead.networks.heads import DiagonalGaussian, FactoredCategorical, Heads, Mixed
 from dualhead.networks.memory import RecurrentMemory, lay_out
@@ -393,6 +393,15 @@ def test_options_of_the_initialisation(kind):
         torch.testing.assert_close(head.weight @ head.weight.T, torch.eye(len(head.weight)) * 1e-4, rtol=0, atol=1e-8)
     critic = policy.critic.weight
     assert critic.square().sum().item() == pytest.approx(2.0, rel=1e-5)
+
+
+def test_the_initial_deviation_of_actions_in_a_box():
+    box = spaces.Box(np.float32(-2), np.float32(2), (3,))
+    network = NetworkConfig(hidden_size=4, log_std_init=-1.5)
+    agent = DualHeadRecurrentPPO(spaces.Box(-1, 1, (2,)), box, num_streams=4000, network=network)
+    actions = agent.act(np.zeros((4000, 2), np.float32))
+    # Half the box's width is 2; the error of a deviation over 4000 draws is 1.1%.
+    np.testing.assert_allclose(actions.std(0), 2 * math.exp(-1.5), rtol=5 * 0.0112)
 
 
 @pytest.mark.parametrize("num_steps", [1, 40])

@@ -24,6 +24,7 @@ from dualhead.worlds import replay
 from dualhead.worlds.replay import CannotReplay, as_actions
 from dualhead.worlds.replay_trial import why_not_replayed
 from dualhead.worlds.streams import GymnasiumStreams, make_streams, restart
+from dualhead.worlds.suites import missing, suite_of
 
 # Environments.
 
@@ -161,7 +162,12 @@ def assert_goes_on(make, tmp_path, *, num_before=37, num_after=60):
 ENVS = [
     *("CartPole-v1", "Pendulum-v1", "MountainCar-v0", "MountainCarContinuous-v0", "Acrobot-v1", "FrozenLake-v1"),
     *("CliffWalking-v1", "Taxi-v4", "Blackjack-v1", "dualhead/CartPoleNoVel-v1", "dualhead/PendulumNoVel-v1"),
-    *("dualhead/RecallCue-v0", "popgym-RepeatPreviousEasy-v0", "popgym-RepeatFirstMedium-v0"),
+    *(
+        "dualhead/MountainCarContinuousNoVel-v0",
+        "dualhead/RecallCue-v0",
+        "popgym-RepeatPreviousEasy-v0",
+        "popgym-RepeatFirstMedium-v0",
+    ),
     *("popgym-AutoencodeEasy-v0", "popgym-MineSweeperEasy-v0", "popgym-BattleshipEasy-v0"),
     *("popgym-CountRecallEasy-v0", "popgym-ConcentrationEasy-v0", "popgym-HigherLowerEasy-v0"),
     *("popgym-MultiarmedBanditEasy-v0", "popgym-NoisyPositionOnlyPendulumEasy-v0", "MiniGrid-DoorKey-5x5-v0"),
@@ -180,15 +186,15 @@ def test_environments_go_on(env, tmp_path):
     assert_goes_on(lambda: make_streams(UNUSUAL.get(env, env), 2), tmp_path)
 
 
-IN_C = {"LunarLander-v3": "Box2D", "InvertedPendulum-v5": "mujoco", "Hopper-v5": "mujoco", "ALE/Pong-v5": "ale_py"}
+IN_C = ["LunarLander-v3", "InvertedPendulum-v5", "Hopper-v5", "ALE/Pong-v5", "dm_control/cartpole-swingup-v0"]
 
 
 @pytest.mark.parametrize("name", IN_C)
 @pytest.mark.parametrize("vectorization", ["sync", "async"])
 def test_environments_in_c_go_on(name, vectorization, tmp_path):
-    module = pytest.importorskip(IN_C[name])
-    if name.startswith("ALE"):
-        gym.register_envs(module)
+    suite = suite_of(name)
+    if lacks := missing(suite):
+        pytest.skip(f"{suite} {lacks}")
     assert_goes_on(lambda: make_streams(name, 2, vectorization=vectorization), tmp_path, num_before=300)
 
 

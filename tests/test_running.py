@@ -496,13 +496,6 @@ def test_live_display_on_a_terminal(terminal, shown, monkeypatch):
     assert shown in stream.getvalue()
 
 
-def test_envs_lists_what_is_here(capsys):
-    assert main(["envs", "dualhead/"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert "dualhead/CartPoleNoVel-v1  (tuned settings)" in lines
-    assert "dualhead/PendulumNoVel-v1" in [line.split()[0] for line in lines]
-
-
 def test_an_agent_of_ones_own_loads_the_checkpoint_of_a_run(trained):
     run, summary = trained
     config, saved = read_config(run), read_newest(run)[1]

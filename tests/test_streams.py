@@ -11,7 +11,6 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, Vecto
 from gymnasium.wrappers.vector import RecordEpisodeStatistics
 
 from dualhead.errors import DataError
-from dualhead.worlds.registry import environment_ids
 from dualhead.worlds.replay import leaves
 from dualhead.worlds.replay_trial import legal_action
 from dualhead.worlds.streams import GymnasiumStreams, UnavailableEnvironment, make_env, make_streams
@@ -230,8 +229,3 @@ def test_minigrid_comes_without_its_mission():
     with pytest.warns(UserWarning, match="BabyAI-GoToObj-v0 says in words what is to be done"):
         streams = make_streams("BabyAI-GoToObj-v0", 1)
     assert sorted(streams.reset(seed=0)) == ["direction", "image"]
-
-
-def test_listing_holds_ours_and_the_extras():
-    extras = {"popgym-RepeatPreviousEasy-v0", "MiniGrid-MemoryS7-v0", "BabyAI-GoToObj-v0"}
-    assert {"dualhead/CartPoleNoVel-v1", "CartPole-v1", *extras} <= set(environment_ids())

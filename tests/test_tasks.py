@@ -12,7 +12,8 @@ from gymnasium.utils.env_checker import check_env
 
 from dualhead.worlds import tasks
 
-IDS = ("dualhead/CartPoleNoVel-v1", "dualhead/PendulumNoVel-v1", "dualhead/RecallCue-v0")
+IDS = ("dualhead/CartPoleNoVel-v1", "dualhead/PendulumNoVel-v1", "dualhead/MountainCarContinuousNoVel-v0")
+IDS += ("dualhead/RecallCue-v0",)
 
 
 @pytest.fixture(autouse=True)
@@ -70,6 +71,7 @@ def test_gymnasium_accepts_the_environment(env_id):
     [
         ("dualhead/CartPoleNoVel-v1", "CartPole-v1", [0, 2], 300),
         ("dualhead/PendulumNoVel-v1", "Pendulum-v1", [0, 1], 450),
+        ("dualhead/MountainCarContinuousNoVel-v0", "MountainCarContinuous-v0", [0], 2100),
     ],
 )
 def test_physics_is_the_original_with_velocities_dropped(env_id, original_id, visible, num_steps):

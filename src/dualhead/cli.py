@@ -34,7 +34,7 @@ from dualhead.running.config import (
 )
 from dualhead.running.parts import find_part, import_module
 from dualhead.studies.files import copy_study, study_names
-from dualhead.worlds.registry import WORLDS, environment_ids
+from dualhead.worlds.registry import WORLDS
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -495,12 +495,19 @@ def report(runs: Positional[tuple[str, ...]], own: Own, out: str | None = None, 
 
 
 def envs(containing: Positional[str] = "", modules: Modules = ()) -> int:
-    """List what can be trained here.
+    """List what can be trained here, by suite, and which suites are missing.
 
     Args:
-        containing: Only ids that contain this.
+        containing: Only ids that contain this, or suites whose name does.
     """
-    for name in environment_ids():
-        if containing in name:
-            print(f"{name}  (tuned settings)" if tuned_settings(name) else name)
+    from dualhead.worlds.suites import listed
+
+    for suite in listed(WORLDS):
+        ids = suite.ids if containing in suite.name else [name for name in suite.ids if containing in name]
+        if suite.missing and (ids or containing in suite.name):
+            print(f"{suite.name}: {suite.missing}")
+        elif ids:
+            print(f"{suite.name}: {len(ids)}")
+            for name in ids:
+                print(f"  {name}  (tuned settings)" if tuned_settings(name) else f"  {name}")
     return 0

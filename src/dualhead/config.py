@@ -112,6 +112,9 @@ class NetworkConfig(Config):
     """Widths of the layers between memory and action heads, and between memory and critic."""
     head_gain: PositiveFloat = 1.0
     """Gain of the action heads' orthogonal initialisation."""
+    log_std_init: FiniteFloat = 0.0
+    """Of actions in a Box: the initial logarithm of their deviation, in halves of the Box's width. From 1.5 on most
+    sampled actions lie at a bound, which explores farther."""
     forget_bias: float = 0.0
     """Added to the initial bias of the gate that keeps the past: LSTM's forget, GRU's update gate, minGRU's 1 - z."""
     orthogonal_per_gate: bool = False

@@ -50,10 +50,3 @@ def register_world(name: str, settings: type[WorldConfig], open: Callable[..., S
     if name in WORLDS:
         raise ValueError(f"there is a world {name!r} already: choose another name")
     WORLDS[name] = World(settings, open)
-
-
-def environment_ids() -> list[str]:
-    """Every name that can be trained here: registered worlds, Gymnasium's ids, and those of installed extras."""
-    from dualhead.worlds.streams import gymnasium_ids
-
-    return sorted([*WORLDS, *gymnasium_ids()])

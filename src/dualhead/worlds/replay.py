@@ -32,8 +32,9 @@ MAX_REPLAYED_STEPS = 100_000
 """Longer episodes begin again on resume. An Atari game has at most 27,000 steps, a MuJoCo task 1,000. Only an endless
 environment gets here, and to play it again would take minutes."""
 
-_SEEDED_EACH_EPISODE = ("ale_py.", "popgym.envs.labyrinth_")
-"""Modules of environments whose `reset(seed=...)` seeds a generator that cannot be read: in C, or the process's own."""
+_SEEDED_EACH_EPISODE = ("ale_py.", "popgym.envs.labyrinth_", "shimmy.dm_control_")
+"""Modules of environments whose `reset(seed=...)` seeds a generator that cannot be read: in C, the process's own, or
+NumPy's older kind."""
 
 _KINDS = spaces.Dict | spaces.Tuple | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary | spaces.Box
 """Action spaces whose actions are arrays of numbers. Only those can be saved."""

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-import importlib
 import inspect
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from types import MappingProxyType
@@ -19,7 +17,6 @@ from gymnasium.vector.utils import concatenate, create_empty_array
 from numpy.typing import NDArray
 from torch import Tensor
 
-import dualhead.worlds.tasks  # noqa: F401  (registers dualhead/...)
 from dualhead.errors import DataError, UnavailableEnvironment
 from dualhead.norms import NormEvents
 from dualhead.spaces import ACTION_MASK
@@ -27,6 +24,7 @@ from dualhead.types import ByAgent
 from dualhead.worlds.pettingzoo import JointEnv, JointSpace, as_parallel, copied, is_multi_agent
 from dualhead.worlds.replay import CannotReplay, as_actions, leaves, pack, unpack
 from dualhead.worlds.replay_trial import why_not_replayed
+from dualhead.worlds.suites import from_dm_env, make_as_usual, missing, suite_of
 from dualhead.worlds.vectors import (
     LeanSyncVectorEnv,
     RecordedAsyncVectorEnv,
@@ -34,9 +32,6 @@ from dualhead.worlds.vectors import (
     mapped,
     with_final_observations,
 )
-
-_EXTRAS = {"popgym": ("popgym-",), "minigrid": ("MiniGrid-", "BabyAI-")}
-"""Package and extra of the same name -> prefixes of its environment ids."""
 
 
 class StreamStep(NamedTuple):
@@ -419,7 +414,7 @@ def make_env(
     Raises:
         UnavailableEnvironment: as `make_streams`, or a wrapper or a key does not fit.
     """
-    made = _made(env, env_args)
+    made = _made(env, env_args, is_plain=bool(wrappers))
     is_world = is_multi_agent(made)
     if drop_observations and not is_world:
         made = _without_keys(made, drop_observations)
@@ -437,16 +432,17 @@ def make_env(
     return JointEnv(made, drop_observations=drop_observations) if is_world else made
 
 
-def _made(env: Any, env_args: Mapping[str, Any]) -> Any:
-    """An environment of Gymnasium, or a ParallelEnv, without the user's wrappers."""
+def _made(env: Any, env_args: Mapping[str, Any], *, is_plain: bool) -> Any:
+    """An environment of Gymnasium, or a ParallelEnv, without the user's wrappers; `is_plain`: they take the place of
+    preprocessing."""
     if is_multi_agent(env):
         if env_args:
             raise TypeError(f"env_args: expected none, because {type(env).__name__} is made already, got {env_args}")
         return as_parallel(copied(env))
     try:
         if isinstance(env, str):
-            return _made_by_id(env, env_args)
-        own = env(**env_args)
+            return _made_by_id(env, env_args, is_plain=is_plain)
+        own = from_dm_env(env(**env_args))
     except UnavailableEnvironment:
         raise
     except Exception as error:
@@ -467,18 +463,12 @@ def _made(env: Any, env_args: Mapping[str, Any]) -> Any:
     return own
 
 
-def _made_by_id(env: str, env_args: Mapping[str, Any]) -> gym.Env:
-    for package, prefixes in _EXTRAS.items():
-        if env.startswith(prefixes):
-            try:
-                importlib.import_module(package)
-            except ModuleNotFoundError as error:
-                raise UnavailableEnvironment(
-                    f"environment {env!r} needs the package {error.name}: pip install -e '.[{package}]' in the checkout"
-                ) from error
+def _made_by_id(env: str, env_args: Mapping[str, Any], *, is_plain: bool) -> gym.Env:
+    suite = suite_of(env)
+    if suite is not None and (lacks := missing(suite)):
+        raise UnavailableEnvironment(f"environment {env!r} {lacks}")
     try:
-        # The agent checks every observation and reward itself; Gymnasium's passive checker would slow each step.
-        made = gym.make(env, disable_env_checker=True, **env_args)
+        return make_as_usual(env, is_plain=is_plain, **env_args)
     except (gym.error.NameNotFound, gym.error.NamespaceNotFound) as error:
         raise UnavailableEnvironment(
             f"unknown environment {env!r}: {error} `dualhead envs` lists all; --import MODULE imports one of your own "
@@ -488,7 +478,6 @@ def _made_by_id(env: str, env_args: Mapping[str, Any]) -> gym.Env:
         raise UnavailableEnvironment(
             f"cannot make environment {env!r}: {error}{_its_arguments(env, env_args)}"
         ) from error
-    return _without_mission(made, env) if env.startswith(_EXTRAS["minigrid"]) else made
 
 
 def _its_arguments(env: str | Callable[..., gym.Env], given: Mapping[str, Any]) -> str:
@@ -524,31 +513,3 @@ def restart(streams: Streams, *, seed: int, num_steps: int) -> Any:
     The seed changes with `num_steps`, so that the run does not see its beginning again. Recurrent states must be reset.
     """
     return streams.reset(seed=int(np.random.SeedSequence([seed, num_steps]).generate_state(1)[0] >> 1))
-
-
-def gymnasium_ids() -> list[str]:
-    """Ids of Gymnasium's environments, ours and those of installed extras among them."""
-    for package in _EXTRAS:
-        with suppress(ModuleNotFoundError):
-            importlib.import_module(package)
-    return [name for name in gym.registry if not name.startswith(("phys2d", "tabular", "GymV21", "GymV26"))]
-
-
-def _without_mission(env: gym.Env, name: str) -> gym.Env:
-    """MiniGrid for a network: one-hot cells and the direction; the mission text is left out.
-
-    Where the mission differs between episodes a warning says so: part of the task cannot be seen then.
-    """
-    from gymnasium.wrappers import TransformObservation
-    from minigrid.wrappers import OneHotPartialObsWrapper
-
-    one_hot = OneHotPartialObsWrapper(env)
-    spaces = one_hot.observation_space
-    assert isinstance(spaces, gym.spaces.Dict)
-    mission = env.unwrapped.observation_space["mission"]  # type: ignore[index]
-    if name.startswith("BabyAI") or mission.ordered_placeholders:
-        warnings.warn(f"{name} says in words what is to be done; the agent does not see them", stacklevel=2)
-    shape = spaces["image"].shape
-    assert shape is not None
-    space = gym.spaces.Dict(image=gym.spaces.Box(0, 1, shape, np.uint8), direction=spaces["direction"])
-    return TransformObservation(one_hot, lambda seen: {"image": seen["image"], "direction": seen["direction"]}, space)

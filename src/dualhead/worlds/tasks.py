@@ -4,6 +4,7 @@ Importing this module registers them:
 
     dualhead/CartPoleNoVel-v1   balance a pole without seeing velocities; at most 500 steps
     dualhead/PendulumNoVel-v1   swing a pendulum up without seeing its velocity; 200 steps
+    dualhead/MountainCarContinuousNoVel-v0   drive up a hill without seeing the velocity; at most 999 steps
     dualhead/RecallCue-v0       name a cue after 20 steps of noise, and go to the side it was shown on
     dualhead/RecallCue5-v0      the same after 5 steps of noise
     dualhead/RecallCue100-v0    the same after 100 steps of noise
@@ -19,6 +20,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 from gymnasium.envs.classic_control.cartpole import CartPoleEnv
+from gymnasium.envs.classic_control.continuous_mountain_car import Continuous_MountainCarEnv
 from gymnasium.envs.classic_control.pendulum import PendulumEnv
 from gymnasium.error import ResetNeeded
 from numpy.typing import NDArray
@@ -61,6 +63,29 @@ class PendulumNoVel(PendulumEnv):
 
     def _get_obs(self) -> NDArray[np.float32]:
         return super()._get_obs()[:2]
+
+
+class MountainCarContinuousNoVel(Continuous_MountainCarEnv):
+    """Gymnasium's continuous MountainCar with the velocity hidden; all else is MountainCar's, arguments included.
+
+    Observation: float32 [1]: position, from -1.2 to 0.6; the goal is at 0.45.
+    """
+
+    def __init__(self, render_mode: str | None = None, goal_velocity: float = 0) -> None:
+        super().__init__(render_mode=render_mode, goal_velocity=goal_velocity)
+        full = self.observation_space
+        assert isinstance(full, spaces.Box)
+        self.observation_space = spaces.Box(full.low[:1], full.high[:1], dtype=np.float32)
+
+    def step(self, action: Any) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
+        observation, reward, terminated, truncated, info = super().step(action)
+        return observation[:1], reward, terminated, truncated, info  # a view of `state`, which is replaced each step
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[NDArray[np.float32], dict[str, Any]]:
+        observation, info = super().reset(seed=seed, options=options)
+        return observation[:1], info
 
 
 class RecallCue(gym.Env[NDArray[np.float32], dict[str, Any]]):
@@ -200,6 +225,7 @@ def register() -> None:
     for name, settings in {
         "CartPoleNoVel-v1": {"max_episode_steps": 500, "reward_threshold": 475.0},
         "PendulumNoVel-v1": {"max_episode_steps": 200},
+        "MountainCarContinuousNoVel-v0": {"max_episode_steps": 999, "reward_threshold": 90.0},
         # RecallCue says itself when it needs a reset: it goes without the wrapper that checks the order of calls.
         "RecallCue-v0": {"reward_threshold": 0.95, "order_enforce": False},
         "RecallCue5-v0": {"reward_threshold": 0.95, "order_enforce": False, "kwargs": {"delay": 5}},
