@@ -32,7 +32,7 @@ from dualhead.running.config import (
     tuned_settings,
     usual_preset,
 )
-from dualhead.running.config_file import config_from, read_settings
+from dualhead.running.config_file import combined, config_from, read_settings
 from dualhead.running.parts import find_part, import_module
 from dualhead.studies.files import copy_study, study_names
 from dualhead.worlds.registry import WORLDS, environment_ids
@@ -302,11 +302,16 @@ def _read_train(words: Sequence[str], named: Sequence[type[Config]], *, file: di
 
 def _show_help_of_train(found: _Asked | None, named: Sequence[type[Config]], *, file: dict[str, Any]) -> None:
     """Shows the settings of the environment that was found, if one was; and exits."""
-    env, given = (found.env if found else None) or file.get("env", ""), merged(file, found.settings if found else {})
-    hidden = [] if env in WORLDS else _OF_AGENTS if env else ["world"]
+    given = _over(found) if found else {}
+    if found and found.config:
+        given = combined(found.config, given)
+    env = given.get("env", "")
     preset, independent = given.get("preset", usual_preset(env)), given.get("policies") == "independent"
-    defaults = merged(merged(default_settings(env), preset_settings(preset, env, independent=independent)), file)
-    shown = _reader(named, hidden=hidden, defaults=defaults | {"preset": preset})
+    defaults = merged(default_settings(env), preset_settings(preset, env, independent=independent))
+    if found and found.config:
+        defaults = planned(**given).model_dump()
+    hidden = [] if env in WORLDS else _OF_AGENTS if env else ["world"]
+    shown = _reader(named, hidden=hidden, defaults=defaults | {"preset": preset}, file=file)
     tyro.cli(shown, args=["--help"], prog="dualhead train")
 
 
@@ -344,13 +349,21 @@ def _reader(
     return train
 
 
-def _train(asked: _Asked) -> int:
+def _over(asked: _Asked) -> dict[str, Any]:
+    """The settings that were given, over those of a file or of a preset; nested as RunConfig is."""
     settings = asked.settings | ({} if asked.env is None else {"env": asked.env})
     # One option for both: a core of ours by its name, or one of the user's own as MODULE:NAME.
-    if "memory" in settings["network"]:
-        settings["memory"] = None  # no longer that of a file
-        if ":" in settings["network"]["memory"]:
-            settings["memory"] = settings["network"].pop("memory")
+    if memory := settings["network"].get("memory"):
+        settings["memory"] = memory if ":" in memory else None
+        if ":" in memory:
+            del settings["network"]["memory"]
+    return settings
+
+
+def _train(asked: _Asked) -> int:
+    settings = _over(asked)
+    if asked.seeds and "seed" in settings:
+        raise SettingsError([("seed", "expected --seeds alone, got --seed as well")])
     if asked.config is None:
         config = planned(**settings)
     else:
@@ -359,15 +372,12 @@ def _train(asked: _Asked) -> int:
 
             trust(asked.config)
         config = config_from(asked.config, settings)
+    print(_describe_settings(config))
     if asked.seeds:
-        if "seed" in settings:
-            raise SettingsError([("seed", "expected --seeds alone, got --seed as well")])
         from dualhead.studies.seeds import train_seeds
 
-        print(_describe_settings(config))
         train_seeds(config, asked.seeds, modules=asked.modules)
         return 0
-    print(_describe_settings(config))
     from dualhead.running.trainer import train
 
     return _describe_run(train(config).summary)

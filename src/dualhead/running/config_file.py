@@ -71,17 +71,25 @@ def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def config_from(path: str | os.PathLike[str], over: Mapping[str, Any]) -> RunConfig:
-    """The settings of a new run: those in a file, with those of `over` in their place.
-
-    With another environment, settings of the file's own one (`world`, `env_args`, `preset="tuned"`) are left out.
-
-    Args:
-        path: see `read_settings`. It may come from a stranger, see `trust`.
-        over: settings that the user gave, nested as RunConfig is.
+    """The checked settings of a new run, see `combined`. The file may come from a stranger, see `trust`.
 
     Raises:
         SettingsError: together they are not possible.
-        RunError: the file cannot be read, needs what only Python can hand over, or names what is not trusted.
+        RunError: as `combined`, or the file names what is not trusted.
+    """
+    config = planned(**combined(path, over))
+    _expect_trusted(config, path, over=over)
+    return config
+
+
+def combined(path: str | os.PathLike[str], over: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings in a file, with those of `over`, which the user gave, in their place. Both are nested as RunConfig.
+
+    With another environment, settings of the file's own one (`world`, `env_args`, `preset="tuned"`) are left out.
+
+    Raises:
+        SettingsError: another preset than that of the file.
+        RunError: the file cannot be read, or needs what only Python can hand over.
     """
     settings = read_settings(path)
     given = {
@@ -113,9 +121,7 @@ def config_from(path: str | os.PathLike[str], over: Mapping[str, Any]) -> RunCon
         raise SettingsError(
             [("preset", f"{path} holds the settings of {preset!r}; expected no other preset, got {given['preset']!r}")]
         )
-    config = planned(**merged(settings, given))
-    _expect_trusted(config, path, over=given)
-    return config
+    return merged(settings, given)
 
 
 def _expect_trusted(config: RunConfig, path: str | os.PathLike[str], *, over: Mapping[str, Any]) -> None:

@@ -12,12 +12,12 @@ import torch
 from gymnasium.vector import VectorEnv
 
 from dualhead.config import WorldConfig
-from dualhead.errors import RunError, UnavailableEnvironment
+from dualhead.errors import RunError, UnavailableEnvironment, UnknownEnvironment
 from dualhead.running.checkpoint import read_config, safe_name
 from dualhead.running.config import RunConfig
 from dualhead.running.parts import Call, find_part, import_module
 from dualhead.running.trust import expect_trusted
-from dualhead.worlds.registry import WORLDS
+from dualhead.worlds.registry import WORLDS, environment_ids
 from dualhead.worlds.streams import GymnasiumStreams, Streams, make_env, make_streams
 
 Environment = Callable[[], gym.Env] | Streams | VectorEnv
@@ -175,6 +175,8 @@ def open_streams(
     try:
         make = maker_of(config, env)  # type: ignore[arg-type]
         return make_streams(make, num_envs, vectorization=vectorization, num_workers=config.num_workers)
+    except UnknownEnvironment as error:
+        raise UnknownEnvironment(error.name, environment_ids()) from error  # those of registered worlds too
     except TypeError as error:
         if config.env_from != "id":
             raise

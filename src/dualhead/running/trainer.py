@@ -15,7 +15,16 @@ from torch import Tensor
 
 from dualhead import snapshot
 from dualhead.agent import DualHeadRecurrentPPO
-from dualhead.errors import CheckpointError, DataError, DivergedError, EnvironmentFailed, RunError, SettingsError
+from dualhead.config import names_of
+from dualhead.errors import (
+    CheckpointError,
+    DataError,
+    DivergedError,
+    EnvironmentFailed,
+    RunError,
+    SettingsError,
+    did_you_mean,
+)
 from dualhead.population import IndependentLearners
 from dualhead.running import machine
 from dualhead.running.checkpoint import (
@@ -121,6 +130,9 @@ def train(
         of_env = {} if env is None and config is not None else settings_of(env)  # type: ignore[arg-type]
         if twice := sorted(settings.keys() & of_env.keys()):
             raise TypeError(f"{', '.join(twice)}: the environment that was given decides, expected no such setting")
+        if unknown := settings.keys() - RunConfig.model_fields.keys():
+            known = [*(train.__kwdefaults__ or ()), *names_of(RunConfig)]
+            raise SettingsError((name, f"no such setting{did_you_mean(name, known)}") for name in sorted(unknown))
         # Streams that were passed are in use by training: no evaluation unless it is asked for.
         in_use = of_env.get("env_from") == "streams" and eval_env is None
         over = ({"eval_episodes": 0} if in_use else {}) | of_env | settings | over

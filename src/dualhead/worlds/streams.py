@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import dualhead.worlds.tasks  # noqa: F401  (registers dualhead/...)
-from dualhead.errors import DataError, UnavailableEnvironment
+from dualhead.errors import DataError, UnavailableEnvironment, UnknownEnvironment
 from dualhead.norms import NormEvents
 from dualhead.worlds.replay import CannotReplay, as_actions, leaves, pack, unpack
 from dualhead.worlds.replay_trial import why_not_replayed
@@ -318,10 +318,7 @@ def _made_by_id(env: str, env_args: Mapping[str, Any]) -> gym.Env:
         # The agent checks every observation and reward itself; Gymnasium's passive checker would slow each step.
         made = gym.make(env, disable_env_checker=True, **env_args)
     except (gym.error.NameNotFound, gym.error.NamespaceNotFound) as error:
-        raise UnavailableEnvironment(
-            f"unknown environment {env!r}: {error} `dualhead envs` lists all; --import MODULE imports one of your own "
-            f"that registers more"
-        ) from error
+        raise UnknownEnvironment(env, gymnasium_ids()) from error
     except (gym.error.Error, ImportError, TypeError) as error:
         raise UnavailableEnvironment(
             f"cannot make environment {env!r}: {error}{_its_arguments(env, env_args)}"
