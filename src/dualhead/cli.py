@@ -436,6 +436,7 @@ def evaluate(
     sample: bool = False,
     json_: Annotated[bool, arg(name="json")] = False,
     video: str | None = None,
+    render: bool = False,
 ) -> int:
     """Play the newest checkpoint of a run.
 
@@ -445,6 +446,7 @@ def evaluate(
         sample: Sample actions instead of taking the likeliest.
         json_: Print mean, 95% interval, deviation, mean length, and every return and length as JSON.
         video: Also film one episode into this file, .mp4 or .gif.
+        render: Show the episodes in a window, one after the other; needs a screen.
     """
     if not 0 <= seed < SEED_LIMIT:
         raise RunError(f"seed: expected at least 0 and less than 2**64, got {seed}")
@@ -454,7 +456,7 @@ def evaluate(
     how = {"seed": seed, "deterministic": not sample, **own.found(run)}
     # The video first: what is wrong with it shows at once.
     filmed = video and str(record_video(run, video, **how))
-    played = evaluate(run, episodes=episodes, **how)
+    played = evaluate(run, episodes=episodes, render=render, **how)
     result = played.summary()
     if json_:
         numbers = {name: value if math.isfinite(value) else None for name, value in result.items()}

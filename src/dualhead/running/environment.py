@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 from collections.abc import Callable
 from typing import Any, TypeGuard
 
 import gymnasium as gym
 import torch
 from gymnasium.vector import VectorEnv
+from gymnasium.wrappers import HumanRendering
 
 from dualhead.config import WorldConfig
 from dualhead.errors import RunError, UnavailableEnvironment, UnknownEnvironment
@@ -138,6 +140,51 @@ def _wrapper(text: str) -> Callable[[gym.Env], gym.Env]:
 
 def _wrapped(wrap: Callable[..., gym.Env], args: tuple[Any, ...], kwargs: dict[str, Any], env: gym.Env) -> gym.Env:
     return wrap(env, *args, **kwargs)
+
+
+def with_render_mode(config: RunConfig, *modes: str) -> RunConfig:
+    """The settings with the first of these render modes that the environment has; RunError if it has none."""
+    plain = maker_of(config)()
+    mode, has = plain.render_mode, plain.metadata.get("render_modes") or []
+    plain.close()
+    if mode in modes:  # always, or by `env_args`
+        return config
+    for mode in modes:
+        if mode in has:
+            return config.model_copy(update={"env_args": config.env_args | {"render_mode": mode}})
+    raise RunError(
+        f"{config.env} cannot be shown: its render modes are {has}, expected {' or '.join(map(repr, modes))} among them"
+    )
+
+
+def has_screen() -> bool:
+    """Whether a window can be opened here, as far as environment variables say."""
+    return sys.platform != "linux" or any(map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY", "SDL_VIDEODRIVER")))
+
+
+def open_window(config: RunConfig) -> Streams:
+    """One environment of a run, which shows itself in a window at its own pace.
+
+    Raises:
+        RunError: there is no screen, or the environment has no pictures.
+        UnavailableEnvironment: it cannot be made.
+    """
+    if config.env_from != "id" or config.env in WORLDS or config.num_streams > config.num_envs:
+        raise RunError(
+            f"{config.env!r} cannot be shown in a window: expected the id or MODULE:NAME of a Gymnasium environment; "
+            f"--video FILE films worlds of several agents"
+        )
+    if not has_screen():
+        raise RunError(
+            "a window needs a screen, and neither DISPLAY nor WAYLAND_DISPLAY is set; --video FILE films an episode"
+        )
+    rendered = with_render_mode(config, "human", "rgb_array")
+    return make_streams(functools.partial(_in_window, maker_of(rendered)), 1)
+
+
+def _in_window(make: Callable[[], gym.Env]) -> gym.Env:
+    env = make()
+    return env if env.render_mode == "human" else HumanRendering(env)
 
 
 def open_streams(
