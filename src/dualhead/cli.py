@@ -351,9 +351,10 @@ def _reader(
 
 def _over(asked: _Asked) -> dict[str, Any]:
     """The settings that were given, over those of a file or of a preset; nested as RunConfig is."""
-    settings = asked.settings | ({} if asked.env is None else {"env": asked.env})
+    settings = {name: value for name, value in asked.settings.items() if value != {}}
+    settings |= {} if asked.env is None else {"env": asked.env}
     # One option for both: a core of ours by its name, or one of the user's own as MODULE:NAME.
-    if memory := settings["network"].get("memory"):
+    if memory := settings.get("network", {}).get("memory"):
         settings["memory"] = memory if ":" in memory else None
         if ":" in memory:
             del settings["network"]["memory"]
