@@ -367,6 +367,7 @@ def test_a_seed_that_fails_is_named_and_the_others_finish(here, capsys):
 
 
 @pytest.mark.skipif(not hasattr(os, "killpg"), reason="needs process groups")
+@pytest.mark.slow
 def test_ctrl_c_saves_all_seeds_and_the_same_command_resumes_them(here):
     command = [*COMMAND, "train", "CartPole-v1", *TINY, "--seeds", "0", "1"]
     runs = [here / "runs" / "CartPole-v1" / f"lstm-seed{seed}" for seed in (0, 1)]

@@ -12,6 +12,7 @@ from dualhead.studies.study import study_text
 
 ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+WITH_COMMANDS = ("README.md", "docs/own_environments.md")
 ARGUMENTS = {"01_memory.py": ["--total-steps", "2048", "--out", "demo"]}
 
 
@@ -48,9 +49,12 @@ def shrunk(command, folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES)
 def test_what_a_page_says_runs_from_top_to_bottom(tmp_path, page):
-    """Python in fences and, in the README, commands in indented blocks; one process each, all in one directory."""
+    """Python in fences and commands in indented blocks; one process each, all in one directory.
+
+    A fence that begins with the name of a file is also written to it.
+    """
     text = (ROOT / page).read_text()
-    pattern = r"^```python\n(.*?)^```$" + (r"|^    dualhead ([^\n]*?)(?: +#[^\n]*)?$" if page == "README.md" else "")
+    pattern = r"^```python\n(.*?)^```$" + (r"|^    dualhead ([^\n]*?)(?: +#[^\n]*)?$" if page in WITH_COMMANDS else "")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     for match in re.finditer(pattern, text, flags=re.M | re.S):
         snippet = match[1]
@@ -60,6 +64,8 @@ def test_what_a_page_says_runs_from_top_to_bottom(tmp_path, page):
         else:
             snippet = re.sub(r"\b(total_steps\s*=\s*)[\d_]+", rf"\g<1>{STEPS}", snippet)
             called = [sys.executable, "-c", snippet]
+            if name := re.match(r"# (\w+\.py)\n", snippet):
+                (tmp_path / name[1]).write_text(snippet)
         done = run_process(called, cwd=tmp_path, env=environment)
         assert done.returncode == 0, f"{match[0]}\n{done.stderr}"
 

@@ -338,9 +338,7 @@ def _reader(
         config: ConfigFile = None,
         trust: Trust = False,
         modules: Modules = (),
-        wrappers: Annotated[
-            tuple[str, ...], arg(metavar="MODULE:NAME", help=f"{about_wrappers} Repeatable."), UseAppendAction
-        ] = (),
+        wrappers: Annotated[tuple[str, ...], arg(metavar="MODULE:NAME", help=about_wrappers), UseAppendAction] = (),
     ) -> _Asked:
         """Train an agent. `dualhead train ENV --help` shows the settings of an environment."""
         given = settings | ({"wrappers": wrappers} if wrappers else {})

@@ -272,10 +272,14 @@ def merged(settings: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted name."""
+    """Nested settings by dotted name. The arguments of an environment stay together: their names are not ours."""
     result: dict[str, Any] = {}
     for name, value in settings.items():
-        result |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+        result |= (
+            flat(value, f"{prefix}{name}.")
+            if isinstance(value, dict) and name != "env_args"
+            else {f"{prefix}{name}": value}
+        )
     return result
 
 

@@ -83,7 +83,7 @@ class RunConfig(Config):
     vectorization: Literal["sync", "async"] = "sync"
     """Environments in this process, or in others (slow environments)."""
     num_workers: PositiveInt | None = None
-    """Processes of `async`, which share the environments; None: one for each environment."""
+    """Processes of `async`, which get an equal share of the environments each; None: one for each environment."""
     seed: Seed = 0
     """Seed of everything random; same seed, same run on CPU."""
     run_dir: str | None = None
@@ -209,9 +209,9 @@ class RunConfig(Config):
             )
         if given and self.env_from == "id" and self.env in WORLDS:
             raise ValueError(f"{', '.join(given)}: expected none, the settings of {self.env!r} are in `world`")
-        if self.num_workers is not None and (self.vectorization != "async" or self.num_workers > self.num_envs):
+        if self.num_workers is not None and (self.vectorization != "async" or self.num_envs % self.num_workers):
             raise ValueError(
-                f"num_workers: expected vectorization='async' and at most num_envs={self.num_envs}, got "
+                f"num_workers: expected vectorization='async' and a divisor of num_envs={self.num_envs}, got "
                 f"vectorization={self.vectorization!r}, num_workers={self.num_workers}"
             )
         return self

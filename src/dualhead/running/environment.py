@@ -96,8 +96,8 @@ def maker_of(config: RunConfig, env: str | Callable[..., gym.Env] | None = None)
     Raises:
         RunError, UnavailableEnvironment: a module or a name is not there.
     """
-    # Arguments belong to the environment that the settings are about, and not to another that evaluations play in.
-    is_meant = env is None or (config.env_from == "callable" and not isinstance(env, str))
+    # The arguments are those of the environment that was trained in, not of another one.
+    is_meant = env is None or config.env_from == "callable"
     found = _found(config.env if env is None else env) if env is None or isinstance(env, str) else env
     wrappers = [(text, _wrapper(text)) for text in config.wrappers]
     return functools.partial(

@@ -16,13 +16,20 @@ from dualhead.storage import RUN_PREFIX
 from dualhead.worlds.streams import Streams
 
 
-def open_evaluation(session: Session, env: str | Environment | None) -> Streams:
-    """Streams for evaluating a session's policy; RunError if they cannot be opened, or have other spaces."""
+def open_evaluation(session: Session, env: str | Environment | None, *, is_other: bool = False) -> Streams:
+    """Streams for evaluating a session's policy; RunError if they cannot be opened, or have other spaces.
+
+    Args:
+        env: None: what the run's settings name.
+        is_other: it is not what the run trains in, so the run's `env_args` are not for it.
+    """
     config = session.config
     num_envs, _ = evaluation_size(config, config.eval_episodes or EVAL_EPISODES)
     try:
         if env is not None:
             settings_of(env)  # checks it
+        if is_other:
+            config = config.model_copy(update={"env_args": {}})
         with preserved_randomness():
             streams = open_streams(config, env, num_envs=num_envs)  # type: ignore[arg-type]
         for name in ("observation_space", "action_space"):

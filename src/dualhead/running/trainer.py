@@ -101,8 +101,8 @@ def train(
         on_update: called after each update with the session and its metrics, before they are written; may add numbers
             to them. Returning True ends the run, with a checkpoint and an evaluation. `session.learning_rate = ...`
             sets the learning rate from the next update on.
-        eval_env: what evaluations play in, like `env`; needed when `env` is a vector environment or `Streams` and
-            evaluations are asked for.
+        eval_env: what evaluations play in, like `env`, with its `wrappers` but without its `env_args`; needed when
+            `env` is a vector environment or `Streams` and evaluations are asked for.
         show_progress: on the terminal.
         settings: fields of `RunConfig`. Without a `preset`, settings that are not given are the tuned ones of this
             environment if there are any; `PPOConfig(gamma=0.95)` gives one setting.
@@ -228,7 +228,7 @@ def _run(config: RunConfig, given: _Given, *, resumed: Path | None = None) -> Tr
         stack.callback(session.close)
         evaluation_env = given.env
         if given.eval_env is not None:
-            evaluation_env = open_evaluation(session, given.eval_env)
+            evaluation_env = open_evaluation(session, given.eval_env, is_other=True)
             if not is_streams(given.eval_env):
                 stack.callback(evaluation_env.close)
         run_dir = resumed or new_run_dir(config)

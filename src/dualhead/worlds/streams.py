@@ -244,8 +244,7 @@ def make_streams(
     """
     makers = [functools.partial(make_env, env, env_args)] * num_envs
     if vectorization == "async":
-        makers[0]().close()  # its errors are clearer from this process
-        return GymnasiumStreams(RecordedAsyncVectorEnv(makers))
+        return GymnasiumStreams(RecordedAsyncVectorEnv(makers, num_workers=num_workers))
     return GymnasiumStreams(LeanSyncVectorEnv(makers))
 
 
@@ -329,7 +328,7 @@ def _made_by_id(env: str, env_args: Mapping[str, Any]) -> gym.Env:
 def _its_arguments(env: str | Callable[..., gym.Env], given: Mapping[str, Any]) -> str:
     """The arguments that an environment has, for a message, where it lacks one of those given."""
     with suppress(Exception):  # an id that is not registered, a constructor in C
-        make: Any = gym.spec(env).entry_point if isinstance(env, str) else env
+        make: Any = gym.spec(env.rpartition(":")[2]).entry_point if isinstance(env, str) else env
         make = gym.envs.registration.load_env_creator(make) if isinstance(make, str) else make
         known = inspect.signature(make).parameters.values()
         names = [part.name for part in known if part.kind not in (part.VAR_KEYWORD, part.VAR_POSITIONAL)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import ctypes
 import functools
-import math
 import multiprocessing.util
 import os
 import random
@@ -24,7 +23,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from gymnasium.vector.async_vector_env import AsyncState
-from gymnasium.vector.utils import concatenate, create_empty_array, iterate
+from gymnasium.vector.utils import batch_space, concatenate, iterate
 from numpy.typing import NDArray
 
 from dualhead.errors import EnvironmentFailed
@@ -45,18 +44,23 @@ class LeanSyncVectorEnv(SyncVectorEnv):
     Infos carry only `final_obs` and the numbers of episodes that ended, and returned arrays are overwritten by the next
     step: on small environments those two cost more than the environments themselves.
 
+    Args:
+        first_number: of the first environment, in messages.
+
     Attributes:
         makers: of the environments without their recorders.
     """
 
     envs: list[Recorder]  # type: ignore[assignment]
 
-    def __init__(self, env_fns: Sequence[Callable[[], gym.Env]], *, observation_mode: Any = "same") -> None:
+    def __init__(
+        self, env_fns: Sequence[Callable[[], gym.Env]], *, observation_mode: Any = "same", first_number: int = 0
+    ) -> None:
         recorders = [functools.partial(_recorded, env_fn) for env_fn in env_fns]
         super().__init__(
             recorders, copy=False, observation_mode=observation_mode, autoreset_mode=AutoresetMode.SAME_STEP
         )
-        self.makers = env_fns
+        self.makers, self._first_number = env_fns, first_number
         self._plain = isinstance(self.single_observation_space, gym.spaces.Box | gym.spaces.Discrete)
         self._size = self._observations[0].size if self._plain else 0
 
@@ -94,7 +98,7 @@ class LeanSyncVectorEnv(SyncVectorEnv):
                 else:
                     rows[i] = observation
         except (Exception, SystemExit) as error:
-            raise EnvironmentFailed(f"environment {i} {_described(error)}") from error
+            raise EnvironmentFailed(f"environment {self._first_number + i} {_described(error)}") from error
         if not plain:
             self._concatenate(rows)
         self._rewards[:], self._terminations[:], self._truncations[:] = rewards, terminations, truncations
@@ -105,29 +109,95 @@ class LeanSyncVectorEnv(SyncVectorEnv):
         try:
             concatenate(space, self._env_obs, rows)
         except Exception as error:
-            wrong = [i for i, observation in enumerate(self._env_obs) if not space.contains(observation)]
+            first = self._first_number
+            wrong = [i for i, observation in enumerate(self._env_obs, first) if not space.contains(observation)]
             who = f"environment {wrong[0]}" if wrong else "an environment"
             raise EnvironmentFailed(f"{who}: expected an observation of {space}: {error}") from error
 
 
-class RecordedAsyncVectorEnv(AsyncVectorEnv):
-    """Gymnasium's AsyncVectorEnv in SAME_STEP mode, with a `Recorder` around each environment in its process.
+class RecordedAsyncVectorEnv(VectorEnv):
+    """Environments in other processes: each process steps an equal share of them, in a `LeanSyncVectorEnv`.
+
+    Args:
+        num_workers: processes; None: one for each environment.
 
     Attributes:
         makers: of the environments without their recorders.
 
     Raises:
+        ValueError: the shares would not be equal.
         EnvironmentFailed: by any call: an environment raised an error, or its process ended.
     """
 
-    def __init__(self, env_fns: Sequence[Callable[[], gym.Env]]) -> None:
+    def __init__(self, env_fns: Sequence[Callable[[], gym.Env]], *, num_workers: int | None = None) -> None:
+        self.num_envs, self.makers = len(env_fns), env_fns
+        num_workers = num_workers or self.num_envs
+        if self.num_envs % num_workers:
+            raise ValueError(f"num_workers: expected a divisor of num_envs={self.num_envs}, got {num_workers}")
+        env = env_fns[0]()  # its errors are clearer from this process
+        self.metadata = {**env.metadata, "autoreset_mode": AutoresetMode.SAME_STEP}
+        self.single_observation_space, self.single_action_space = env.observation_space, env.action_space
+        env.close()
+        self.observation_space = batch_space(self.single_observation_space, self.num_envs)
+        self.action_space = batch_space(self.single_action_space, self.num_envs)
+        self._size = self.num_envs // num_workers
+        self._shares = _Processes(env_fns, self._size)
+        self.processes = self._shares.processes
+
+    def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Begins an episode in each environment.
+
+        Args:
+            seed: one for each environment, or None.
+            options: not used.
+        """
+        seeds = None if seed is None else self._of_shares(seed)
+        return self._joined(self._shares.reset(seed=seeds)[0]), {}
+
+    def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+        num_shares, size = self._shares.num_envs, self._size
+        of_shares = _mapped(lambda leaf: leaf.reshape(num_shares, size, *leaf.shape[1:]), actions)
+        observations, *outcome, of_ended = self._shares.step(of_shares)
+        infos: dict[str, Any] = {}
+        for number, ended in enumerate(of_ended.get("ended", ())):
+            for i, info in ended or ():
+                infos = self._add_info(infos, info, number * size + i)
+        rewards, terminated, truncated = (values.reshape(self.num_envs) for values in outcome)
+        return self._joined(observations), rewards, terminated, truncated, infos
+
+    def call(self, name: str, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """What the recorders' method gives, of each environment."""
+        return tuple(
+            of_env for of_share in self._shares.call("call_each", name, *args, **kwargs) for of_env in of_share
+        )
+
+    def set_attr(self, name: str, values: Any) -> None:
+        """Sets an attribute of the recorders, to one of the values each."""
+        self._shares.set_attr("each", [(name, part) for part in self._of_shares(values)])
+
+    def close_extras(self, **how: Any) -> None:
+        if hasattr(self, "_shares"):  # they could be made
+            self._shares.close(**how)
+
+    def _of_shares(self, values: Sequence[Any]) -> list[Sequence[Any]]:
+        return [values[i : i + self._size] for i in range(0, self.num_envs, self._size)]
+
+    def _joined(self, observations: Any) -> Any:
+        return _mapped(lambda leaf: leaf.reshape(self.num_envs, *leaf.shape[2:]), observations)
+
+
+class _Processes(AsyncVectorEnv):
+    """Gymnasium's AsyncVectorEnv, of `_Share`s, which says whose environments failed and lets no process linger."""
+
+    def __init__(self, env_fns: Sequence[Callable[[], gym.Env]], size: int) -> None:
         # Linux counts the thread that made a process as its parent: only the main one lives as long as the process.
         ends_with_thread = threading.current_thread() is threading.main_thread()
-        own = functools.partial(_recorded, parent=os.getpid(), ends_with_thread=ends_with_thread)
+        make = functools.partial(_Share, parent=os.getpid(), ends_with_thread=ends_with_thread)
+        firsts = range(0, len(env_fns), size)
+        self._names = [f"environment {i}" if size == 1 else f"environments {i} to {i + size - 1}" for i in firsts]
+        shares = [functools.partial(make, env_fns[i : i + size], i, name) for i, name in zip(firsts, self._names)]
         with self._naming_the_dead():
-            recorders = [functools.partial(own, env_fn) for env_fn in env_fns]
-            super().__init__(recorders, autoreset_mode=AutoresetMode.SAME_STEP)
-        self.makers = env_fns
+            super().__init__(shares, autoreset_mode=AutoresetMode.DISABLED)
         # At its exit Python waits for processes that it only sent a SIGTERM.
         multiprocessing.util.Finalize(self, _kill, args=(self.processes,), exitpriority=0)
 
@@ -168,19 +238,22 @@ class RecordedAsyncVectorEnv(AsyncVectorEnv):
             yield
         except (EOFError, ConnectionError) as error:
             time.sleep(0.1)  # its pipe closes a moment before it ends
-            ended = {i: process.exitcode for i, process in enumerate(self.processes) if process.exitcode is not None}
+            ended = [(who, process.exitcode) for who, process in zip(self._names, self.processes)]
             who = ", ".join(
-                f"{i} (killed by {signal.Signals(-code).name})" if code < 0 else f"{i} (exit status {code})"
-                for i, code in ended.items()
+                f"{who} (killed by {signal.Signals(-code).name})" if code < 0 else f"{who} (exit status {code})"
+                for who, code in ended
+                if code is not None
             )
-            raise EnvironmentFailed(f"the process of environment {who or 'unknown'} ended") from error
+            raise EnvironmentFailed(f"the process of {who or 'an environment'} ended") from error
 
     def _raise_if_errors(self, successes: Iterable[bool]) -> None:
         """Gymnasium raises the first error of a process, too, but does not say whose it was."""
         if not all(successes):
             number, kind, error, _ = self.error_queue.get()
-            said = str(error) if kind is EnvironmentFailed else f"raised {kind.__name__}: {error}"
-            raise EnvironmentFailed(f"environment {number} {said}")
+            of = self._names[number]
+            raise EnvironmentFailed(
+                str(error) if kind is EnvironmentFailed else f"{of} raised {kind.__name__}: {error}"
+            )
 
 
 class KeepsFinalObservation(gym.Wrapper):
@@ -193,45 +266,76 @@ class KeepsFinalObservation(gym.Wrapper):
         return observation, reward, terminated, truncated, info
 
 
-class _InProcess(Recorder):
-    """A recorder in a process of its own: a seed is for that process's global generators too.
+class _Share(gym.Env):
+    """Some environments in a process of their own, stepped together: a seed is for its global generators, too.
 
     Python seeds `random` by the system after a fork. Errors leave it as text: others may not fit through a pipe.
+
+    Attributes:
+        each: name of an attribute and its values, of each environment.
     """
 
-    def __init__(self, env: gym.Env) -> None:
-        super().__init__(env)
-        self._sizes = [leaf.size for leaf in leaves(create_empty_array(env.observation_space, n=1))]
+    def __init__(
+        self, env_fns: Sequence[Callable[[], gym.Env]], first: int, name: str, *, parent: int, ends_with_thread: bool
+    ) -> None:
+        if os.getpid() != parent:  # an AsyncVectorEnv makes one here, too, to see its spaces
+            for number in _OF_THE_RUN:
+                if hasattr(signal, number):
+                    signal.signal(getattr(signal, number), signal.SIG_IGN)
+            _end_with_parent(by_system=ends_with_thread)
+        self._name = name
+        self._envs = LeanSyncVectorEnv(env_fns, first_number=first)
+        self.observation_space, self.action_space = self._envs.observation_space, self._envs.action_space
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+    def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         if seed is not None:
-            random.seed(seed)
-            np.random.seed(seed % 2**32)  # noqa: NPY002
+            random.seed(seed[0])
+            np.random.seed(seed[0] % 2**32)  # noqa: NPY002
         try:
-            return super().reset(seed=seed)
+            return self._envs.reset(seed=seed)[0], {}
         except (Exception, SystemExit) as error:
-            raise EnvironmentFailed(_described(error)) from None
+            raise EnvironmentFailed(f"{self._name} {_described(error)}") from None
 
-    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+    def step(self, action: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         try:
-            step = super().step(action)
-            shapes = [leaf.shape for leaf in leaves(step[0])]
-            if [math.prod(shape) for shape in shapes] != self._sizes:  # one number would fill the row
-                raise ValueError(f"observation: expected one of {self.observation_space}, got shapes {shapes}")
-        except (Exception, SystemExit) as error:
-            raise EnvironmentFailed(_described(error)) from None
-        return step
+            *outcome, infos = self._envs.step(action)
+        except EnvironmentFailed as error:
+            raise EnvironmentFailed(str(error)) from None
+        if not infos:
+            return (*outcome, {})
+        numbers = infos.get("final_info", {})
+        ended = []
+        for i, observation in enumerate(infos["final_obs"]):
+            if observation is not None:
+                own = {name: values[i] for name, values in numbers.items() if f"_{name}" in numbers}
+                own = {name: value for name, value in own.items() if numbers[f"_{name}"][i]}
+                ended.append((i, {"final_obs": observation} | ({"final_info": own} if own else {})))
+        return (*outcome, {"ended": tuple(ended)})
+
+    def call_each(self, name: str, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        return self._envs.call(name, *args, **kwargs)
+
+    @property
+    def each(self) -> tuple[str, Any]:
+        raise NotImplementedError
+
+    @each.setter
+    def each(self, given: tuple[str, Any]) -> None:
+        self._envs.set_attr(*given)
+
+    def close(self) -> None:
+        self._envs.close()
 
 
-def _recorded(env_fn: Callable[[], gym.Env], *, parent: int | None = None, ends_with_thread: bool = False) -> Recorder:
-    if parent is None:
-        return Recorder(env_fn())
-    if os.getpid() != parent:  # an AsyncVectorEnv makes one here, too, to see its spaces
-        for name in _OF_THE_RUN:
-            if hasattr(signal, name):
-                signal.signal(getattr(signal, name), signal.SIG_IGN)
-        _end_with_parent(by_system=ends_with_thread)
-    return _InProcess(KeepsFinalObservation(env_fn()))
+def _mapped(change: Callable[[NDArray[Any]], Any], value: Any) -> Any:
+    """Batched observations or actions with every array changed."""
+    if isinstance(value, dict):
+        return {key: _mapped(change, part) for key, part in value.items()}
+    return tuple(_mapped(change, part) for part in value) if isinstance(value, tuple) else change(np.asarray(value))
+
+
+def _recorded(env_fn: Callable[[], gym.Env]) -> Recorder:
+    return Recorder(env_fn())
 
 
 def _end_with_parent(*, by_system: bool) -> None:
