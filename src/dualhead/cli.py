@@ -158,12 +158,10 @@ def _main(arguments: list[str]) -> int:
         try:
             # Worlds bring options: they must be registered before the other options are read.
             tyro.cli(_import, args=arguments, add_help=False, return_unknown_args=True)
-            is_training = arguments[:1] == ["train"]
-            file = (
-                tyro.cli(_file, args=arguments[1:], add_help=False, return_unknown_args=True)[0] if is_training else {}
-            )
-            names = [*arguments, file.get("env")]
-            named = [world.settings for name, world in WORLDS.items() if name in names]
+            is_training, file = arguments[:1] == ["train"], dict[str, Any]()
+            if is_training:
+                file, _ = tyro.cli(_file, args=arguments[1:], add_help=False, return_unknown_args=True)
+            named = [world.settings for name, world in WORLDS.items() if name in (*arguments, file.get("env"))]
             if is_training:
                 words = [word for word in arguments[1:] if word not in ("-h", "--help")]
                 found = _read_train(words, named, file=file)

@@ -33,14 +33,8 @@ def train_seeds(config: RunConfig, seeds: Sequence[int], *, modules: Sequence[st
     if len(set(seeds)) < len(seeds):
         raise SettingsError([("seeds", f"expected different ones, got {' '.join(map(str, seeds))}")])
     if config.run_dir is not None:
-        raise SettingsError(
-            [
-                (
-                    "run_dir",
-                    f"expected none with several seeds, each run has a directory of its own; got {config.run_dir!r}",
-                )
-            ]
-        )
+        why = f"expected none with several seeds, whose runs lie in different directories, got {config.run_dir!r}"
+        raise SettingsError([("run_dir", why)])
     given = config.model_dump() | {"num_threads": config.num_threads or 1}
     planned = {f"seed {seed}": _placed(RunConfig(**given | {"seed": seed})) for seed in seeds}
     for name, run in planned.items():
