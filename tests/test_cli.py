@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import pickle
 import re
 import signal
 import sys
@@ -19,8 +20,8 @@ from saved_runs import rows_of, save_run
 import dualhead
 from dualhead.cli import main
 from dualhead.config import flat
-from dualhead.errors import RunError, SettingsError, UnavailableEnvironment
-from dualhead.running import trainer
+from dualhead.errors import RunError, SettingsError, UnavailableEnvironment, UnknownEnvironment
+from dualhead.running import parts, trainer
 from dualhead.running.checkpoint import checkpoints, read_config, read_newest
 from dualhead.running.config import RunConfig
 from dualhead.running.config_file import read_settings
@@ -60,8 +61,9 @@ def here(tmp_path, monkeypatch):
     """An empty working directory, from which modules can be imported."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    before = set(sys.modules)
+    before, named = set(sys.modules), set(parts.named_modules)
     yield tmp_path
+    parts.named_modules.intersection_update(named)
     for name in set(sys.modules) - before:
         if name.startswith("mine"):
             del sys.modules[name]
@@ -278,6 +280,11 @@ def test_an_unknown_environment_is_answered_with_the_nearest_one(here, capsys, e
     assert main(["train", env]) == 1
     assert f"unknown environment {env!r}" in (said := capsys.readouterr().err)
     assert said.endswith(f"; did you mean {near}?\n")
+
+
+def test_an_unknown_environment_can_be_told_by_another_process():
+    error = UnknownEnvironment("CartPol-v1", ["CartPole-v1"])
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
 
 
 def test_names_that_are_nothing_like_any_get_no_suggestion(here):

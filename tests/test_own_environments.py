@@ -17,14 +17,16 @@ from processes import run_process
 
 import dualhead
 from dualhead import RunConfig, RunError, SettingsError, UnavailableEnvironment
-from dualhead.cli import main
+from dualhead.cli import _arguments, main
 from dualhead.errors import EnvironmentFailed
 from dualhead.running import parts, trust
-from dualhead.running.checkpoint import read_config, read_newest
+from dualhead.running.checkpoint import new_run_dir, read_config, read_newest
 from dualhead.running.environment import maker_of, open_streams
+from dualhead.running.video import record_video
 from dualhead.worlds.replay import CannotReplay
 
 MODULE = '''
+import multiprocessing
 import os
 from subprocess import run
 
@@ -46,6 +48,8 @@ class Door(gym.Env):
     def __init__(self, size=5, delay=0.5, title="plain", walls=(), render_mode=None):
         if size < my_helper.SMALLEST:
             raise ValueError(f"size must be at least 2, got {size}")
+        if title == "fails there" and multiprocessing.parent_process():
+            raise LookupError("no such title")
         self.given = [size, delay, title, walls]
         self.size, self.render_mode = size, render_mode
         self.observation_space = spaces.Dict(
@@ -129,11 +133,14 @@ def train_tiny(env="my_envs:Door", **changes):
 # A file in the working directory.
 
 
-def run_command(folder, *words):
+def run_command(folder, *words, start="None"):
     """The command as it is installed: unlike `python -m`, Python does not search the working directory for it."""
     script = folder / "bin" / "command.py"
     script.parent.mkdir(exist_ok=True)
-    script.write_text("import sys\nfrom dualhead.cli import main\nif __name__ == '__main__':\n    sys.exit(main())")
+    script.write_text(
+        "import sys\nfrom dualhead.cli import main\nif __name__ == '__main__':\n"
+        f"    __import__('multiprocessing').set_start_method({start})\n    sys.exit(main())"
+    )
     done = run_process([sys.executable, str(script), *words], cwd=folder)
     assert done.returncode == 0, done.stderr
     return done
@@ -152,9 +159,13 @@ def test_a_class_in_a_file_trains_in_other_processes_is_resumed_and_filmed(folde
         assert (folder / "play.gif").exists()
 
 
-@pytest.mark.parametrize("words", [["my_envs:Door-v0"], ["Door-v0", "--import", "my_envs.py"]])
-def test_gymnasiums_ids_of_a_file_train(folder, words):
-    run_command(folder, "train", *words, *OPTIONS)
+def test_an_id_that_a_file_registers_trains(folder):
+    run_command(folder, "train", "my_envs:Door-v0", *OPTIONS)
+
+
+def test_an_id_that_an_imported_file_registers_trains_in_processes_that_are_not_forked(folder):
+    processes = ["--vectorization", "async", "--num-workers", "1"]
+    run_command(folder, "train", "Door-v0", "--import", "my_envs.py", *OPTIONS, *processes, start="'spawn'")
 
 
 def test_a_study_finds_the_file_too(folder):
@@ -263,7 +274,7 @@ def test_arguments_reach_the_constructor_and_the_runs_settings(folder, capsys):
     ],
 )
 def test_values_are_toml_or_text(word, value):
-    assert dualhead.cli._arguments([word]) == {"a": value}
+    assert _arguments([word]) == {"a": value}
 
 
 @pytest.mark.parametrize("words", [["size"], ["=3"], ["a b=3"]])
@@ -349,6 +360,9 @@ def test_wrappers_are_applied_in_order_after_keys_are_dropped(folder):
         ("my_envs:tripled(__import__('os').getpid())", "expected MODULE:NAME"),
         ("my_envs:tripled(**{'factor': 3})", "expected MODULE:NAME"),
         ("my_envs:tripled(3)(4)", "expected MODULE:NAME"),
+        ("my_envs:tripled({[]: 1})", "expected MODULE:NAME"),
+        (f"my_envs:tripled({'-' * 950}1)", "expected MODULE:NAME"),
+        (f"my_envs:tripled({'-' * 10**6}1)", "expected MODULE:NAME"),
         ("my_envs:os.getpid", "expected MODULE:NAME"),
         ("my_envs:nothing", "my_envs has no nothing"),
         ("my_envs:NUMBER", "got 5"),
@@ -434,6 +448,8 @@ def test_who_failed_in_a_shared_process_is_said(folder):
         with pytest.raises(EnvironmentFailed, match=r"the process of environments 2 to 3 \(killed by SIGKILL\) ended"):
             streams.step(np.zeros(4, int))
     assert not any(process.is_alive() for process in streams.envs.processes)
+    with pytest.raises(UnavailableEnvironment, match=r"environments 0 to 1 \(exit status 1\)"):
+        open_streams(config_of(**settings | {"env_args": {"title": "fails there"}}), for_training=True)
 
 
 def test_shares_are_equal():
@@ -499,7 +515,7 @@ def test_no_command_imports_a_wrapper_that_a_file_names(folder, command, capsys)
 def test_an_imported_module_lends_a_stranger_only_its_environments(strange, changes):
     parts.import_module("my_envs", what="--import")
     run = strange(**{"env": "my_envs:Door"} | changes)
-    for use in (dualhead.evaluate, dualhead.resume, lambda run: dualhead.running.video.record_video(run, "x.gif")):
+    for use in (dualhead.evaluate, dualhead.resume, lambda run: record_video(run, "x.gif")):
         with pytest.raises(RunError, match=r"(--import|If you trust it).*dualhead\.trust"):
             use(run)
     assert not Path("it-ran").exists()
@@ -531,6 +547,6 @@ def test_functions_need_to_be_named(strange, monkeypatch):
     ],
 )
 def test_directories_have_names_that_every_file_system_takes(folder, env, name):
-    path = dualhead.running.checkpoint.new_run_dir(config_of(env))
+    path = new_run_dir(config_of(env))
     assert path == Path("runs") / name / "lstm-seed0"
-    assert dualhead.running.checkpoint.new_run_dir(config_of(env)).name == "lstm-seed0-2"
+    assert new_run_dir(config_of(env)).name == "lstm-seed0-2"

@@ -58,10 +58,13 @@ class UnknownEnvironment(UnavailableEnvironment):
     """
 
     def __init__(self, name: str, known: Iterable[str]) -> None:
-        self.name = name
-        super().__init__(
-            f"unknown environment {name!r}: `dualhead envs` lists all; --import MODULE imports one of your own that "
-            f"registers more{did_you_mean(name, known)}"
+        self.name, self.known = name, tuple(known)
+        super().__init__(self.name, self.known)  # what it is made of again in another process
+
+    def __str__(self) -> str:
+        return (
+            f"unknown environment {self.name!r}: `dualhead envs` lists all; --import MODULE imports one of your own that "
+            f"registers more{did_you_mean(self.name, self.known)}"
         )
 
 

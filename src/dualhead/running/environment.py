@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeGuard
 
 import gymnasium as gym
@@ -14,10 +15,10 @@ from gymnasium.vector import VectorEnv
 from gymnasium.wrappers import HumanRendering
 
 from dualhead.config import WorldConfig
-from dualhead.errors import RunError, UnavailableEnvironment, UnknownEnvironment
+from dualhead.errors import EnvironmentFailed, RunError, UnavailableEnvironment, UnknownEnvironment
 from dualhead.running.checkpoint import read_config, safe_name
 from dualhead.running.config import RunConfig
-from dualhead.running.parts import Call, find_part, import_module
+from dualhead.running.parts import Call, find_part, import_module, named_modules
 from dualhead.running.trust import expect_trusted
 from dualhead.worlds.registry import WORLDS, environment_ids
 from dualhead.worlds.streams import GymnasiumStreams, Streams, make_env, make_streams
@@ -100,13 +101,21 @@ def maker_of(config: RunConfig, env: str | Callable[..., gym.Env] | None = None)
     is_meant = env is None or config.env_from == "callable"
     found = _found(config.env if env is None else env) if env is None or isinstance(env, str) else env
     wrappers = [(text, _wrapper(text)) for text in config.wrappers]
-    return functools.partial(
+    make = functools.partial(
         make_env,
         found,
         config.env_args if is_meant else {},
         wrappers=wrappers,
         drop_observations=config.drop_observations,
     )
+    return functools.partial(_after_importing, sorted(named_modules), make)
+
+
+def _after_importing(modules: Sequence[str], make: Callable[[], gym.Env]) -> gym.Env:
+    """Makes an environment that these modules may register: a process that is not forked has not imported them yet."""
+    for module in modules:
+        importlib.import_module(module)
+    return make()
 
 
 def _found(env: str) -> str | Callable[..., gym.Env]:
@@ -224,6 +233,8 @@ def open_streams(
         return make_streams(make, num_envs, vectorization=vectorization, num_workers=config.num_workers)
     except UnknownEnvironment as error:
         raise UnknownEnvironment(error.name, environment_ids()) from error  # those of registered worlds too
+    except EnvironmentFailed as error:  # in another process
+        raise UnavailableEnvironment(f"environment {config.env!r} cannot be made: {error}") from error
     except TypeError as error:
         if config.env_from != "id":
             raise

@@ -90,6 +90,10 @@ def name_of(part: Any) -> str | None:
     return f"{named.__module__}:{named.__qualname__}"
 
 
+_LONGEST_CALL = 1000
+"""Characters; the text may come from a stranger, and Python's parser can crash on one that is deeply nested."""
+
+
 class Call(NamedTuple):
     """A wrapper and what it is called with after the environment: `MODULE:NAME`, or `MODULE:NAME(4, key="text")`."""
 
@@ -102,7 +106,7 @@ class Call(NamedTuple):
         """Reads what a user wrote; ValueError if it is none. Arguments are literals, nothing is evaluated."""
         name, bracket, rest = text.partition("(")
         try:
-            if not re.fullmatch(r"[^:\s]+:[^\W\d]\w*", name):
+            if not re.fullmatch(r"[^:\s]+:[^\W\d]\w*", name) or len(text) > _LONGEST_CALL:
                 raise ValueError
             call = ast.parse(f"f({rest}" if bracket else "f()", mode="eval").body
             if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
@@ -112,7 +116,7 @@ class Call(NamedTuple):
             if len(kwargs) < len(call.keywords):  # **{...}
                 raise ValueError
             return cls(name, args, kwargs)
-        except (ValueError, SyntaxError):
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):  # the last two of deep nesting
             raise ValueError(
                 f"expected MODULE:NAME, or MODULE:NAME(...) with numbers, quoted text, True, False or None, such as "
                 f"gymnasium.wrappers:FrameStackObservation(stack_size=4), got {text!r}"
