@@ -108,7 +108,7 @@ def maker_of(config: RunConfig, env: str | Callable[..., gym.Env] | None = None)
         wrappers=wrappers,
         drop_observations=config.drop_observations,
     )
-    return functools.partial(_after_importing, sorted(named_modules), make)
+    return functools.partial(_after_importing, sorted(named_modules & sys.modules.keys()), make)
 
 
 def _after_importing(modules: Sequence[str], make: Callable[[], gym.Env]) -> gym.Env:
