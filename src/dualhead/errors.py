@@ -63,8 +63,8 @@ class UnknownEnvironment(UnavailableEnvironment):
 
     def __str__(self) -> str:
         return (
-            f"unknown environment {self.name!r}: `dualhead envs` lists all; --import MODULE imports one of your own that "
-            f"registers more{did_you_mean(self.name, self.known)}"
+            f"unknown environment {self.name!r}: `dualhead envs` lists all; --import MODULE imports one of your own "
+            f"that registers more{did_you_mean(self.name, self.known)}"
         )
 
 
