@@ -663,7 +663,7 @@ def test_stopping_a_study_stops_its_runs_and_the_next_call_resumes_them(tmp_path
     assert checkpoints(first)[0].name == f"step-{summary['steps']:012d}.safetensors"
     if how == "ctrl-c":
         assert process.returncode == 130
-        assert "0 of 4 runs are finished; the same command continues the study" in errors
+        assert "0 of 4 runs are finished; the same command resumes the rest" in errors
         assert "Traceback" not in errors
     # Resuming is shown on this run alone, because the study would take minutes.
     with started(command) as process:

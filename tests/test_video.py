@@ -151,7 +151,7 @@ def test_an_epoch_of_the_commons(tmp_path):
     ("name", "out", "steps", "missing", "message"),
     [
         ("run", "video.avi", 9, None, r"ends in \.mp4 or \.gif, got '\.avi'"),
-        ("unseen", "video.gif", 9, None, r"test/Unseen-v0 cannot be filmed: its render modes are \['human'\]"),
+        ("unseen", "video.gif", 9, None, r"test/Unseen-v0 cannot be shown: its render modes are \['human'\]"),
         ("run", "video.gif", 0, None, "max_steps: expected at least 1, got 0"),
         ("nowhere", "video.gif", 9, None, "holds no run"),
         ("run", "file/video.gif", 9, None, "cannot write video"),

@@ -10,11 +10,11 @@ import re
 import select
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, TypedDict, Union, get_args, get_origin
+from types import MappingProxyType, NoneType, UnionType
+from typing import Annotated, Any, Literal, NamedTuple, TypedDict, Union, get_args, get_origin
 
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
@@ -32,6 +32,7 @@ from dualhead.running.config import (
     tuned_settings,
     usual_preset,
 )
+from dualhead.running.config_file import combined, config_from, read_settings
 from dualhead.running.parts import find_part, import_module
 from dualhead.studies.files import copy_study, study_names
 from dualhead.worlds.registry import WORLDS
@@ -52,6 +53,15 @@ Modules = Annotated[
     ),
     UseAppendAction,
 ]
+ConfigFile = Annotated[
+    str | None,
+    arg(
+        name="config",
+        metavar="FILE",
+        help="Settings below those that are given here: the config.json of another run, YAML or TOML.",
+    ),
+]
+Trust = Annotated[bool, arg(help="Import what the run's files name. They can then do anything that you can.")]
 Run = Positional[Annotated[str, arg(metavar="RUN", help="The run directory.")]]
 RunOrCheckpoint = Positional[Annotated[str, arg(metavar="RUN", help="The run directory, or a checkpoint file of it.")]]
 
@@ -63,9 +73,7 @@ class OwnParts:
     encoder: Annotated[str | None, arg(metavar="MODULE:NAME", help="The run's own encoder, where it has one.")] = None
     memory: Annotated[str | None, arg(metavar="MODULE:NAME", help="The run's own memory, where it has one.")] = None
     modules: Modules = ()
-    trust: Annotated[bool, arg(help="Import what the run's files name. They can then do anything that you can.")] = (
-        False
-    )
+    trust: Trust = False
 
     def found(self, *runs: str) -> dict[str, Any]:
         """The parts, imported, and with `--trust` also what the runs name."""
@@ -83,6 +91,17 @@ class OwnParts:
 
 
 Own = Annotated[OwnParts, arg(name="")]
+
+
+class _Asked(NamedTuple):
+    """What a command line of `train` says."""
+
+    env: str | None
+    settings: dict[str, Any]
+    config: str | None
+    seeds: tuple[int, ...]
+    trust: bool
+    modules: tuple[str, ...]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -139,17 +158,20 @@ def _main(arguments: list[str]) -> int:
         try:
             # Worlds bring options: they must be registered before the other options are read.
             tyro.cli(_import, args=arguments, add_help=False, return_unknown_args=True)
-            named = [world.settings for name, world in WORLDS.items() if name in arguments]
-            if arguments[:1] == ["train"]:
+            is_training, file = arguments[:1] == ["train"], dict[str, Any]()
+            if is_training:
+                file, _ = tyro.cli(_file, args=arguments[1:], add_help=False, return_unknown_args=True)
+            named = [world.settings for name, world in WORLDS.items() if name in (*arguments, file.get("env"))]
+            if is_training:
                 words = [word for word in arguments[1:] if word not in ("-h", "--help")]
-                found = _read_train(words, named)
+                found = _read_train(words, named, file=file)
                 if len(words) < len(arguments) - 1:
-                    _show_help_of_train(found, named)
+                    _show_help_of_train(found, named, file=file)
                 if found is not None:
-                    return _train(*found)
+                    return _train(found)
             return tyro.extras.subcommand_cli_from_dict(
                 {
-                    "train": _reader(named),  # says what is wrong
+                    "train": _reader(named, file=file),  # says what is wrong
                     "resume": resume,
                     "eval": evaluate,
                     "study": study,
@@ -172,6 +194,11 @@ def _main(arguments: list[str]) -> int:
 def _import(modules: Modules = ()) -> None:
     for module in modules:
         import_module(module, what="--import")
+
+
+def _file(config: ConfigFile = None) -> dict[str, Any]:
+    """The settings in the file of `train --config`."""
+    return {} if config is None else read_settings(config)
 
 
 def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
@@ -261,56 +288,96 @@ def _options(*classes: type[Config], hidden: Iterable[str] = (), worlds: Sequenc
     return TypedDict("Settings", kinds, total=False)  # type: ignore[operator]
 
 
-def _read_train(words: Sequence[str], named: Sequence[type[Config]]) -> tuple[str, dict[str, Any]] | None:
-    """The environment and the settings that were given; None for wrong usage."""
+def _read_train(words: Sequence[str], named: Sequence[type[Config]], *, file: dict[str, Any]) -> _Asked | None:
+    """What was given; None for wrong usage."""
     # Behind a list ENV is taken for an element of it, `--head-sizes 6 6 ENV --seed 1`: try each word as ENV.
     places = [place for place, word in enumerate(words) if re.match(r"[^\W\d]", word)]
     for order in [words, *([words[place], *words[:place], *words[place + 1 :]] for place in reversed(places))]:
         with suppress(SystemExit):
-            return tyro.cli(_reader(named), args=order, console_outputs=False)
+            return tyro.cli(_reader(named, file=file), args=order, console_outputs=False)
     return None
 
 
-def _show_help_of_train(found: tuple[str, dict[str, Any]] | None, named: Sequence[type[Config]]) -> None:
+def _show_help_of_train(found: _Asked | None, named: Sequence[type[Config]], *, file: dict[str, Any]) -> None:
     """Shows the settings of the environment that was found, if one was; and exits."""
-    env, given = found or ("", {})
-    hidden = [] if env in WORLDS else _OF_AGENTS if env and ":" not in env else ["world"]
+    given = _over(found) if found else {}
+    if found and found.config:
+        given = combined(found.config, given)
+    env = given.get("env", "")
     preset, independent = given.get("preset", usual_preset(env)), given.get("policies") == "independent"
     defaults = merged(default_settings(env), preset_settings(preset, env, independent=independent))
-    shown = _reader(named, hidden=hidden, defaults=defaults | {"preset": preset})
+    if found and found.config:
+        defaults = planned(**given).model_dump()
+    hidden = [] if env in WORLDS else _OF_AGENTS if env and ":" not in env else ["world"]
+    shown = _reader(named, hidden=hidden, defaults=defaults | {"preset": preset}, file=file)
     tyro.cli(shown, args=["--help"], prog="dualhead train")
 
 
 def _reader(
-    worlds: Sequence[type[Config]], *, hidden: Iterable[str] = (), defaults: dict[str, Any] | None = None
-) -> Callable[..., tuple[str, dict[str, Any]]]:
-    """`train` as a function for tyro, which returns what was given."""
+    worlds: Sequence[type[Config]],
+    *,
+    hidden: Iterable[str] = (),
+    defaults: dict[str, Any] | None = None,
+    file: Mapping[str, Any] = MappingProxyType({}),
+) -> Callable[..., _Asked]:
+    """`train` as a function for tyro, which returns what was given. A file may name the environment."""
     hidden = ("env", "env_from", "learning_rate_from", "memory", "wrappers", *hidden)
     settings_of_a_run = _options(RunConfig, hidden=hidden, worlds=worlds)
     about_env, about_wrappers = (RunConfig.model_fields[name].description for name in ("env", "wrappers"))
     shown = {name: value for name, value in (defaults or {}).items() if name not in hidden} or tyro.MISSING
 
     def train(
-        env: Positional[Annotated[str, arg(metavar="ENV", help=about_env)]],
+        env: Positional[Annotated[str | None, arg(metavar="ENV", help=about_env)]] = None if file else tyro.MISSING,
         settings: Annotated[settings_of_a_run, arg(name="")] = shown,  # type: ignore[valid-type]
+        seeds: Annotated[
+            tuple[int, ...],
+            arg(help="Train once with each, side by side, one thread each, as many at a time as there are cores."),
+        ] = (),
+        config: ConfigFile = None,
+        trust: Trust = False,
         modules: Modules = (),
         wrappers: Annotated[tuple[str, ...], arg(metavar="MODULE:NAME", help=about_wrappers), UseAppendAction] = (),
-    ) -> tuple[str, dict[str, Any]]:
+    ) -> _Asked:
         """Train an agent. `dualhead train ENV --help` shows the settings of an environment."""
-        return env, settings | ({"wrappers": wrappers} if wrappers else {})
+        given = settings | ({"wrappers": wrappers} if wrappers else {})
+        return _Asked(env, given, config, seeds, trust, modules)
 
     return train
 
 
-def _train(env: str, settings: dict[str, Any]) -> int:
+def _over(asked: _Asked) -> dict[str, Any]:
+    """The settings that were given, over those of a file or of a preset; nested as RunConfig is."""
+    settings = {name: value for name, value in asked.settings.items() if value != {}}
+    settings |= {} if asked.env is None else {"env": asked.env}
     # One option for both: a core of ours by its name, or one of the user's own as MODULE:NAME.
-    if ":" in settings["network"].get("memory", ""):
-        settings["memory"] = settings["network"].pop("memory")
-    from dualhead.running.environment import world_of
-    from dualhead.running.trainer import train
+    if memory := settings.get("network", {}).get("memory"):
+        settings["memory"] = memory if ":" in memory else None
+        if ":" in memory:
+            del settings["network"]["memory"]
+    return settings
 
-    config = planned(env, **settings | world_of(env, settings))
+
+def _train(asked: _Asked) -> int:
+    settings = _over(asked)
+    if asked.seeds and "seed" in settings:
+        raise SettingsError([("seed", "expected --seeds alone, got --seed as well")])
+    if asked.config is None:
+        from dualhead.running.environment import world_of
+
+        config = planned(**settings | world_of(settings["env"], settings))
+    else:
+        if asked.trust:
+            from dualhead.running.trust import trust
+
+            trust(asked.config)
+        config = config_from(asked.config, settings)
     print(_describe_settings(config))
+    if asked.seeds:
+        from dualhead.studies.seeds import train_seeds
+
+        train_seeds(config, asked.seeds, modules=asked.modules)
+        return 0
+    from dualhead.running.trainer import train
 
     return _describe_run(train(config).summary)
 
@@ -368,6 +435,7 @@ def evaluate(
     sample: bool = False,
     json_: Annotated[bool, arg(name="json")] = False,
     video: str | None = None,
+    render: bool = False,
 ) -> int:
     """Play the newest checkpoint of a run.
 
@@ -378,6 +446,7 @@ def evaluate(
         json_: Print mean, 95% interval, deviation, mean length, and every return and length as JSON; also by agent and
             for the team.
         video: Also film one episode into this file, .mp4 or .gif.
+        render: Show the episodes in a window, one after the other; needs a screen.
     """
     if not 0 <= seed < SEED_LIMIT:
         raise RunError(f"seed: expected at least 0 and less than 2**64, got {seed}")
@@ -387,7 +456,7 @@ def evaluate(
     how = {"seed": seed, "deterministic": not sample, **own.found(run)}
     # The video first: what is wrong with it shows at once.
     filmed = video and str(record_video(run, video, **how))
-    played = evaluate(run, episodes=episodes, **how)
+    played = evaluate(run, episodes=episodes, render=render, **how)
     result = played.summary()
     by_agent = {name: scores(returns) | {"returns": returns} for name, returns in played.agents.items()}
     team = scores(played.team) | {"returns": played.team}

@@ -6,14 +6,13 @@ Help texts and docs are read from the fields. Those of a run are in `running/con
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from dualhead.errors import SettingsError
+from dualhead.errors import SettingsError, did_you_mean
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 COUNT_LIMIT = 2**53
@@ -307,14 +306,13 @@ def problems(error: ValidationError, *, of: type[BaseModel] | None = None) -> li
             found += [(f"{name}.{below}".strip("."), message) for below, message in inner.problems]
             continue
         given = "" if problem["type"] == "value_error" else f", got {problem['input']!r}"
-        near = difflib.get_close_matches(name, _names(of), n=1) if problem["type"] == "extra_forbidden" and of else []
-        meant = f"; did you mean {near[0]}?" if near else ""
+        meant = did_you_mean(name, names_of(of)) if problem["type"] == "extra_forbidden" and of else ""
         message = "no such setting" if problem["type"] == "extra_forbidden" else problem["msg"]
         found.append((name, message.removeprefix("Value error, ") + given + meant))
     return found
 
 
-def _names(settings: type[BaseModel]) -> list[str]:
+def names_of(settings: type[BaseModel]) -> list[str]:
     """Of all fields; those of settings within settings have the prefix that is needed there."""
     names = list(settings.model_fields)
     for name, field in settings.model_fields.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
 
 
@@ -46,3 +47,34 @@ class CheckpointError(RuntimeError):
 
 class UnavailableEnvironment(RuntimeError):
     """An environment is unknown, not installed, or cannot be made; the message says what to do."""
+
+
+class UnknownEnvironment(UnavailableEnvironment):
+    """No environment has this name.
+
+    Args:
+        name: that was given.
+        known: names of which the nearest is suggested.
+    """
+
+    def __init__(self, name: str, known: Iterable[str]) -> None:
+        self.name, self.known = name, tuple(known)
+        super().__init__(self.name, self.known)  # what it is made of again in another process
+
+    def __str__(self) -> str:
+        return (
+            f"unknown environment {self.name!r}: `dualhead envs` lists all; --import MODULE imports one of your own "
+            f"that registers more{did_you_mean(self.name, self.known)}"
+        )
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the nearest of those known, or nothing where none is near.
+
+    A name with a prefix, such as `ppo.gamma`, is as near as its last part.
+    """
+    whole: dict[str, str] = {}
+    for full in known:
+        whole |= {full.rpartition(".")[2]: whole.get(full.rpartition(".")[2], full), full: full}
+    near = difflib.get_close_matches(name, whole, n=1)
+    return f"; did you mean {whole[near[0]]}?" if near else ""

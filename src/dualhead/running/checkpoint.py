@@ -6,6 +6,7 @@ Every function raises RunError for what it cannot read or write; what was there 
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import math
 import os
@@ -112,9 +113,7 @@ if hasattr(os, "register_at_fork"):
 
 def new_run_dir(config: RunConfig) -> Path:
     """Makes the directory of a run and writes its configuration; two that begin at once get two directories."""
-    base = Path("runs") / safe_name(config.env) / f"{config.memory_name}-seed{config.seed}"
-    path, number = base if config.run_dir is None else Path(config.run_dir), 1
-    while True:
+    for path in usual_run_dirs(config) if config.run_dir is None else [Path(config.run_dir)]:
         with writing(f"the run directory {path}"):
             path.mkdir(parents=True, exist_ok=True)
         if not (path / "config.json").exists():
@@ -126,10 +125,15 @@ def new_run_dir(config: RunConfig) -> Path:
             except RunInUseError:  # another process begins its run here at this moment
                 if config.run_dir is not None:
                     raise
-        if config.run_dir is not None:
-            raise RunError(f"{path} holds a run already: choose another --run-dir, or remove it")
-        number += 1
-        path = base.with_name(f"{base.name}-{number}")
+    raise RunError(f"{path} holds a run already: choose another --run-dir, or remove it")
+
+
+def usual_run_dirs(config: RunConfig) -> Iterator[Path]:
+    """Where a run may lie that has no `run_dir`: runs/ENV/MEMORY-seedN, and the same with -2, -3, ..."""
+    base = Path("runs") / safe_name(config.env) / f"{config.memory_name}-seed{config.seed}"
+    yield base
+    for number in itertools.count(2):
+        yield base.with_name(f"{base.name}-{number}")
 
 
 def safe_name(env: str) -> str:

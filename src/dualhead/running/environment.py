@@ -13,9 +13,10 @@ from typing import Any, TypeGuard
 import gymnasium as gym
 import torch
 from gymnasium.vector import VectorEnv
+from gymnasium.wrappers import HumanRendering
 
 from dualhead.config import WorldConfig
-from dualhead.errors import EnvironmentFailed, RunError, UnavailableEnvironment
+from dualhead.errors import EnvironmentFailed, RunError, UnavailableEnvironment, UnknownEnvironment
 from dualhead.running.checkpoint import read_config, safe_name
 from dualhead.running.config import RunConfig, pettingzoo_module
 from dualhead.running.parts import Call, find_part, import_module, named_modules
@@ -23,6 +24,7 @@ from dualhead.running.trust import expect_trusted
 from dualhead.worlds.pettingzoo import JointSpace, is_multi_agent
 from dualhead.worlds.registry import WORLDS
 from dualhead.worlds.streams import GymnasiumStreams, Streams, make_env, make_streams
+from dualhead.worlds.suites import known_ids
 
 Environment = Callable[[], Any] | Streams | VectorEnv
 """What Python may hand over instead of an id: a callable that makes one Gymnasium environment or ParallelEnv, streams,
@@ -196,6 +198,51 @@ def _wrapped(wrap: Callable[..., gym.Env], args: tuple[Any, ...], kwargs: dict[s
     return wrap(env, *args, **kwargs)
 
 
+def with_render_mode(config: RunConfig, *modes: str) -> RunConfig:
+    """The settings with the first of these render modes that the environment has; RunError if it has none."""
+    plain = maker_of(config)()
+    mode, has = plain.render_mode, plain.metadata.get("render_modes") or []
+    plain.close()
+    if mode in modes:  # always, or by `env_args`
+        return config
+    for mode in modes:
+        if mode in has:
+            return config.model_copy(update={"env_args": config.env_args | {"render_mode": mode}})
+    raise RunError(
+        f"{config.env} cannot be shown: its render modes are {has}, expected {' or '.join(map(repr, modes))} among them"
+    )
+
+
+def has_screen() -> bool:
+    """Whether a window can be opened here, as far as environment variables say."""
+    return sys.platform != "linux" or any(map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY", "SDL_VIDEODRIVER")))
+
+
+def open_window(config: RunConfig) -> Streams:
+    """One environment of a run, which shows itself in a window at its own pace.
+
+    Raises:
+        RunError: there is no screen, or the environment has no pictures.
+        UnavailableEnvironment: it cannot be made.
+    """
+    if config.env_from != "id" or config.env in WORLDS or config.num_streams > config.num_envs:
+        raise RunError(
+            f"{config.env!r} cannot be shown in a window: expected the id or MODULE:NAME of a Gymnasium environment; "
+            f"--video FILE films worlds of several agents"
+        )
+    if not has_screen():
+        raise RunError(
+            "a window needs a screen, and neither DISPLAY nor WAYLAND_DISPLAY is set; --video FILE films an episode"
+        )
+    rendered = with_render_mode(config, "human", "rgb_array")
+    return make_streams(functools.partial(_in_window, maker_of(rendered)), 1)
+
+
+def _in_window(make: Callable[[], gym.Env]) -> gym.Env:
+    env = make()
+    return env if env.render_mode == "human" else HumanRendering(env)
+
+
 def open_streams(
     config: RunConfig,
     env: Environment | None = None,
@@ -231,6 +278,8 @@ def open_streams(
     try:
         make = maker_of(config, env)  # type: ignore[arg-type]
         return make_streams(make, num_envs, vectorization=vectorization, num_workers=config.num_workers)
+    except UnknownEnvironment as error:
+        raise UnknownEnvironment(error.name, known_ids(WORLDS)) from error  # those of registered worlds too
     except EnvironmentFailed as error:  # in another process
         raise UnavailableEnvironment(f"environment {config.env!r} cannot be made: {error}") from error
     except TypeError as error:

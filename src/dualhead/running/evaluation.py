@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
@@ -16,7 +17,7 @@ from dualhead import snapshot
 from dualhead.errors import CheckpointError, DataError, EnvironmentFailed
 from dualhead.running.checkpoint import RunError
 from dualhead.running.config import EVAL_EPISODES, EVAL_MAX_STEPS, EVALUATION_SEED, RunConfig
-from dualhead.running.environment import Environment, config_to_play, is_streams, open_streams
+from dualhead.running.environment import Environment, config_to_play, is_streams, open_streams, open_window
 from dualhead.running.machine import Requests
 from dualhead.running.playing import Player, Players, expect_spaces, load_player, run_directory
 from dualhead.running.results import interval
@@ -165,6 +166,7 @@ def evaluate(
     memory: Any = None,
     seed: int = EVALUATION_SEED,
     deterministic: bool = True,
+    render: bool = False,
 ) -> Evaluation:
     """Plays the newest whole checkpoint of a run (or the checkpoint file given) in the run's environment.
 
@@ -176,9 +178,11 @@ def evaluate(
         encoder, memory: the parts of its own that the policy was trained with.
         seed: of the environments and of sampling.
         deterministic: the likeliest actions, or sampled ones.
+        render: show the episodes in a window, one after the other. They are others than without.
 
     Raises:
-        RunError: no run, or no whole checkpoint, is there, or the environment gave invalid observations or rewards.
+        RunError: no run, or no whole checkpoint, is there, the environment gave invalid observations or rewards, or it
+            cannot be shown.
         CheckpointError: the checkpoint does not fit the run's configuration, or a part is missing.
     """
     if episodes < 1:
@@ -189,7 +193,7 @@ def evaluate(
     if num_streams % num_agents:
         raise CheckpointError(f"{path} is of {num_streams} streams, but {run} is of worlds of {num_agents} agents")
     num_envs, episodes = evaluation_size(config, episodes)
-    streams = open_streams(config, env, num_envs=num_envs)
+    streams = open_window(config) if render else open_streams(config, env, num_envs=num_envs)
     try:
         expect_spaces(player, streams, path)
         return play_episodes(
@@ -202,6 +206,8 @@ def evaluate(
         )
     except (DataError, EnvironmentFailed) as error:
         raise RunError(f"{config.env}: {error}") from error
+    except gym.error.DependencyNotInstalled as error:
+        raise RunError(f"{config.env} cannot be shown, a package is missing: {error}") from error
     finally:
         if not is_streams(env):
             streams.close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import importlib
 import operator
 import os
@@ -13,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from dualhead.errors import RunError
+from dualhead.errors import RunError, did_you_mean
 
 named_modules: set[str] = set()
 """Those that `import_module` has imported in this process."""
@@ -51,8 +50,7 @@ def import_module(given: str, *, what: str) -> ModuleType:
         said = f"{what}: cannot import {name!r}: {error}"
         if isinstance(error, ModuleNotFoundError) and _is_part_of(error.name, name):
             said += f"; expected {name.replace('.', os.sep)}.py in {here}, or an installed package"
-            near = difflib.get_close_matches(name, [path.stem for path in Path(here).glob("*.py")], n=1)
-            said += f"; did you mean {near[0]}?" if near else ""
+            said += did_you_mean(name, [path.stem for path in Path(here).glob("*.py")])
         raise RunError(said) from error
     named_modules.add(name)
     return found

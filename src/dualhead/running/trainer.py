@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -14,7 +15,16 @@ from torch import Tensor
 
 from dualhead import snapshot
 from dualhead.agent import DualHeadRecurrentPPO
-from dualhead.errors import CheckpointError, DataError, DivergedError, EnvironmentFailed, RunError, SettingsError
+from dualhead.config import names_of
+from dualhead.errors import (
+    CheckpointError,
+    DataError,
+    DivergedError,
+    EnvironmentFailed,
+    RunError,
+    SettingsError,
+    did_you_mean,
+)
 from dualhead.population import IndependentLearners
 from dualhead.running import machine
 from dualhead.running.checkpoint import (
@@ -27,6 +37,7 @@ from dualhead.running.checkpoint import (
     write_json,
 )
 from dualhead.running.config import RunConfig, planned
+from dualhead.running.config_file import config_from
 from dualhead.running.environment import Environment, config_to_play, is_streams, settings_of, world_of
 from dualhead.running.evaluator import Evaluator, open_evaluation
 from dualhead.running.parts import find_part, name_of
@@ -60,8 +71,9 @@ class _Given(NamedTuple):
 
 
 def train(
-    env: str | RunConfig | Environment,
+    env: str | RunConfig | Environment | None = None,
     *,
+    config: str | os.PathLike[str] | None = None,
     encoder: Any = None,
     memory: Any = None,
     learning_rate: Schedule | None = None,
@@ -83,7 +95,8 @@ def train(
     Args:
         env: an environment id, a callable that makes one environment (of Gymnasium, or a ParallelEnv of PettingZoo),
             a ParallelEnv, a Gymnasium vector environment in SAME_STEP mode, or `Streams`; or all settings of a run.
-            `resume` needs the same object again.
+            `resume` needs the same object again. None: that of `config`.
+        config: file of settings below those that are given: the `config.json` of another run, YAML or TOML.
         encoder, memory: your own parts of the policy, see `DualHeadRecurrentPPO`; or MODULE:NAME of one.
         learning_rate: schedule of the learning rate by progress, which rises from 0 to 1 over `total_steps`.
         writers: get the metrics of each update, besides the run's own writers. They are closed with the run.
@@ -107,24 +120,31 @@ def train(
     """
     own_env = None if isinstance(env, str | RunConfig) else env
     given = _Given(own_env, encoder, memory, learning_rate, writers, on_update, eval_env, show_progress)
+    named = {"encoder": name_of(encoder), "memory": name_of(memory)}
+    over: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
+    over["learning_rate_from"] = "config" if learning_rate is None else "callable"
     if isinstance(env, RunConfig):
-        if settings:
-            raise TypeError(f"train(RunConfig(...)) takes no further settings, got {sorted(settings)}")
-        config = env
+        if settings or config is not None:
+            further = sorted([*settings, *([] if config is None else ["config"])])
+            raise TypeError(f"train(RunConfig(...)) takes no further settings, got {further}")
+        run = env.model_copy(update=over)
     else:
-        of_env = settings_of(env)
+        of_env = {} if env is None and config is not None else settings_of(env)  # type: ignore[arg-type]
         if twice := sorted(settings.keys() & of_env.keys()):
             raise TypeError(f"{', '.join(twice)}: the environment that was given decides, expected no such setting")
-        of_env |= world_of(env, settings)
+        if env is not None:
+            of_env |= world_of(env, settings)
+        if unknown := settings.keys() - RunConfig.model_fields.keys():
+            known = [*(train.__kwdefaults__ or ()), *names_of(RunConfig)]
+            raise SettingsError((name, f"no such setting{did_you_mean(name, known)}") for name in sorted(unknown))
         # Streams that were passed are in use by training: no evaluation unless it is asked for.
         in_use = of_env.get("env_from") == "streams" and eval_env is None
-        config = planned(**({"eval_episodes": 0} if in_use else {}) | of_env | settings)
+        over = ({"eval_episodes": 0} if in_use else {}) | of_env | settings | over
+        run = planned(**over) if config is None else config_from(config, over)
     given = given._replace(
-        encoder=config.encoder if encoder is None else encoder, memory=config.memory if memory is None else memory
+        encoder=run.encoder if encoder is None else encoder, memory=run.memory if memory is None else memory
     )
-    named = {"encoder": name_of(given.encoder), "memory": name_of(given.memory)}
-    named["learning_rate_from"] = "config" if learning_rate is None else "callable"
-    return _run(config.model_copy(update=named), given)
+    return _run(run, given)
 
 
 def resume(

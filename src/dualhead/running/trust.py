@@ -20,8 +20,13 @@ _trusted: set[str] = set()
 
 
 def trust(run: str | os.PathLike[str]) -> None:
-    """Lets this process import and call what the files of a run name. They can then do anything that you can."""
+    """Lets this process import and call what the files of a run, or a file of settings, name. They can then do anything
+    that you can."""
     _trusted.add(os.path.realpath(run))
+
+
+def is_trusted(run: str | os.PathLike[str]) -> bool:
+    return os.path.realpath(run) in _trusted
 
 
 def expect_trusted(config: RunConfig, run: str | os.PathLike[str]) -> None:
@@ -31,7 +36,7 @@ def expect_trusted(config: RunConfig, run: str | os.PathLike[str]) -> None:
     environments or wrappers, an id that Gymnasium knows, or a function of a module that the user named in this process;
     and text among the arguments must be no path and no code.
     """
-    if os.path.realpath(run) in _trusted:
+    if is_trusted(run):
         return
     given: dict[str, Any] = {"env_args": config.env_args}
     if config.env_from == "id" and ":" in config.env:

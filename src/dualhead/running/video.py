@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import math
 import os
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 from dualhead.errors import DataError
 from dualhead.running.checkpoint import RunError
 from dualhead.running.config import EVALUATION_SEED, RunConfig
-from dualhead.running.environment import config_to_play, maker_of
+from dualhead.running.environment import config_to_play, has_screen, maker_of, with_render_mode
 from dualhead.running.playing import Player, Players, expect_spaces, load_player, run_directory
 from dualhead.worlds.commons.config import CommonsConfig
 from dualhead.worlds.commons.world import Commons
@@ -101,16 +100,9 @@ def record_video(
 
 
 def _renderable(config: RunConfig) -> gym.Env:
-    plain = maker_of(config)()
-    if plain.render_mode == "rgb_array":
-        return plain
-    modes = plain.metadata.get("render_modes") or []
-    plain.close()
-    if "rgb_array" not in modes:
-        raise RunError(f"{config.env} cannot be filmed: its render modes are {modes}, expected 'rgb_array' among them")
-    if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+    rendered = with_render_mode(config, "rgb_array")
+    if not has_screen():
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # else pygame warns that there is no screen
-    rendered = config.model_copy(update={"env_args": config.env_args | {"render_mode": "rgb_array"}})
     return maker_of(rendered)()
 
 

@@ -13,7 +13,7 @@ import threading
 import time
 import traceback
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import FrameType
@@ -22,9 +22,11 @@ from typing import Any, NamedTuple
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from dualhead.errors import CheckpointError, RunError, UnavailableEnvironment
+from dualhead.running.checkpoint import read_config
 from dualhead.running.config import RunConfig
+from dualhead.running.machine import num_cores
 from dualhead.running.parts import import_module
-from dualhead.running.results import last_steps
+from dualhead.running.results import last_steps, read_summary
 
 OUTPUT = "output.txt"
 """File in the run directory with what the run printed."""
@@ -84,6 +86,66 @@ def run_all(
                         yield name, _outcome(worker, tasks[name]), time.perf_counter() - worker.begun
         finally:
             _stop([worker.process for worker in running.values()])
+
+
+def run_missing(
+    planned: Mapping[str, RunConfig], *, jobs: int | None = None, modules: Sequence[str] = ()
+) -> Generator[str, None, None]:
+    """Runs what is not finished yet, as `run_all`, and prints a line as each run ends.
+
+    Args:
+        planned: settings of all runs, with their `run_dir`, by their names on the terminal.
+        jobs: None: as many runs at a time as the cores allow.
+        modules: as for `run_all`.
+
+    Yields:
+        The name of each run that has ended well.
+
+    Raises:
+        RunError: a directory holds another run; or at the end, some runs failed.
+    """
+    missing = {name: config for name, config in planned.items() if not is_finished(config)}
+    num_done, failed = len(planned) - len(missing), []
+    if num_done:
+        print(f"{num_done} of {len(planned)} runs are finished already", flush=True)
+    if jobs is None:
+        jobs = max(1, num_cores() // max(config.num_threads or 1 for config in planned.values()))
+    try:
+        with closing(run_all(missing, jobs=jobs, modules=modules)) as outcomes:
+            for name, problem, seconds in outcomes:
+                num_done += 1
+                ended = f"done in {seconds:.0f} s" if problem is None else f"failed after {seconds:.0f} s: {problem}"
+                print(f"[{num_done}/{len(planned)}] {name} {ended}", flush=True)
+                if problem is None:
+                    yield name
+                else:
+                    failed.append(f"{name}: {problem}")
+    except KeyboardInterrupt:
+        finished = sum(map(is_finished, planned.values()))
+        print(f"{finished} of {len(planned)} runs are finished; the same command resumes the rest", file=sys.stderr)
+        raise
+    if failed:
+        message = f"{len(failed)} of {len(planned)} runs failed; the same command repeats them"
+        raise RunError("\n  ".join([message, *failed]))
+
+
+def is_finished(config: RunConfig) -> bool:
+    """Whether a run is there and complete; RunError if a run with other settings is there."""
+    folder = folder_of(config)
+    if not os.path.exists(folder / "config.json"):  # unlike the method, False for names that are too long
+        return False
+    if names := differences(config, read_config(folder)):
+        raise RunError(
+            f"{folder} holds a run of other settings ({', '.join(names)}): the study was changed since; choose another "
+            f"--out, or remove it"
+        )
+    return read_summary(folder).get("stopped_early") is False
+
+
+def differences(config: RunConfig, found: RunConfig) -> list[str]:
+    """Settings in which two runs differ, wherever they lie: a study may be moved."""
+    ours, theirs = (of.model_dump(exclude={"run_dir"}) for of in (config, found))
+    return [name for name in ours if ours[name] != theirs[name]]
 
 
 @contextmanager

@@ -7,25 +7,23 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import os
 import platform
 import shlex
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 
-from dualhead.running.checkpoint import RunError, read_config, read_json, safe_name, write_json
+from dualhead.running.checkpoint import RunError, read_json, safe_name, write_json
 from dualhead.running.config import RunConfig
-from dualhead.running.machine import num_cores
-from dualhead.running.results import Run, read_run, read_summary
+from dualhead.running.results import Run, read_run
 from dualhead.studies import tables
 from dualhead.studies.commons_measures import measure_commons
 from dualhead.studies.config import StudyConfig
 from dualhead.studies.files import study_text
 from dualhead.studies.measures import chosen_measures, measure, summarise, unknown_measures
-from dualhead.studies.processes import folder_of, run_all
+from dualhead.studies.processes import folder_of, is_finished, run_missing
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -73,7 +71,7 @@ def run_study(name: str, *, out: str | None = None, jobs: int | None = None, mod
         planned = plan(study, folder)
     except ValueError as error:
         raise RunError(str(error)) from error
-    missing = {label: config for label, config in planned.items() if not _is_finished(config)}
+    is_complete = all(map(is_finished, planned.values()))
     if importlib.util.find_spec("matplotlib") is None:
         warnings.warn("there will be tables only: figures need pip install -e '.[plot]' in the checkout", stacklevel=2)
     try:
@@ -81,11 +79,15 @@ def run_study(name: str, *, out: str | None = None, jobs: int | None = None, mod
     except OSError as error:
         raise RunError(f"cannot write the study's directory {folder}: {error.strerror or error}") from error
     write_json(folder / "study.json", study.model_dump())
-    if missing:
+    if not is_complete:
         _write_versions(folder / "versions.json", shlex.join(["dualhead", "study", name]))
-    threads = max(config.num_threads or 1 for config in planned.values())
-    with closing(run_all(missing, jobs=jobs or max(1, num_cores() // threads), modules=modules)) as outcomes:
-        _run_missing(study, planned, num_done=len(planned) - len(missing), outcomes=outcomes)
+    with closing(run_missing(planned, jobs=jobs, modules=modules)) as done:
+        first = next(done, None)
+        # A warning only: another run may have the measure that this one lacks. A misspelt name shows early.
+        for line in unknown_measures(study.measures, [_read(planned[first])]) if first else ():
+            warnings.warn(f"measures: {line}", stacklevel=2)
+        for _ in done:
+            pass
     for path in _write_outcome(study, planned, folder):
         print(f"figure: {path}")
     return folder
@@ -121,55 +123,6 @@ def _write_versions(path: Path, command: str) -> None:
     before = (read_json(path) or {}).get("runs_were_made_with", [])
     if found not in before[-1:]:
         write_json(path, {"runs_were_made_with": [*before, found]})
-
-
-def _run_missing(
-    study: StudyConfig,
-    planned: dict[str, RunConfig],
-    *,
-    num_done: int,
-    outcomes: Iterable[tuple[str, str | None, float]],
-) -> None:
-    """Runs what is missing, with a line as each run ends; RunError names those that failed."""
-    if num_done:
-        print(f"{num_done} of {len(planned)} runs are finished already", flush=True)
-    failed: list[str] = []
-    measures_are_checked = False
-    try:
-        for label, problem, seconds in outcomes:
-            num_done += 1
-            ended = f"done in {seconds:.0f} s" if problem is None else f"failed after {seconds:.0f} s: {problem}"
-            print(f"[{num_done}/{len(planned)}] {label} {ended}", flush=True)
-            if problem is not None:
-                failed.append(f"{label}: {problem}")
-            elif not measures_are_checked:
-                # A warning only: another run may have the measure that this one lacks. A misspelt name shows early.
-                for line in unknown_measures(study.measures, [_read(planned[label])]):
-                    warnings.warn(f"measures: {line}", stacklevel=2)
-                measures_are_checked = True
-    except KeyboardInterrupt:
-        finished = sum(map(_is_finished, planned.values()))
-        print(f"{finished} of {len(planned)} runs are finished; the same command continues the study", file=sys.stderr)
-        raise
-    if failed:
-        message = f"{len(failed)} of {len(planned)} runs failed; the same command repeats them"
-        raise RunError("\n  ".join([message, *failed]))
-
-
-def _is_finished(config: RunConfig) -> bool:
-    """Whether a run is there and complete; RunError if a run with other settings is there."""
-    folder = folder_of(config)
-    if not os.path.exists(folder / "config.json"):  # unlike the method, False for names that are too long
-        return False
-    found = read_config(folder).model_dump(exclude={"run_dir"})  # a study may be moved
-    settings = config.model_dump(exclude={"run_dir"})
-    if found != settings:
-        names = ", ".join(name for name in settings if found[name] != settings[name])
-        raise RunError(
-            f"{folder} holds a run of other settings ({names}): the study was changed since; choose another --out, or "
-            f"remove it"
-        )
-    return read_summary(folder).get("stopped_early") is False
 
 
 def _write_outcome(study: StudyConfig, planned: dict[str, RunConfig], folder: Path) -> list[Path]:

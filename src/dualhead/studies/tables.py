@@ -97,7 +97,7 @@ def print_tables(study: StudyConfig, measured: list[Measured], rows: list[Row], 
             digits = _digits(row["mean"] for row in of_env.values())
             cells = {condition: _with_interval(row, digits) for condition, row in of_env.items()}
             lines.append([env, *(cells.get(condition, "–") for condition in study.conditions)])
-        _print_table(name, ["", *study.conditions], lines)
+        print_table(name, ["", *study.conditions], lines)
     if names:
         _print_every_seed(study, measured, names[0])
     say(
@@ -117,7 +117,7 @@ def _print_every_seed(study: StudyConfig, measured: list[Measured], name: str) -
             texts = ["–" if value is None else f"{value:.{digits}f}" for value in values]
             lines.append(["" if i else env, condition, " ".join(texts)])
     header = ["environment", "condition", "seeds in the order of the file"]
-    _print_table(f"{name}, every seed", header, lines, justify="left")
+    print_table(f"{name}, every seed", header, lines, justify="left")
 
 
 def print_commons_table(study: StudyConfig, rows: list[Row]) -> None:
@@ -135,7 +135,7 @@ def print_commons_table(study: StudyConfig, rows: list[Row]) -> None:
     names = dict.fromkeys(row["measure"] for row in sorted(rows, key=lambda row: -counts[row["condition"]]))
     cells = {(row["measure"], row["condition"]): _commons_cell(row) for row in rows}
     lines = [[name, *(cells.get((name, condition), "–") for condition in study.conditions)] for name in names]
-    _print_table(study.title, ["", *study.conditions], lines)
+    print_table(study.title, ["", *study.conditions], lines)
     say(text)
 
 
@@ -146,9 +146,10 @@ def _commons_cell(row: Row) -> str:
     return _with_interval(row, digits=0 if row["measure"].startswith("turns") else 2)
 
 
-def _print_table(
+def print_table(
     title: str, header: list[str], lines: list[list[str]], *, justify: Literal["left", "right"] = "right"
 ) -> None:
+    """Prints a table in the terminal's width, its first column to the left."""
     table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for i, column in enumerate(header):
         table.add_column(Text(column), justify=justify if i else "left", overflow="fold")

@@ -17,14 +17,14 @@ from gymnasium.vector.utils import concatenate, create_empty_array
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dualhead.errors import DataError, UnavailableEnvironment
+from dualhead.errors import DataError, UnavailableEnvironment, UnknownEnvironment
 from dualhead.norms import NormEvents
 from dualhead.spaces import ACTION_MASK
 from dualhead.types import ByAgent
 from dualhead.worlds.pettingzoo import JointEnv, JointSpace, as_parallel, copied, is_multi_agent
 from dualhead.worlds.replay import CannotReplay, as_actions, leaves, pack, unpack
 from dualhead.worlds.replay_trial import why_not_replayed
-from dualhead.worlds.suites import from_dm_env, make_as_usual, missing, suite_of
+from dualhead.worlds.suites import from_dm_env, known_ids, make_as_usual, missing, suite_of
 from dualhead.worlds.vectors import (
     LeanSyncVectorEnv,
     RecordedAsyncVectorEnv,
@@ -470,10 +470,7 @@ def _made_by_id(env: str, env_args: Mapping[str, Any], *, is_plain: bool) -> gym
     try:
         return make_as_usual(env, is_plain=is_plain, **env_args)
     except (gym.error.NameNotFound, gym.error.NamespaceNotFound) as error:
-        raise UnavailableEnvironment(
-            f"unknown environment {env!r}: {error} `dualhead envs` lists all; --import MODULE imports one of your own "
-            f"that registers more"
-        ) from error
+        raise UnknownEnvironment(env, known_ids()) from error
     except (gym.error.Error, ImportError, TypeError) as error:
         raise UnavailableEnvironment(
             f"cannot make environment {env!r}: {error}{_its_arguments(env, env_args)}"

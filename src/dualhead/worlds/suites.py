@@ -121,6 +121,11 @@ def listed(worlds: Iterable[str] = ()) -> list[Listed]:
     return found + ([Listed("others", sorted(others), None)] if others else [])
 
 
+def known_ids(worlds: Iterable[str] = ()) -> list[str]:
+    """Every id of `listed`."""
+    return [env for suite in listed(worlds) for env in suite.ids]
+
+
 def _worlds_of(package: str) -> Iterator[str]:
     """PettingZoo's modules end in a version. They are not imported."""
     top, *below = package.split(".")
