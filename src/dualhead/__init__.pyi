@@ -26,6 +26,7 @@ from .running.export import export as export
 from .running.playing import Player as Player, load_policy as load_policy
 from .running.trainer import TrainingResult as TrainingResult, resume as resume, train as train
 from .running.writers import Writer as Writer
+from .sorrel import SorrelDualHeadPPO as SorrelDualHeadPPO
 from .types import RecurrentState as RecurrentState
 from .worlds.commons.config import CommonsConfig as CommonsConfig, Phase as Phase
 from .worlds.commons.world import Commons as Commons
