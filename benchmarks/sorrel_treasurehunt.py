@@ -1,12 +1,11 @@
-"""Sorrel's treasurehunt with its own IQN, with this agent, and with random actions: the world's reward of every epoch.
+"""Sorrel's treasurehunt with its own IQN, with this agent and with random actions: the reward of every epoch.
 
-    python -m benchmarks.sorrel_treasurehunt --epochs 1000 --seeds 0 1 2 --out benchmarks/results/sorrel/onehot.csv
-    python -m benchmarks.sorrel_treasurehunt --observations rgb ...   # as the example's own main.py sees the world
+    python -m benchmarks.sorrel_treasurehunt --seeds 0 1 2 --out benchmarks/results/sorrel/treasurehunt.csv
     python -m benchmarks.sorrel_treasurehunt --summary benchmarks/results/sorrel/*.csv
 
-Needs Python 3.12 and `pip install dualhead[sorrel]`. World, agents, epochs and the IQN's settings are those of
-`sorrel.examples.treasurehunt` (two agents, 100 turns); models learn at the end of each epoch. After training, 20 epochs
-are played without learning: `phase` is `train` or `play`, and the IQN then has no random actions (epsilon 0).
+Needs Python 3.12 and `pip install dualhead[sorrel]`. World, turns and the IQN's settings are those of
+`sorrel.examples.treasurehunt`; every model learns at the end of each epoch, this agent with its default settings. After
+training, 20 epochs are played without learning (`phase` says which), the IQN then without random actions (epsilon 0).
 """
 
 import argparse
@@ -25,7 +24,7 @@ NUM_PLAYED = 20
 FIELDS = ("model", "observations", "seed", "phase", "epoch", "reward")
 
 
-def make_env(kind, observations, seed, epochs):
+def make_env(kind, observations, seed, *, epochs, num_agents):
     from sorrel.examples.treasurehunt.entities import EmptyEntity
     from sorrel.examples.treasurehunt.env import TreasurehuntEnv
     from sorrel.examples.treasurehunt.world import TreasurehuntWorld
@@ -46,7 +45,12 @@ def make_env(kind, observations, seed, epochs):
 
     config = {
         "experiment": {"epochs": epochs - 1, "max_turns": 100, "record_period": 50},  # Sorrel runs one more
-        "model": {"agent_vision_radius": 2, "epsilon_decay": 0.0005, "observation_spec": observations},
+        "model": {
+            "agent_vision_radius": 2,
+            "epsilon_decay": 0.0005,
+            "observation_spec": observations,
+            "num_agents": num_agents,
+        },
         "world": {
             "height": 21,
             "width": 21,
@@ -77,22 +81,26 @@ def play(env, num_epochs):
     return rewards
 
 
-def run(kind, observations, seed, epochs):
+def run(kind, observations, seed, *, epochs, num_agents, write):
+    """Trains and plays; `write` takes the phase, the epoch and its reward, as they come."""
     from sorrel.utils.logging import Logger
+
+    class Writer(Logger):
+        def record_epoch(self, epoch, loss, reward, epsilon=0, **_):
+            write("train", epoch, reward)
 
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002  (what the worlds draw from)
     torch.manual_seed(seed)
-    env, logger = make_env(kind, observations, seed, epochs), Logger(epochs)
+    env = make_env(kind, observations, seed, epochs=epochs, num_agents=num_agents)
     with tempfile.TemporaryDirectory() as folder:
-        env.run_experiment(animate=False, logger=logger, output_dir=Path(folder))
-    for phase, rewards in (("train", logger.rewards), ("play", play(env, NUM_PLAYED))):
-        for epoch, reward in enumerate(rewards):
-            yield dict(zip(FIELDS, (kind, observations, seed, phase, epoch, float(reward))))
+        env.run_experiment(animate=False, logger=Writer(epochs), output_dir=Path(folder))
+    for epoch, reward in enumerate(play(env, NUM_PLAYED)):
+        write("play", epoch, reward)
 
 
 def summarise(paths):
-    """Mean reward of an epoch for each model: over the first and the last 100 of training, and played."""
+    """Mean reward of an epoch for each model: over the first and the last 50 of training, and played."""
     rows = [row for path in paths for row in csv.DictReader(path.read_text().splitlines())]
     for observations in sorted({row["observations"] for row in rows}):
         for kind in ("random", "iqn", "dualhead"):
@@ -102,8 +110,8 @@ def summarise(paths):
                 of_seed = [row for row in own if row["seed"] == seed]
                 train = [float(row["reward"]) for row in of_seed if row["phase"] == "train"]
                 played = [float(row["reward"]) for row in of_seed if row["phase"] == "play"]
-                line.append((statistics.mean(train[:100]), statistics.mean(train[-100:]), statistics.mean(played)))
-            for name, numbers in zip(("first 100", "last 100", "played"), zip(*line)):
+                line.append((statistics.mean(train[:50]), statistics.mean(train[-50:]), statistics.mean(played)))
+            for name, numbers in zip(("first 50", "last 50", "played"), zip(*line)):
                 seeds = ", ".join(f"{number:.1f}" for number in numbers)
                 print(f"{observations:<7} {kind:<9} {name:<10} {statistics.mean(numbers):8.1f}   seeds {seeds}")
 
@@ -112,7 +120,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["dualhead", "iqn", "random"])
     parser.add_argument("--observations", choices=["onehot", "rgb"], default="onehot")
-    parser.add_argument("--epochs", type=int, default=1000)
+    parser.add_argument("--epochs", type=int, default=200)
+    parser.add_argument("--agents", type=int, default=1)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path)
     parser.add_argument("--summary", type=Path, nargs="+")
@@ -125,8 +134,13 @@ def main():
         writer = csv.DictWriter(file, FIELDS)
         writer.writeheader()
         for seed, kind in itertools.product(arguments.seeds, arguments.models):
-            writer.writerows(run(kind, arguments.observations, seed, arguments.epochs))
-            file.flush()
+
+            def write(*of_epoch, start=(kind, arguments.observations, seed)):
+                writer.writerow(dict(zip(FIELDS, (*start, *of_epoch))))
+                file.flush()
+
+            sizes = {"epochs": arguments.epochs, "num_agents": arguments.agents}
+            run(kind, arguments.observations, seed, **sizes, write=write)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The agent as Sorrel's model: a host that makes Sorrel's calls equals a loop written by hand, bit by bit."""
 
+import importlib.resources
 import importlib.util
 import itertools
 import pickle
@@ -327,3 +328,136 @@ def test_states_that_do_not_fit_are_refused():
         make_model().take_action(np.zeros((1, NUM_NUMBERS + 1)))
     with pytest.raises(DataError):
         make_model().take_action(np.full((1, NUM_NUMBERS), np.nan))
+
+
+TREASUREHUNT = {
+    "experiment": {"epochs": 2, "max_turns": 12, "record_period": 2},
+    "model": {
+        "agent_vision_radius": 2,
+        "epsilon_decay": 0.1,
+        "observation_spec": "onehot",
+        "num_agents": 1,
+        "save_weights": True,
+    },
+    "world": {"height": 9, "width": 9, "gem_value": 10, "food_value": 5, "bone_value": -10, "spawn_prob": 0.05},
+}
+
+
+class Traced(SorrelDualHeadPPO):
+    """Writes down which methods the host calls, with what."""
+
+    def __init__(self, *sizes, **given):
+        self.calls = []
+        super().__init__(*sizes, **given)
+        self.memory.add = self._traced("add", self.memory.add)
+        self.memory.current_state = self._traced("current_state", self.memory.current_state)
+        self.memory.last_transition = self._traced("last_transition", self.memory.last_transition)
+        for name in ("take_action", "start_epoch_action", "end_epoch_action", "train_step", "reset", "eval"):
+            setattr(self, name, self._traced(name, getattr(self, name)))
+        self.epsilon_decay = self._traced("epsilon_decay", self.epsilon_decay)
+
+    def _traced(self, name, method):
+        def call(*arguments, **named):
+            # Kinds of arguments: sizes differ between worlds, and rewards are int here and float there.
+            kinds = [type(a).__name__.replace("int", "float") for a in arguments]
+            shapes = [(a.ndim, a.dtype) for a in arguments if isinstance(a, np.ndarray)]
+            self.calls.append((name, *kinds, *shapes, *sorted(named)))
+            return method(*arguments, **named)
+
+        return call
+
+
+def treasurehunt(make, **model_settings):
+    from sorrel.examples.treasurehunt.entities import EmptyEntity
+    from sorrel.examples.treasurehunt.env import TreasurehuntEnv
+    from sorrel.examples.treasurehunt.world import TreasurehuntWorld
+
+    class Env(TreasurehuntEnv):
+        def setup_agents(self):
+            super().setup_agents()
+            for agent in self.agents:
+                agent.model = make(agent.observation_spec.input_size, agent.action_spec.n_actions)
+                agent.model.memory.extra_data["positions"] = np.zeros((agent.model.memory.capacity, 2), dtype=np.int64)
+
+    config = TREASUREHUNT | {"model": TREASUREHUNT["model"] | model_settings}
+    return Env(TreasurehuntWorld(config=config, default_entity=EmptyEntity()), config)
+
+
+@needs_sorrel
+@pytest.mark.filterwarnings("ignore")
+def test_the_host_of_these_tests_makes_sorrel_s_calls(tmp_path):
+    from sorrel.utils.logging import Logger
+
+    env = treasurehunt(lambda *sizes: Traced(*sizes, config=CONFIG))
+    env.run_experiment(animate=False, logger=Logger(2), output_dir=tmp_path)
+    env.generate_memories(2, output_dir=tmp_path)
+
+    model = Traced(NUM_NUMBERS, NUM_ACTIONS, config=CONFIG)
+    host = Host(World(0), model, max_turns=12)
+    host.run_experiment(2)
+    host.generate_memories(2)
+    assert env.agents[0].model.calls == model.calls
+    assert len(np.load(tmp_path / "memories" / "agent0.npz")["states"]) == 24
+
+
+@needs_sorrel
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("max_turns", [5, 12])
+def test_treasurehunt_trains(tmp_path, max_turns):
+    from sorrel.utils.logging import Logger
+
+    env, logger = treasurehunt(lambda *sizes: SorrelDualHeadPPO(*sizes, config=CONFIG), num_agents=2), Logger(2)
+    env.config.experiment.max_turns = max_turns
+    env.run_experiment(animate=False, logger=logger, output_dir=tmp_path)
+    assert len(logger.rewards) == 3
+    assert np.isfinite(logger.losses).all()
+    assert logger.epsilons == pytest.approx([0.0] * 3)
+    for number, agent in enumerate(env.agents):
+        assert agent.model.agent.num_steps == 3 * max_turns
+        newest = max((tmp_path / "checkpoints").glob(f"*-agent-{number}.pkl"))
+        before = bits(agent.model.agent)
+        agent.model.load(newest)
+        assert bits(agent.model.agent) == before
+
+
+@needs_sorrel
+@pytest.mark.filterwarnings("ignore")
+def test_cleanup_trains_with_an_input_size_of_two_axes(tmp_path):
+    from omegaconf import OmegaConf
+    from sorrel.examples import cleanup  # noqa: F401
+    from sorrel.examples.cleanup.entities import EmptyEntity
+    from sorrel.examples.cleanup.env import CleanupEnv
+    from sorrel.examples.cleanup.world import CleanupWorld
+    from sorrel.utils.logging import Logger
+
+    class Env(CleanupEnv):
+        def setup_agents(self):
+            super().setup_agents()
+            for agent in self.agents:
+                sizes = agent.observation_spec.input_size, agent.action_spec.n_actions
+                assert len(sizes[0]) == 2
+                agent.model = SorrelDualHeadPPO(*sizes, grid=(9, 11, 11), config=CONFIG)
+
+    path = importlib.resources.files("sorrel.examples.cleanup") / "configs" / "config.yaml"
+    config = OmegaConf.merge(
+        OmegaConf.load(str(path)), {"experiment": {"epochs": 1, "max_turns": 10}, "agent": {"agent": {"num": 2}}}
+    )
+    env, logger = Env(CleanupWorld(config=config, default_entity=EmptyEntity()), config), Logger(1)
+    env.run_experiment(animate=False, logger=logger, output_dir=tmp_path)
+    assert np.isfinite(logger.losses).all()
+    assert env.agents[0].model.agent.num_updates == 4  # two of 8 and 2 steps in each of two epochs
+
+
+@needs_sorrel
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_treasurehunt_is_learned(tmp_path):
+    """Twice the reward of the first epochs after 200; benchmarks/sorrel_treasurehunt.py compares with Sorrel's IQN."""
+    from sorrel.utils.logging import Logger
+
+    np.random.seed(0)  # noqa: NPY002  (what the world draws from)
+    env = treasurehunt(lambda *sizes: SorrelDualHeadPPO(*sizes, seed=0), save_weights=False)
+    env.config.experiment.epochs, env.config.experiment.max_turns = 199, 100
+    logger = Logger(200)
+    env.run_experiment(animate=False, logger=logger, output_dir=tmp_path)
+    assert np.mean(logger.rewards[-40:]) > 2 * max(np.mean(logger.rewards[:40]), 1)
