@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,7 +61,7 @@ class SorrelDualHeadPPO:
 
     def __init__(
         self,
-        input_size: int | tuple[int, ...],
+        input_size: int | Sequence[int],
         action_space: int,
         layer_size: int | None = None,
         epsilon: float = 0.0,
@@ -89,7 +89,8 @@ class SorrelDualHeadPPO:
         if grid is not None and network.image_layout == "auto":
             changes["image_layout"] = "chw"
         self._num_numbers = math.prod(np.ravel(input_size).tolist())
-        self._grid, self._heads = grid, heads
+        self._grid = grid
+        self._heads = dict(heads) if isinstance(heads, Mapping) else heads
         self.agent = DualHeadRecurrentPPO(
             _observation_space(self._num_numbers, grid, grid_high),
             _action_space(action_space, heads),
