@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+EXTRAS ?= dev
 
-.PHONY: install demo test check clean
+.PHONY: install demo test fast check clean
 
 install: $(STAMP)
 
@@ -12,7 +13,7 @@ install: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	touch $@
 
 # One or two minutes on two cores: what happens to taking the harmful resource when punishment stops, with and without
@@ -27,6 +28,9 @@ test: $(STAMP)
 	$(BIN)/lint-imports
 	$(BIN)/pytest --numprocesses auto
 
+fast: $(STAMP)
+	$(BIN)/pytest --numprocesses auto -m "not slow"
+
 check: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -35,4 +39,4 @@ check: $(STAMP)
 	$(BIN)/pytest --numprocesses auto -m "not slow"
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .venv-second build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

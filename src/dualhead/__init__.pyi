@@ -27,6 +27,7 @@ from .running.playing import Player as Player, Players as Players, load_policy a
 from .running.trainer import TrainingResult as TrainingResult, resume as resume, train as train
 from .running.trust import trust as trust
 from .running.writers import Writer as Writer
+from .sorrel import SorrelDualHeadPPO as SorrelDualHeadPPO
 from .types import ByAgent as ByAgent, RecurrentState as RecurrentState
 from .worlds.commons.config import CommonsConfig as CommonsConfig, Phase as Phase
 from .worlds.commons.world import Commons as Commons
