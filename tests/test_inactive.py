@@ -28,7 +28,7 @@ from dualhead import (
 )
 from dualhead.networks.heads import FactoredCategorical
 from dualhead.norms import NormEnforcer, NormEvents
-from dualhead.population import IndependentLearners
+from dualhead.population import IndependentLearners, individual_seed
 from dualhead.running.episodes import EpisodeTracker
 
 LIVES = [[3, 5, 2], [4, 1, 6], [2, 2, 7], [6, 3, 1], [1, 4, 4], [5, 2, 3], [3, 6, 6], [2, 9, 4]] * 3
@@ -621,7 +621,7 @@ def test_independent_learners_are_single_agents_that_sit_out():
         return agents.make_agent(observation_space=world.observation_space, num_streams=2, seed=seed)
 
     together = IndependentLearners(lambda agent, seed: make(seed), num_agents=2, seed=0)
-    alone = [make(together._seed_of(number)) for number in range(2)]
+    alone = [make(individual_seed(0, number)) for number in range(2)]
     world.reset()
     for _ in range(2):
         for _ in range(20):
