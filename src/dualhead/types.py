@@ -1,4 +1,7 @@
-"""The records that travel between rooms. Letters as in the docs: T time, B streams, S segments, N steps, K heads."""
+"""The records that travel between rooms. Letters as in the docs: T time, B streams, S segments, N steps, K heads.
+
+C is the number of columns of an action: one for each categorical head, and for each number of a Box.
+"""
 
 from __future__ import annotations
 
