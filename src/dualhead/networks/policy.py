@@ -108,7 +108,7 @@ class RecurrentPolicy(nn.Module):
                 init_layers(part)
         for head in self.heads.linears:
             init_layers(head, config.head_gain)
-        if self.heads.is_continuous:
+        if self.heads.box_sizes:
             nn.init.constant_(self.heads.log_std, config.log_std_init)
         self.foreign_parts = {name: part_name(getattr(self, name)) for name in foreign if foreign[name]}
 
