@@ -254,7 +254,9 @@ def test_a_file_imports_and_calls_nothing_that_its_user_has_not_named(here, plan
     for arguments in (named, ["--trust"]):
         config = planned("--config", path, *arguments)
         assert all(getattr(config, name) in (value, tuple(value)) for name, value in changes.items())
-    path = write_config(here / "other.json", **changes)  # trust is of one file, but the user has named a module for good
+    path = write_config(
+        here / "other.json", **changes
+    )  # trust is of one file, but the user has named a module for good
     assert main(["train", "--config", str(path)]) == (130 if "env" in changes else 1)
 
 
