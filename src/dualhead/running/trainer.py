@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dualhead import snapshot
 from dualhead.agent import DualHeadRecurrentPPO
-from dualhead.config import names_of
+from dualhead.config import WorldConfig, names_of
 from dualhead.errors import (
     CheckpointError,
     DataError,
@@ -127,7 +127,9 @@ def train(
         if settings or config is not None:
             further = sorted([*settings, *([] if config is None else ["config"])])
             raise TypeError(f"train(RunConfig(...)) takes no further settings, got {further}")
-        run = env.model_copy(update=over)
+        of_env = env.model_dump(include={"env_args", "wrappers", "drop_observations"})
+        found = world_of(env.env, of_env) if env.env_from == "id" and env.world == WorldConfig() else {}
+        run = env.model_copy(update=over | found)
     else:
         of_env = {} if env is None and config is not None else settings_of(env)  # type: ignore[arg-type]
         if twice := sorted(settings.keys() & of_env.keys()):
