@@ -1,7 +1,9 @@
 """PettingZoo's speaker and listener as a task of memory: the speaker sees the goal in the first steps only.
 
     cd benchmarks
-    dualhead train pettingzoo:mpe2.simple_speaker_listener_v4 --wrappers hidden_goal:HidesGoal --policies independent
+    dualhead study results/pettingzoo/speaker.toml
+
+The study trains with it; on the command line it is `--wrappers hidden_goal:HidesGoal`.
 """
 
 from typing import Any
