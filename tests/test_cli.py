@@ -348,6 +348,7 @@ def test_the_table_of_several_seeds(here, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ("--seeds", "seeds: expected numbers, such as --seeds 0 1 2, got none"),
         ("--seeds 0 1 --seed 2", "seed: expected --seeds alone, got --seed as well"),
         ("--seeds 0 1 --run-dir x", "run_dir: expected none with several seeds"),
         ("--seeds 0 1 0", "seeds: expected different ones, got 0 1 0"),

@@ -99,7 +99,7 @@ class _Asked(NamedTuple):
     env: str | None
     settings: dict[str, Any]
     config: str | None
-    seeds: tuple[int, ...]
+    seeds: tuple[int, ...] | None
     trust: bool
     modules: tuple[str, ...]
 
@@ -330,9 +330,9 @@ def _reader(
         env: Positional[Annotated[str | None, arg(metavar="ENV", help=about_env)]] = None if file else tyro.MISSING,
         settings: Annotated[settings_of_a_run, arg(name="")] = shown,  # type: ignore[valid-type]
         seeds: Annotated[
-            tuple[int, ...],
+            tuple[int, ...] | None,
             arg(help="Train once with each, side by side, one thread each, as many at a time as there are cores."),
-        ] = (),
+        ] = None,
         config: ConfigFile = None,
         trust: Trust = False,
         modules: Modules = (),
@@ -359,6 +359,8 @@ def _over(asked: _Asked) -> dict[str, Any]:
 
 def _train(asked: _Asked) -> int:
     settings = _over(asked)
+    if asked.seeds == ():
+        raise SettingsError([("seeds", "expected numbers, such as --seeds 0 1 2, got none")])
     if asked.seeds and "seed" in settings:
         raise SettingsError([("seed", "expected --seeds alone, got --seed as well")])
     if asked.config is None:
