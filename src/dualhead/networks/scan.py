@@ -51,9 +51,8 @@ class LinearScan(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         a, h = ctx.saved_tensors
         grad_b = grads[0].clone(memory_format=torch.contiguous_format)
-        _scan(
-            a.conj().roll(-1, 0).resolve_conj(), grad_b, back=True
-        )  # of the last, which wraps around, nothing is read
+        following = a.conj().roll(-1, 0).resolve_conj()  # of the last, which wraps around, nothing is read
+        _scan(following, grad_b, back=True)
         grad_a = torch.zeros_like(a)
         torch.mul(grad_b[1:], h[:-1].conj(), out=grad_a[1:])
         return grad_a, grad_b
