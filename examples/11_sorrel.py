@@ -1,4 +1,4 @@
-"""Sorrel's treasurehunt, played and learned by this agent. Needs Python 3.12 and `pip install dualhead[sorrel]`."""
+"""Sorrel's treasurehunt, played and learned by this agent. Python 3.12; in the checkout `pip install -e .[sorrel]`."""
 
 import tempfile
 from pathlib import Path
